@@ -1,0 +1,1 @@
+"""Output formats; each package turns a checkpoint into one of them."""

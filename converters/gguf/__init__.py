@@ -1,0 +1,1 @@
+"""GGUF: tables of types, quantization kernels, recipes, writer, reader and the conversion itself."""

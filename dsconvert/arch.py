@@ -1,0 +1,217 @@
+"""The vocabulary of the architecture tables: a row, a row with its layer, a layout transform, the plan.
+
+One table per architecture has three readers: the converter (names and layout), the calibrator (which
+linears, in which order) and the verifier (the inverse layout, back to logits).
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from dsconvert.config import ModelConfig
+from dsconvert.errors import PlanError
+
+Array = npt.NDArray[Any]
+Role = Literal["embed", "norm", "qkv", "o", "gate_up", "down", "head", "vision"]
+SOLVE_ORDER: tuple[Role, ...] = ("qkv", "o", "gate_up", "down")
+
+
+class WeightSource(Protocol):
+    """A model on disk, whatever its format: gives a tensor by its Hugging Face name."""
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of every tensor, by name, without reading weights."""
+        ...
+
+    def dtype(self, name: str) -> str:
+        """The stored type of a tensor: "bf16", "f16", "f32" or a quantized type's name."""
+        ...
+
+    def float32(self, name: str) -> npt.NDArray[np.float32]:
+        """The tensor's values in float32, dequantized where need be, in the Hugging Face layout."""
+        ...
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A layout change between the Hugging Face tensor and the stored one, and its inverse.
+
+    `forward` gives a view whose leading axis is the unit of work (rows, or heads of rows); flattened to
+    rows it is the stored tensor. `inverse` takes the stored tensor's rows and gives such a view of the
+    source's. Neither changes a value or a dtype.
+    """
+
+    forward: Callable[[Array, ModelConfig], Array]
+    inverse: Callable[[Array, ModelConfig], Array]
+
+
+def _interleave(x: Array, heads: int) -> Array:
+    """[heads * 2 * half, ...] with halves apart -> view [heads, half, 2, ...] with pairs adjacent."""
+    return x.reshape(heads, 2, x.shape[0] // heads // 2, *x.shape[1:]).swapaxes(1, 2)
+
+
+def _separate(x: Array, heads: int) -> Array:
+    """The inverse of `_interleave`: -> view [heads, 2, half, ...]."""
+    return x.reshape(heads, x.shape[0] // heads // 2, 2, *x.shape[1:]).swapaxes(1, 2)
+
+
+def _same(x: Array, config: ModelConfig) -> Array:
+    return x
+
+
+IDENTITY = Transform(_same, _same)
+# GGUF's llama rotates adjacent pairs, Hugging Face rotates halves (llama.cpp's convention for this layout).
+ROPE_Q = Transform(lambda x, c: _interleave(x, c.heads), lambda x, c: _separate(x, c.heads))
+ROPE_K = Transform(lambda x, c: _interleave(x, c.kv_heads), lambda x, c: _separate(x, c.kv_heads))
+
+
+@dataclass(frozen=True)
+class T:
+    """A row: Hugging Face name, GGUF name, role, shape in the letters of `ModelConfig.dims`.
+
+    `{i}` in a name stands for the layer, counted by the dimension `depth`. `part=(k, n)` takes the k-th
+    of n equal slices of the source's rows. An `optional` row may be absent. `when` names the config flag
+    without which the row must be absent. `tied_to` names the row whose tensor the runtime uses instead.
+    """
+
+    hf: str
+    gguf: str
+    role: Role
+    shape: tuple[str, ...]
+    transform: Transform = IDENTITY
+    part: tuple[int, int] = (0, 1)
+    optional: bool = False
+    when: str = ""
+    tied_to: str = ""
+    depth: str = "layers"
+
+
+@dataclass(frozen=True)
+class Arch:
+    """An architecture: its GGUF name, the Hugging Face classes it serves, its rows, what it drops.
+
+    `drop` are patterns of tensors that checkpoints may carry and no forward pass uses.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    table: tuple[T, ...]
+    drop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A row with its layer: one tensor of one model; `shape` is the stored tensor's, rows first."""
+
+    hf: str
+    gguf: str
+    role: Role
+    shape: tuple[int, ...]
+    layer: int | None
+    row: T
+
+    def forward(self, source: Array, config: ModelConfig) -> Array:
+        """The stored layout of the source tensor, as a view; see Transform."""
+        k, n = self.row.part
+        rows = source.shape[0] // n
+        return self.row.transform.forward(source[k * rows : (k + 1) * rows], config)
+
+    def inverse(self, stored: Array, config: ModelConfig) -> Array:
+        """The Hugging Face layout of the stored tensor, contiguous, same shape."""
+        return self.row.transform.inverse(stored, config).reshape(stored.shape)
+
+
+def prefixed(table: Iterable[T], prefix: str) -> tuple[T, ...]:
+    """The table mounted under `prefix` inside a bigger model."""
+    return tuple(
+        replace(row, hf=prefix + row.hf, tied_to=row.tied_to and prefix + row.tied_to) for row in table
+    )
+
+
+def expand(arch: Arch, config: ModelConfig) -> list[Spec]:
+    """Every tensor that the table can name for this config: whole-model rows, then layer by layer."""
+    dims = config.dims
+    single = [row for row in arch.table if "{i}" not in row.hf]
+    layered = [row for row in arch.table if "{i}" in row.hf]
+    specs = [_spec(row, dims, None) for row in single]
+    for i in range(max((dims[row.depth] for row in layered), default=0)):
+        specs += [_spec(row, dims, i) for row in layered if i < dims[row.depth]]
+    return specs
+
+
+def _spec(row: T, dims: Mapping[str, int], layer: int | None) -> Spec:
+    shape = tuple(dims[letter] if letter in dims else int(letter) for letter in row.shape)
+    number = "" if layer is None else str(layer)
+    return Spec(row.hf.replace("{i}", number), row.gguf.replace("{i}", number), row.role, shape, layer, row)
+
+
+def plan(arch: Arch, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> list[Spec]:
+    """Match table and checkpoint both ways, before any work.
+
+    `shapes` are the checkpoint's. Returns the tensors to write, in the table's order.
+    Raises PlanError naming each missing, unexplained or misshapen tensor and its nearest row.
+    """
+    candidates = expand(arch, config)
+    wanted = [spec for spec in candidates if _wanted(spec, config, shapes)]
+    known = {spec.hf for spec in wanted}
+    dropped = [re.compile(pattern) for pattern in arch.drop]
+    if config.tied:
+        known |= {spec.hf for spec in candidates if spec.row.tied_to}
+    missing = [spec.hf for spec in wanted if spec.hf not in shapes]
+    unknown = [n for n in shapes if n not in known and not any(p.fullmatch(n) for p in dropped)]
+    if missing or unknown:
+        raise PlanError(
+            "the tensors are not those of " + config.architecture,
+            why="; ".join(
+                filter(
+                    None,
+                    [
+                        _listed("missing", missing, unknown or list(shapes)),
+                        _listed("unknown", unknown, missing or list(known)),
+                    ],
+                )
+            ),
+            hint="Check config.json (num_hidden_layers, architectures) against the weights, and "
+            "that every shard is there",
+        )
+    for spec in wanted:
+        _check_shape(spec, shapes[spec.hf])
+    return wanted
+
+
+def _wanted(spec: Spec, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    if spec.row.when and not getattr(config, spec.row.when):
+        return False
+    if spec.row.optional or (spec.row.tied_to and config.tied):
+        return spec.hf in shapes
+    return True
+
+
+def _listed(label: str, names: list[str], others: list[str]) -> str:
+    """`label`: up to three names, each with its nearest other, and how many more there are."""
+    if not names:
+        return ""
+    shown = []
+    for name in names[:3]:
+        near = difflib.get_close_matches(name, others[:4000], n=1, cutoff=0.7)
+        shown.append(f"{name[:120]!r}" + (f" (nearest: {near[0][:120]!r})" if near else ""))
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{len(names)} {label}: {', '.join(shown)}{more}"
+
+
+def _check_shape(spec: Spec, shape: tuple[int, ...]) -> None:
+    rows = spec.shape[0] * spec.row.part[1]
+    expected = (rows, *spec.shape[1:])
+    if shape != expected:
+        raise PlanError(
+            f"has shape {list(shape)}, config.json asks for {list(expected)}",
+            where=spec.hf,
+            hint="config.json and the weights are not of the same model; fetch both again",
+        )

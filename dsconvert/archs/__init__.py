@@ -1,0 +1,8 @@
+"""Architecture tables, by Hugging Face class name."""
+
+from __future__ import annotations
+
+from dsconvert.arch import Arch
+from dsconvert.archs.llama import LLAMA
+
+ARCHS: dict[str, Arch] = {name: arch for arch in (LLAMA,) for name in arch.classes}

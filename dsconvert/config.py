@@ -1,0 +1,237 @@
+"""One normalised view of config.json: old and new RoPE keys, nested text configs, library defaults."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dsconvert.errors import CheckpointError
+
+# What transformers' LlamaConfig takes for a key that is absent; original DeepSeek-VL files rely on it.
+LLAMA_DEFAULTS: dict[str, Any] = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "vocab_size": 32000,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+}
+ROPE_TYPES = ("linear", "yarn", "llama3")
+LIMIT = 1 << 31
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """RoPE scaling as the config states it; `type` is one of ROPE_TYPES."""
+
+    type: str
+    factor: float
+    original_context: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    attention_factor: float | None = None
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The numbers of a Llama-layout decoder; `raw` is config.json as read."""
+
+    architecture: str
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    context_length: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    tied: bool
+    attention_bias: bool
+    mlp_bias: bool
+    explicit_head_dim: bool
+    raw: dict[str, Any] = field(repr=False, compare=False, default_factory=dict)
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """The sizes by the letters that table shapes use."""
+        return {
+            "d": self.hidden_size,
+            "ff": self.intermediate_size,
+            "q": self.heads * self.head_dim,
+            "kv": self.kv_heads * self.head_dim,
+            "v": self.vocab_size,
+            "layers": self.layers,
+        }
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from `path`.
+
+    Raises CheckpointError when the file is missing, is no JSON or is no object.
+    """
+    try:
+        value = json.loads(path.read_bytes().decode("utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path.name} is missing",
+            where=path.parent,
+            hint="Give the folder that holds config.json and the weights",
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            "cannot be read as JSON",
+            where=path,
+            why=short(error),
+            hint="Fetch this file again from where the checkpoint came from",
+        ) from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"should hold a JSON object, holds {type(value).__name__}", where=path)
+    return value
+
+
+def short(error: BaseException) -> str:
+    """The first line of an exception's text, 200 characters at the most."""
+    lines = str(error).splitlines()
+    return (lines[0] if lines else type(error).__name__)[:200]
+
+
+def normalise(raw: dict[str, Any], where: object) -> ModelConfig:
+    """Build the normalised view of a decoder's config; `where` names its file in errors.
+
+    Raises CheckpointError for a value of the wrong kind, an impossible size, or an unknown RoPE type.
+    """
+    get = _Getter(raw, where)
+    architecture = _architecture(raw, where)
+    hidden, heads = get.size("hidden_size"), get.size("num_attention_heads")
+    kv_heads = get.size("num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise get.wrong("num_key_value_heads", f"{kv_heads} does not divide num_attention_heads {heads}")
+    head_dim = get.size("head_dim", max(hidden // heads, 1))
+    if raw.get("head_dim") is None and hidden % heads:
+        raise get.wrong("num_attention_heads", f"{heads} does not divide hidden_size {hidden}")
+    if head_dim % 2:
+        raise get.wrong("head_dim", f"{head_dim} is odd, RoPE needs pairs")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise get.wrong("hidden_act", f"{raw['hidden_act']!r} is not silu, which this layout needs")
+    theta, scaling = _rope(raw, get)
+    return ModelConfig(
+        architecture=architecture,
+        hidden_size=hidden,
+        intermediate_size=get.size("intermediate_size"),
+        layers=get.size("num_hidden_layers"),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        vocab_size=get.size("vocab_size"),
+        context_length=get.size("max_position_embeddings"),
+        norm_eps=get.number("rms_norm_eps"),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tied=get.flag("tie_word_embeddings"),
+        attention_bias=get.flag("attention_bias"),
+        mlp_bias=get.flag("mlp_bias"),
+        explicit_head_dim=raw.get("head_dim") is not None,
+        raw=raw,
+    )
+
+
+def load_config(folder: Path) -> ModelConfig:
+    """Read and normalise `folder`/config.json; raises CheckpointError."""
+    path = folder / "config.json"
+    return normalise(load_json(path), path)
+
+
+def _architecture(raw: dict[str, Any], where: object) -> str:
+    names = raw.get("architectures")
+    if isinstance(names, list) and len(names) == 1 and isinstance(names[0], str):
+        return names[0]
+    if names is None and raw.get("model_type") == "llama":
+        return "LlamaForCausalLM"
+    raise CheckpointError(
+        "does not name one architecture",
+        where=where,
+        why=f'"architectures" is {str(names)[:80]!r}',
+        hint='Set it to the class that was saved, for example ["LlamaForCausalLM"]',
+    )
+
+
+def _rope(raw: dict[str, Any], get: _Getter) -> tuple[float, RopeScaling | None]:
+    """RoPE base and scaling from `rope_parameters` (new) or `rope_theta` and `rope_scaling` (old)."""
+    scaling: Any = None
+    for key in ("rope_scaling", "rope_parameters"):
+        value = raw.get(key)
+        if value is not None and not isinstance(value, dict):
+            raise get.wrong(key, "is neither an object nor null")
+        scaling = value or scaling
+    scaling = scaling or {}
+    inner = _Getter({**raw, **scaling}, get.where)
+    theta = inner.number("rope_theta")
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind in ("default", None):
+        return theta, None
+    if kind not in ROPE_TYPES:
+        raise get.wrong("rope_scaling", f"type {str(kind)[:40]!r} is unknown; known: {', '.join(ROPE_TYPES)}")
+    original = inner.raw.get("original_max_position_embeddings")
+    factor = inner.number("factor")
+    attention = inner.raw.get("attention_factor")
+    return theta, RopeScaling(
+        type=kind,
+        factor=factor,
+        original_context=None if original is None else inner.size("original_max_position_embeddings"),
+        low_freq_factor=inner.number("low_freq_factor", 1.0),
+        high_freq_factor=inner.number("high_freq_factor", 4.0),
+        attention_factor=None if attention is None else inner.number("attention_factor"),
+    )
+
+
+@dataclass(frozen=True)
+class _Getter:
+    """Typed access to a config with errors that name the key and the file."""
+
+    raw: dict[str, Any]
+    where: object
+
+    def wrong(self, key: str, why: str) -> CheckpointError:
+        return CheckpointError(
+            f"{key!r} cannot be used",
+            where=self.where,
+            why=f"{key} {why}",
+            hint="Compare this file with the one that the model's authors published",
+        )
+
+    def value(self, key: str, default: Any = None) -> Any:
+        value = self.raw.get(key)
+        if value is None:
+            value = LLAMA_DEFAULTS.get(key) if default is None else default
+        if value is None:
+            raise self.wrong(key, "is missing and has no default")
+        return value
+
+    def size(self, key: str, default: int | None = None) -> int:
+        value = self.value(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < LIMIT:
+            raise self.wrong(key, f"is {str(value)[:40]!r}, should be a positive whole number")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self.value(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
+            raise self.wrong(key, f"is {str(value)[:40]!r}, should be a positive number")
+        return float(value)
+
+    def flag(self, key: str) -> bool:
+        value = self.value(key, None)
+        if not isinstance(value, bool):
+            raise self.wrong(key, f"is {str(value)[:40]!r}, should be true or false")
+        return value

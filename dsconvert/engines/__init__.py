@@ -1,0 +1,1 @@
+"""Real runtimes, optional: each module drives one of them."""

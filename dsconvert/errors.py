@@ -1,0 +1,53 @@
+"""The errors that a user can meet.
+
+ConversionError            anything that stops a command; exit code 2
+├── UsageError             an option or an argument does not make sense
+├── CheckpointError        a source file is missing, damaged or contradicts itself
+├── PlanError              the checkpoint and the architecture table do not match
+├── TokenizerError         the tokenizer cannot be carried so that ids stay the same
+├── QuantizationError      a weight has no faithful value in the asked type
+└── OutputError            the output cannot be written
+"""
+
+from __future__ import annotations
+
+
+class ConversionError(Exception):
+    """What went wrong, where, why, and the next command to try.
+
+    `what` is one sentence without a final full stop; `where` a file or tensor; `why` the evidence;
+    `hint` what to do next. `str()` gives them as one paragraph.
+    """
+
+    def __init__(self, what: str, *, where: object = "", why: str = "", hint: str = "") -> None:
+        super().__init__(what)
+        self.what, self.where, self.why, self.hint = what, str(where), why, hint
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.what}" if self.where else self.what
+        parts = [text, self.why, self.hint]
+        return ". ".join(part.rstrip(".") for part in parts if part) + "."
+
+
+class UsageError(ConversionError):
+    """An option or an argument does not make sense."""
+
+
+class CheckpointError(ConversionError):
+    """A source file is missing, damaged or contradicts itself."""
+
+
+class PlanError(ConversionError):
+    """The checkpoint and the architecture table do not match."""
+
+
+class TokenizerError(ConversionError):
+    """The tokenizer cannot be carried so that ids stay the same."""
+
+
+class QuantizationError(ConversionError):
+    """A weight has no faithful value in the asked type."""
+
+
+class OutputError(ConversionError):
+    """The output cannot be written."""

@@ -1,0 +1,83 @@
+"""What a conversion tells while it runs: one stream feeds the progress bar, `--json`, reports and tests."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened; `as_dict` is its JSON form with the kind under "event"."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"event": type(self).__name__.lower(), **asdict(self)}
+
+
+@dataclass(frozen=True)
+class TensorPlan(Event):
+    """One output tensor: names, shape (rows first), source and target type, bytes in the output."""
+
+    name: str
+    source: str
+    shape: tuple[int, ...]
+    source_type: str
+    type: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Planned(Event):
+    """Everything is known and nothing is written yet; `nbytes` is the exact size of each output file."""
+
+    output: str
+    quant: str
+    tensors: tuple[TensorPlan, ...]
+    nbytes: tuple[int, ...]
+    source_nbytes: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Step(Event):
+    """A stage without a measure of its own begins (compiling kernels, syncing, verifying)."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class TensorDone(Event):
+    """One tensor is written; `done` and `total` count source bytes over the whole run."""
+
+    name: str
+    type: str
+    nbytes: int
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Warn(Event):
+    """Something the user should know, and what to do about it."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Finished(Event):
+    """A file stands complete under its final name."""
+
+    path: str
+    nbytes: int
+    seconds: float
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Check(Event):
+    """One line of the proof: what was compared, whether it held, and the figure."""
+
+    name: str
+    passed: bool
+    detail: str
+    value: float | None = None
