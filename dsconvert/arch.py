@@ -72,6 +72,22 @@ ROPE_Q = Transform(lambda x, c: _interleave(x, c.heads), lambda x, c: _separate(
 ROPE_K = Transform(lambda x, c: _interleave(x, c.kv_heads), lambda x, c: _separate(x, c.kv_heads))
 
 
+def rope_factors(config: ModelConfig) -> dict[str, npt.NDArray[np.float32]]:
+    """The divisors of Llama 3's RoPE frequencies, which the runtime wants as a tensor.
+
+    float32 [head_dim / 2] under "rope_freqs.weight"; nothing for other scalings. Low frequencies are
+    divided by `factor`, high ones kept, those between blended (Llama 3.1 reference code).
+    """
+    scaling = config.rope_scaling
+    if scaling is None or scaling.type != "llama3":
+        return {}
+    wavelengths = 2 * np.pi * config.rope_theta ** (np.arange(0, config.head_dim, 2) / config.head_dim)
+    context = scaling.original_context or 8192
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    smooth = np.clip((context / wavelengths - low) / (high - low), 0, 1)
+    return {"rope_freqs.weight": (1 / ((1 - smooth) / scaling.factor + smooth)).astype(np.float32)}
+
+
 @dataclass(frozen=True)
 class T:
     """A row: Hugging Face name, GGUF name, role, shape in the letters of `ModelConfig.dims`.
@@ -97,13 +113,15 @@ class T:
 class Arch:
     """An architecture: its GGUF name, the Hugging Face classes it serves, its rows, what it drops.
 
-    `drop` are patterns of tensors that checkpoints may carry and no forward pass uses.
+    `drop` are patterns of tensors that checkpoints may carry and no forward pass uses. `derived` makes the
+    float32 tensors that a GGUF file needs and no checkpoint holds, by GGUF name.
     """
 
     name: str
     classes: tuple[str, ...]
     table: tuple[T, ...]
     drop: tuple[str, ...] = ()
+    derived: Callable[[ModelConfig], dict[str, npt.NDArray[np.float32]]] = lambda config: {}
 
 
 @dataclass(frozen=True)
@@ -162,8 +180,6 @@ def plan(arch: Arch, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]])
     wanted = [spec for spec in candidates if _wanted(spec, config, shapes)]
     known = {spec.hf for spec in wanted}
     dropped = [re.compile(pattern) for pattern in arch.drop]
-    if config.tied:
-        known |= {spec.hf for spec in candidates if spec.row.tied_to}
     missing = [spec.hf for spec in wanted if spec.hf not in shapes]
     unknown = [n for n in shapes if n not in known and not any(p.fullmatch(n) for p in dropped)]
     if missing or unknown:
@@ -184,6 +200,17 @@ def plan(arch: Arch, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]])
     for spec in wanted:
         _check_shape(spec, shapes[spec.hf])
     return wanted
+
+
+def plan_stored(arch: Arch, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> list[Spec]:
+    """As `plan`, for a GGUF file: `shapes` are by GGUF name, rows first; errors name the GGUF tensors."""
+    stored = replace(
+        arch,
+        table=tuple(replace(row, hf=row.gguf, part=(0, 1), tied_to=row.tied_to) for row in arch.table),
+        drop=(*map(re.escape, arch.derived(config)), r"rope_freqs\.weight"),
+    )
+    originals = {spec.gguf: spec for spec in expand(arch, config)}
+    return [originals[spec.gguf] for spec in plan(stored, config, shapes)]
 
 
 def _wanted(spec: Spec, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> bool:

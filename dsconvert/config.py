@@ -30,7 +30,10 @@ LIMIT = 1 << 31
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """RoPE scaling as the config states it; `type` is one of ROPE_TYPES."""
+    """RoPE scaling as the config states it; `type` is one of ROPE_TYPES.
+
+    A GGUF file read back states "factors" instead of "llama3": the divisor of each frequency.
+    """
 
     type: str
     factor: float
@@ -38,6 +41,7 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     attention_factor: float | None = None
+    factors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

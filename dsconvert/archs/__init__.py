@@ -6,3 +6,4 @@ from dsconvert.arch import Arch
 from dsconvert.archs.llama import LLAMA
 
 ARCHS: dict[str, Arch] = {name: arch for arch in (LLAMA,) for name in arch.classes}
+BY_GGUF_NAME: dict[str, Arch] = {LLAMA.name: LLAMA}

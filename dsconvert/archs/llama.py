@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dsconvert.arch import ROPE_K, ROPE_Q, Arch, T
+from dsconvert.arch import ROPE_K, ROPE_Q, Arch, T, rope_factors
 
 _L = "model.layers.{i}."
 
@@ -30,4 +30,4 @@ TABLE = (
 
 DROP = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 
-LLAMA = Arch("llama", ("LlamaForCausalLM",), TABLE, DROP)
+LLAMA = Arch("llama", ("LlamaForCausalLM",), TABLE, DROP, rope_factors)

@@ -1,0 +1,202 @@
+"""Parses GGUF files, ours or strangers': keys, tensor infos, split sets; reads no weight.
+
+Every length and offset is checked against the file before it is used. Source: the GGUF specification of
+the ggml project, versions 2 and 3.
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from converters.gguf.layout import MAGIC, VALUE_TYPES
+from converters.gguf.qtypes import BY_ID, QType
+from dsconvert.errors import CheckpointError
+
+KINDS = {number: (name, fmt) for name, (number, fmt) in VALUE_TYPES.items()}
+SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+MAX_DIMS = 4
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file: shape rows first, type, absolute offset of its bytes."""
+
+    name: str
+    shape: tuple[int, ...]
+    qtype: QType
+    offset: int
+    nbytes: int
+    data: mmap.mmap = field(repr=False, compare=False)
+
+    def blocks(self) -> npt.NDArray[np.uint8]:
+        """The stored bytes as [rows, bytes per row], memory-mapped."""
+        flat = np.frombuffer(self.data, np.uint8, self.nbytes, self.offset)
+        return flat.reshape(-1, self.qtype.nbytes(self.shape[-1]))
+
+    def float32(self) -> npt.NDArray[np.float32]:
+        """The dequantized values in the stored layout (the `gguf` library's dequantizers)."""
+        import gguf
+
+        kind = gguf.GGMLQuantizationType(self.qtype.ggml)
+        if self.qtype.name == "f32":
+            values = self.blocks().view(np.float32)
+        else:
+            values = gguf.dequantize(self.blocks(), kind)
+        return np.asarray(values, dtype=np.float32).reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class GGUFFile:
+    """An opened file or split set: its keys (type name, value) and its tensors by GGUF name."""
+
+    path: Path
+    paths: tuple[Path, ...]
+    version: int
+    typed: dict[str, tuple[str, Any]]
+    tensors: dict[str, StoredTensor]
+
+    @property
+    def keys(self) -> dict[str, Any]:
+        """The values by key, without their types."""
+        return {key: value for key, (_, value) in self.typed.items()}
+
+
+def open_gguf(path: Path) -> GGUFFile:
+    """Parse and check the file at `path`, or every file of the split set whose first file it is.
+
+    Raises CheckpointError for anything that is no complete GGUF file; no weight is read.
+    """
+    first = _parse(path)
+    count = first.keys.get("split.count", 1)
+    match = SPLIT.fullmatch(path.name)
+    if not isinstance(count, int) or count < 2 or match is None:
+        return first
+    if first.keys.get("split.no") != 0:
+        raise CheckpointError(
+            "is not the first file of its split set",
+            where=path,
+            hint=f"Give {match[1]}-00001-of-{match[3]}.gguf",
+        )
+    files = [first] + [
+        _parse(path.with_name(f"{match[1]}-{number + 1:05d}-of-{count:05d}.gguf"))
+        for number in range(1, count)
+    ]
+    tensors = {name: tensor for file in files for name, tensor in file.tensors.items()}
+    if len(tensors) != first.keys.get("split.tensors.count"):
+        raise CheckpointError(
+            f"the split set holds {len(tensors)} tensors, its first file says "
+            f"{first.keys.get('split.tensors.count')}",
+            where=path,
+        )
+    return GGUFFile(path, tuple(file.path for file in files), first.version, first.typed, tensors)
+
+
+class _Cursor:
+    """A position in the mapped file; every read is checked against the end."""
+
+    def __init__(self, data: mmap.mmap, path: Path) -> None:
+        self.data, self.path, self.at = data, path, 0
+
+    def wrong(self, what: str) -> CheckpointError:
+        return CheckpointError(what, where=self.path, why=f"at byte {self.at}",
+                               hint="Fetch or convert the file again")  # fmt: skip
+
+    def take(self, fmt: str) -> tuple[Any, ...]:
+        size = struct.calcsize("<" + fmt)
+        if self.at + size > len(self.data):
+            raise self.wrong("the file ends inside its header")
+        values = struct.unpack_from("<" + fmt, self.data, self.at)
+        self.at += size
+        return values
+
+    def string(self) -> str:
+        (size,) = self.take("Q")
+        if size > len(self.data) - self.at:
+            raise self.wrong(f"a string of {size} bytes does not fit in the file")
+        raw = self.data[self.at : self.at + size]
+        self.at += size
+        return raw.decode("utf-8", errors="replace")
+
+    def value(self, kind: int) -> tuple[str, Any]:
+        name, fmt = self.kind(kind)
+        if name == "string":
+            return name, self.string()
+        if name != "array":
+            return name, self.take(fmt)[0]
+        item, count = self.take("IQ")
+        item_name, fmt = self.kind(item)
+        if item_name == "array" or count > len(self.data) - self.at:
+            raise self.wrong(f"an array of {count} items of type {item_name} cannot be")
+        if item_name == "string":
+            return "array:string", [self.string() for _ in range(count)]
+        return f"array:{item_name}", list(self.take(f"{count}{fmt}"))
+
+    def kind(self, number: int) -> tuple[str, str]:
+        if number not in KINDS:
+            raise self.wrong(f"value type {number} is unknown")
+        return KINDS[number]
+
+
+def _parse(path: Path) -> GGUFFile:
+    try:
+        with path.open("rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:
+        raise CheckpointError("cannot be opened as a GGUF file", where=path, why=str(error)) from None
+    cursor = _Cursor(data, path)
+    if data[:4] != MAGIC:
+        raise CheckpointError("is no GGUF file", where=path, why=f"it begins with {data[:4]!r}")
+    cursor.at = 4
+    version, n_tensors, n_keys = cursor.take("IQQ")
+    if version not in (2, 3):
+        raise cursor.wrong(f"GGUF version {version} is not supported (2 and 3 are)")
+    typed: dict[str, tuple[str, Any]] = {}
+    for _ in range(n_keys):
+        key = cursor.string()
+        typed[key] = cursor.value(cursor.take("I")[0])
+    infos = [_info(cursor) for _ in range(n_tensors)]
+    alignment = typed.get("general.alignment", ("uint32", 32))[1]
+    if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
+        raise cursor.wrong(f"alignment {alignment!r} is no power of two")
+    base = -(-cursor.at // alignment) * alignment
+    tensors = {info[0]: _place(info, base, alignment, cursor) for info in infos}
+    if len(tensors) != n_tensors:
+        raise cursor.wrong("two tensors have the same name")
+    return GGUFFile(path, (path,), version, typed, tensors)
+
+
+_Info = tuple[str, tuple[int, ...], int, int]
+
+
+def _info(cursor: _Cursor) -> _Info:
+    name = cursor.string()
+    (n_dims,) = cursor.take("I")
+    if not 1 <= n_dims <= MAX_DIMS:
+        raise cursor.wrong(f"tensor {name[:80]!r} has {n_dims} dimensions")
+    dims = cursor.take(f"{n_dims}Q")
+    kind, offset = cursor.take("IQ")
+    return name, dims[::-1], kind, offset
+
+
+def _place(info: _Info, base: int, alignment: int, cursor: _Cursor) -> StoredTensor:
+    name, shape, kind, offset = info
+    qtype = BY_ID.get(kind)
+    if qtype is None:
+        raise cursor.wrong(f"tensor {name[:80]!r} has type {kind}, which is not supported")
+    values = 1
+    for size in shape:
+        values *= size
+    if values == 0 or shape[-1] % qtype.block:
+        raise cursor.wrong(f"tensor {name[:80]!r} of shape {list(shape)} is no whole number of blocks")
+    nbytes = qtype.nbytes(values)
+    if offset % alignment or base + offset + nbytes > len(cursor.data):
+        raise cursor.wrong(f"tensor {name[:80]!r} lies outside the file, which is cut short or damaged")
+    return StoredTensor(name, shape, qtype, base + offset, nbytes, cursor.data)
