@@ -26,7 +26,7 @@ def locate(model: str | Path | None) -> Path:
     """
     if not model:
         if Path("config.json").is_file():
-            return Path()
+            return Path.cwd()
         raise UsageError(
             "No model is given and this folder holds no config.json",
             hint='Give a model folder, a .safetensors file, a hub id or "sample:"',
