@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from converters.gguf.qtypes import QType
@@ -47,10 +48,7 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
-        values = 1
-        for size in self.shape:
-            values *= size
-        return self.qtype.nbytes(values)
+        return self.qtype.nbytes(prod(self.shape))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import mmap
 import re
 import struct
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,11 @@ class StoredTensor:
     offset: int
     nbytes: int
     data: mmap.mmap = field(repr=False, compare=False)
+
+    @property
+    def values(self) -> int:
+        """The number of weights."""
+        return prod(self.shape)
 
     def blocks(self) -> npt.NDArray[np.uint8]:
         """The stored bytes as [rows, bytes per row], memory-mapped."""
@@ -191,9 +197,7 @@ def _place(info: _Info, base: int, alignment: int, cursor: _Cursor) -> StoredTen
     qtype = BY_ID.get(kind)
     if qtype is None:
         raise cursor.wrong(f"tensor {name[:80]!r} has type {kind}, which is not supported")
-    values = 1
-    for size in shape:
-        values *= size
+    values = prod(shape)
     if values == 0 or shape[-1] % qtype.block:
         raise cursor.wrong(f"tensor {name[:80]!r} of shape {list(shape)} is no whole number of blocks")
     nbytes = qtype.nbytes(values)
