@@ -1,0 +1,194 @@
+"""The figures of a comparison: what is computed for each token, each block and each tensor, and their means.
+
+Names and definitions are those of llama.cpp's perplexity tool (tools/perplexity, --kl-divergence), where
+"base" is the reference and Q the candidate. Three differences: everything after the logits is done in
+float64; KL counts the whole vocabulary, where llama.cpp stores the base in 16 bits per log-probability and
+leaves out what is below exp(-16); and an uncertainty is given from two values on, not from eleven.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import torch
+
+Floats = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+PERCENTILES = (90.0, 95.0, 99.0, 99.9)
+TOP = 5
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and its standard error."""
+
+    value: float
+    error: float
+
+
+@dataclass(frozen=True)
+class TokenFigures:
+    """One value per scored token, in order: arrays of equal length.
+
+    `target` is the token that follows in the text; `window` and `position` say where its prediction was
+    made. `nll_base`, `nll` are -ln p(target) in nats; `kld` is KL(base || Q) in nats; `top_base` and `top`
+    the likeliest tokens; `overlap` the share of the base's five likeliest tokens that are among Q's.
+    """
+
+    window: IntArray
+    position: IntArray
+    target: IntArray
+    nll_base: Floats
+    nll: Floats
+    kld: Floats
+    top_base: IntArray
+    top: IntArray
+    overlap: Floats
+
+    @property
+    def p_diff(self) -> Floats:
+        """p_Q(target) - p_base(target)."""
+        return np.exp(-self.nll) - np.exp(-self.nll_base)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a comparison comes to, over `tokens` scored tokens; KL in nats, shares from 0 to 1."""
+
+    tokens: int
+    ppl: Estimate
+    ppl_base: Estimate
+    ppl_ratio: Estimate
+    kld: Estimate
+    kld_median: float
+    kld_percentiles: dict[str, float]
+    kld_max: float
+    p_diff: Estimate
+    p_diff_rms: Estimate
+    same_top: Estimate
+    top5_overlap: float
+    bits_per_byte: float | None = None
+    bits_per_byte_base: float | None = None
+
+
+@dataclass(frozen=True)
+class BlockError:
+    """How far the candidate's hidden states are from the reference's after block `index`.
+
+    `relative` is the mean over tokens of |q - base| / |base|, `cosine` the mean over tokens of their cosine.
+    A mean of ratios, since a few tokens carry activations a thousand times larger than the others'.
+    """
+
+    index: int
+    relative: float
+    cosine: float
+
+
+@dataclass(frozen=True)
+class TensorError:
+    """The error of a tensor's values: `snr` = 10 log10(sum base^2 / sum (q - base)^2) dB, inf if equal."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    snr: float
+
+
+def token_figures(base: torch.Tensor, candidate: torch.Tensor, targets: torch.Tensor) -> dict[str, Any]:
+    """Logits [tokens, vocab] of both and the tokens that follow: the measured columns of TokenFigures."""
+    log_base, log_q = base.double().log_softmax(-1), candidate.double().log_softmax(-1)
+    kld = (log_base.exp() * (log_base - log_q)).sum(-1)
+    index = targets[:, None]
+    count = min(TOP, base.shape[1])
+    five_base, five = base.topk(count).indices, candidate.topk(count).indices
+    same = (five_base[:, :, None] == five[:, None, :]).any(-1)
+    columns = {
+        "nll_base": -log_base.gather(1, index)[:, 0],
+        "nll": -log_q.gather(1, index)[:, 0],
+        "kld": kld.clamp(min=0.0),  # rounding can give -1e-17; a NaN stays one
+        "top_base": base.argmax(-1),
+        "top": candidate.argmax(-1),
+        "overlap": same.double().mean(-1),
+    }
+    return {name: column.cpu().numpy() for name, column in columns.items()}
+
+
+def joined(parts: list[dict[str, Any]]) -> TokenFigures:
+    """The columns of every part, end to end."""
+    names = [f.name for f in fields(TokenFigures)]
+    return TokenFigures(**{name: np.concatenate([part[name] for part in parts]) for name in names})
+
+
+def summary(tokens: TokenFigures, token_bytes: IntArray | None = None) -> Figures:
+    """The means over all scored tokens; `token_bytes` [vocab], each token's length, gives bits per byte."""
+    nll, base, kld = tokens.nll, tokens.nll_base, tokens.kld
+    log_ratio = mean(nll - base)
+    rms = mean(tokens.p_diff**2)
+    root = math.sqrt(rms.value)
+    length = None if token_bytes is None else float(token_bytes[tokens.target].sum())
+    median, *percentiles, largest = np.percentile(kld, (50.0, *PERCENTILES, 100.0))
+    return Figures(
+        tokens=len(kld),
+        ppl=exponential(mean(nll)),
+        ppl_base=exponential(mean(base)),
+        # The paired difference: the text's own spread cancels, as with llama.cpp's covariance term.
+        ppl_ratio=exponential(log_ratio),
+        kld=mean(kld),
+        kld_median=float(median),
+        kld_percentiles={f"{p:g}": float(v) for p, v in zip(PERCENTILES, percentiles, strict=True)},
+        kld_max=float(largest),
+        p_diff=mean(tokens.p_diff),
+        p_diff_rms=Estimate(root, rms.error / (2 * root) if root else 0.0),
+        same_top=mean((tokens.top == tokens.top_base).astype(np.float64)),
+        top5_overlap=float(tokens.overlap.mean()),
+        bits_per_byte=float(nll.sum() / math.log(2) / length) if length else None,
+        bits_per_byte_base=float(base.sum() / math.log(2) / length) if length else None,
+    )
+
+
+def mean(values: Floats) -> Estimate:
+    """The mean and its standard error, sqrt((<x^2> - <x>^2) / (n - 1))."""
+    n = len(values)
+    return Estimate(float(values.mean()), float(values.std() / math.sqrt(n - 1)) if n > 1 else 0.0)
+
+
+def exponential(estimate: Estimate) -> Estimate:
+    """exp of an estimate, its error propagated to first order; inf where it overflows."""
+    value = math.exp(estimate.value) if estimate.value < 700 else math.inf
+    return Estimate(value, value * estimate.error)
+
+
+def hidden_error(base: torch.Tensor, candidate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per token of hidden states [..., d]: |q - base| / |base|, and the cosine; float32, 0 and 1 if equal."""
+    import torch
+
+    b, q = base.float(), candidate.float()
+    size = torch.linalg.vector_norm(b, dim=-1)
+    error = torch.linalg.vector_norm(q - b, dim=-1)
+    tiny = torch.finfo(torch.float32).tiny
+    cosine = (b * q).sum(-1) / (size * torch.linalg.vector_norm(q, dim=-1)).clamp(min=tiny)
+    return error / size.clamp(min=tiny), torch.where(error == 0, 1.0, cosine)
+
+
+def snr(base: torch.Tensor, candidate: torch.Tensor) -> float:
+    """Signal to noise of a tensor in dB: inf when equal, -inf when only noise, nan when not finite."""
+    import torch
+
+    signal = noise = 0.0
+    flat_base, flat = base.reshape(-1), candidate.reshape(-1)
+    for start in range(0, flat.numel(), 1 << 22):
+        part = flat_base[start : start + (1 << 22)]
+        difference = flat[start : start + (1 << 22)] - part
+        signal += float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2
+        noise += float(torch.linalg.vector_norm(difference, dtype=torch.float64)) ** 2
+    if not math.isfinite(signal + noise):
+        return math.nan
+    if not noise:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf

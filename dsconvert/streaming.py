@@ -1,0 +1,286 @@
+"""Runs a Llama decoder block by block from any WeightSource: a block is loaded, used and dropped.
+
+Built on transformers' own modules, made on the meta device with the weights assigned, so that the
+arithmetic is the reference's. Peak memory is the blocks that the caller holds, plus activations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dsconvert.arch import WeightSource, plan
+from dsconvert.archs import ARCHS
+from dsconvert.config import ModelConfig, short
+from dsconvert.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+IntArray = npt.NDArray[np.int64]
+Observer = Callable[["torch.Tensor"], None]
+DTYPES = ("float32", "bfloat16", "float16")
+BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}  # bounds the MLP's intermediate activations
+EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A decoder over a WeightSource: which tensors each block has, and where and in which type it runs."""
+
+    source: WeightSource
+    config: ModelConfig
+    device: torch.device
+    dtype: torch.dtype
+    blocks: tuple[dict[str, str], ...]  # per layer: module attribute -> tensor name
+    head: str  # the tensor that gives logits; the embedding when tied
+    llama: Any = field(repr=False)  # transformers' LlamaConfig
+    rotary: Any = field(repr=False)
+
+    @property
+    def batch_tokens(self) -> int:
+        """How many tokens go through a block at once."""
+        return BATCH_TOKENS.get(self.device.type, 1024)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder layer with its weights; `linears` are its linear modules by tensor name."""
+
+    index: int
+    module: Any
+    linears: Mapping[str, torch.nn.Module]
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device called "auto", "cpu", "cuda" or "cuda:N".
+
+    Raises UsageError for another name, or CUDA where there is none.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and (kind == "cpu" or not number.isdecimal())):
+        raise UsageError(f"device {name!r} is unknown", hint="Use auto, cpu, cuda or cuda:N")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if kind == "cuda" and int(number or 0) >= count:
+        raise UsageError(
+            f"device {name!r} is not there",
+            why=f"PyTorch {torch.__version__} sees {count} CUDA devices",
+            hint="Use --device cpu, or install a PyTorch built for your driver",
+        )
+    return torch.device(name)
+
+
+def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The type called `name`, or the device's own: float32 on a CPU, bfloat16 on CUDA; UsageError."""
+    import torch
+
+    if name is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise UsageError(f"type {name!r} is unknown", hint="Use " + ", ".join(DTYPES))
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def open_decoder(
+    source: WeightSource, config: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> Decoder:
+    """Match the source with its architecture's table and prepare to run it; reads no weights.
+
+    Raises PlanError when tensors are missing, unknown or misshapen, CheckpointError when transformers
+    does not accept the config.
+    """
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    arch = ARCHS.get(config.architecture)
+    if arch is None:
+        known = ", ".join(sorted(ARCHS))
+        raise CheckpointError(f"{config.architecture} cannot be run here", why=f"known: {known}")
+    blocks: list[dict[str, str]] = [{} for _ in range(config.layers)]
+    names = set()
+    for spec in plan(arch, config, source.shapes()):
+        names.add(spec.hf)
+        if spec.layer is not None:
+            blocks[spec.layer][spec.hf.split(f".{spec.layer}.", 1)[1]] = spec.hf
+    llama = llama_config(config)
+    rotary = LlamaRotaryEmbedding(config=llama).to(device)  # inv_freq stays float32
+    head = HEAD if HEAD in names else EMBED
+    return Decoder(source, config, device, dtype, tuple(blocks), head, llama, rotary)
+
+
+def llama_config(config: ModelConfig) -> Any:
+    """transformers' LlamaConfig of a normalised config, for its old and its new RoPE keys.
+
+    Raises CheckpointError when transformers refuses the numbers.
+    """
+    import transformers
+
+    rope: dict[str, Any] = {"rope_type": "default"}
+    if config.rope_scaling is not None:
+        scaling = config.rope_scaling
+        rope = {"rope_type": scaling.type, "factor": scaling.factor}
+        if scaling.type != "linear":
+            rope["original_max_position_embeddings"] = scaling.original_context or config.context_length
+        if scaling.type == "llama3":
+            rope |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
+        if scaling.attention_factor is not None:
+            rope["attention_factor"] = scaling.attention_factor
+    if int(transformers.__version__.split(".")[0]) >= 5:
+        keys: dict[str, Any] = {"rope_parameters": {**rope, "rope_theta": config.rope_theta}}
+    else:
+        keys = {"rope_theta": config.rope_theta, "rope_scaling": rope if config.rope_scaling else None}
+    try:
+        llama = transformers.LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.kv_heads,
+            head_dim=config.head_dim,
+            max_position_embeddings=config.context_length,
+            rms_norm_eps=config.norm_eps,
+            attention_bias=config.attention_bias,
+            mlp_bias=config.mlp_bias,
+            tie_word_embeddings=config.tied,
+            **keys,
+        )
+    except Exception as error:  # its validation raises classes of its own
+        raise CheckpointError("transformers refuses this config", why=short(error)) from None
+    llama._attn_implementation = "sdpa"
+    return llama
+
+
+def read(decoder: Decoder, name: str) -> torch.Tensor:
+    """A tensor in float32 on the decoder's device, in memory that nothing else uses."""
+    import torch
+
+    array = decoder.source.float32(name)
+    # A copy in torch's own alignment: equal weights then give bit-equal products, wherever they came from.
+    tensor = torch.empty(array.shape, dtype=torch.float32)
+    np.copyto(tensor.numpy(), array)
+    return tensor.to(decoder.device)
+
+
+def embed(weight: torch.Tensor, windows: IntArray, dtype: torch.dtype) -> torch.Tensor:
+    """Token ids [n, length] to hidden states [n, length, d]; UsageError for an id outside the table."""
+    import torch
+
+    if windows.ndim != 2 or not windows.size:
+        raise UsageError(f"windows of tokens have the shape {list(windows.shape)}, should be [n, length]")
+    if windows.min() < 0 or windows.max() >= weight.shape[0]:
+        raise UsageError(
+            f"a token id is outside the {weight.shape[0]} rows of the embedding",
+            why=f"ids go from {windows.min()} to {windows.max()}",
+            hint="The tokenizer is not this model's",
+        )
+    ids = torch.as_tensor(windows, dtype=torch.int64).to(weight.device)
+    return weight[ids].to(dtype)
+
+
+def load_block(decoder: Decoder, index: int) -> Block:
+    """Read and assemble one decoder layer."""
+    names = decoder.blocks[index]
+    weights = {name: read(decoder, name).to(decoder.dtype) for name in names.values()}
+    return assemble_block(decoder, index, weights)
+
+
+def assemble_block(decoder: Decoder, index: int, weights: Mapping[str, torch.Tensor]) -> Block:
+    """One decoder layer of the weights given by tensor name; they are used, not copied."""
+    import torch
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    names = decoder.blocks[index]
+    with torch.device("meta"):
+        module = LlamaDecoderLayer(decoder.llama, index)
+    state = {attribute: weights[name] for attribute, name in names.items()}
+    module.load_state_dict(state, strict=True, assign=True)
+    module.requires_grad_(False).eval()
+    linears = {
+        names[f"{attribute}.weight"]: part
+        for attribute, part in module.named_modules()
+        if isinstance(part, torch.nn.Linear)
+    }
+    return Block(index, module, linears)
+
+
+def run_block(
+    decoder: Decoder, block: Block, hidden: torch.Tensor, observers: Mapping[str, Observer] | None = None
+) -> torch.Tensor:
+    """Hidden states [n, length, d] through one block, in batches of windows; returns new states.
+
+    `observers` are called with the input [batch, length, in] of the linear whose tensor they are named
+    by, before it is applied.
+    """
+    import torch
+
+    out = torch.empty_like(hidden)
+    with torch.no_grad(), _watching(block, observers or {}):
+        for rows in batches(decoder, hidden.shape[0], hidden.shape[1]):
+            x = hidden[rows]
+            positions = torch.arange(x.shape[1], device=x.device)[None]
+            result = block.module(
+                x,
+                attention_mask=None,  # none asks sdpa for its causal kernel
+                position_ids=positions,
+                position_embeddings=decoder.rotary(x, positions),
+            )
+            out[rows] = result[0] if isinstance(result, tuple) else result
+    return out
+
+
+def batches(decoder: Decoder, windows: int, length: int) -> Iterator[slice]:
+    """Slices of the windows so that each holds about `decoder.batch_tokens` tokens."""
+    step = max(1, decoder.batch_tokens // length)
+    for start in range(0, windows, step):
+        yield slice(start, min(start + step, windows))
+
+
+@contextmanager
+def _watching(block: Block, observers: Mapping[str, Observer]) -> Iterator[None]:
+    def hook(observer: Observer) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:
+        return lambda module, args: observer(args[0])
+
+    handles = [block.linears[name].register_forward_pre_hook(hook(o)) for name, o in observers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def logits(decoder: Decoder, norm: torch.Tensor, head: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """Final norm and head: hidden states [tokens, d] to logits [tokens, vocab] in float32.
+
+    `norm` [d] and `head` [vocab, d] are in the decoder's dtype. The caller chooses how many tokens at once.
+    """
+    import torch
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    with torch.device("meta"):
+        final = LlamaRMSNorm(decoder.config.hidden_size, eps=decoder.config.norm_eps)
+    final.load_state_dict({"weight": norm}, assign=True)
+    with torch.no_grad():
+        return torch.nn.functional.linear(final(hidden), head).float()
+
+
+def forward_flops(config: ModelConfig, length: int) -> float:
+    """Floating-point operations per token of one forward pass over windows of `length` tokens."""
+    dims = config.dims
+    block = dims["d"] * (2 * dims["q"] + 2 * dims["kv"] + 3 * dims["ff"]) + dims["q"] * length
+    return 2.0 * (config.layers * block + dims["d"] * dims["v"])
+
+
+def finite(hidden: torch.Tensor) -> bool:
+    """Whether every value is a number; one pass, no mask in memory."""
+    return math.isfinite(float(hidden.abs().max()))

@@ -1,0 +1,152 @@
+"""What a conversion of each type must reach to pass, and the verdict.
+
+The limits are meant to separate a faithful conversion of any real model from a defect. They were set from
+measured conversions of small models (benchmarks in the README), which suffer more than big ones, with about
+twice their error as room. They are no statement about how good a type is.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeVar
+
+from dsconvert.errors import UsageError
+from dsconvert.events import Check
+
+if TYPE_CHECKING:
+    from dsconvert.figures import Figures, TensorError
+
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Limits: mean KL divergence in nats, PPL(Q)/PPL(base), share of tokens with the same top token."""
+
+    max_kld: float
+    max_ppl_ratio: float
+    min_top1: float
+
+
+LIMITS: dict[str, Thresholds] = {
+    "f32": Thresholds(1e-6, 1.0001, 0.999),
+    "f16": Thresholds(1e-3, 1.005, 0.98),
+    "bf16": Thresholds(1e-3, 1.005, 0.98),
+    "q8_0": Thresholds(0.005, 1.01, 0.97),
+    "q6_k": Thresholds(0.02, 1.02, 0.94),
+    "q5": Thresholds(0.06, 1.06, 0.90),
+    "q4": Thresholds(0.20, 1.20, 0.82),
+    "q4_0": Thresholds(0.60, 1.60, 0.70),
+    "q3": Thresholds(0.60, 1.60, 0.70),
+    "q2": Thresholds(1.50, 3.00, 0.50),
+}
+
+# The least signal to noise in dB of a tensor stored in a type. Weights in the wrong place give -3 dB, zeroed
+# ones 0 dB, whatever the type; Gaussian weights give about 6 dB per bit.
+SNR_FLOOR: dict[str, float] = {
+    "f32": 100.0,
+    "f16": 40.0,
+    "bf16": 40.0,
+    "q8_0": 30.0,
+    "q6_k": 22.0,
+    "q5": 15.0,
+    "q4": 10.0,
+    "q3": 5.0,
+    "q2": 3.0,
+}
+ANY_FLOOR = 3.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether every check held, and the sentence of each that did not."""
+
+    passed: bool
+    reasons: tuple[str, ...]
+    checks: tuple[Check, ...]
+
+
+def thresholds_for(
+    quant: str,
+    *,
+    max_kld: float | None = None,
+    max_ppl_ratio: float | None = None,
+    min_top1: float | None = None,
+) -> Thresholds:
+    """The limits of a type or mixture ("q4_k_m"), each replaced by the one given.
+
+    Raises UsageError for an unknown type unless all three are given.
+    """
+    given = {"max_kld": max_kld, "max_ppl_ratio": max_ppl_ratio, "min_top1": min_top1}
+    changes = {name: value for name, value in given.items() if value is not None}
+    base = _row(LIMITS, quant)
+    if base is None:
+        if len(changes) < len(given):
+            raise UsageError(
+                f"there are no thresholds for {quant!r}",
+                why=f"known: {', '.join(LIMITS)} and their mixtures",
+                hint="Give --max-kld, --max-ppl-ratio and --min-top1",
+            )
+        return Thresholds(**changes)
+    return replace(base, **changes)
+
+
+def snr_floor(tensor_type: str) -> float:
+    """The least signal to noise in dB that a tensor of this type must have."""
+    floor = _row(SNR_FLOOR, tensor_type)
+    return ANY_FLOOR if floor is None else floor
+
+
+def _row(table: dict[str, Row], name: str) -> Row | None:
+    """The row of `name`, or of its number of bits: q4_k_m -> q4."""
+    name = name.lower()
+    return table.get(name, table.get(name[:2] if name.startswith("q") else name))
+
+
+def judge_figures(figures: Figures, limits: Thresholds) -> list[Check]:
+    """The three checks of the whole model's output."""
+    kld, ratio, top = figures.kld.value, figures.ppl_ratio.value, figures.same_top.value
+    return [
+        Check("mean KLD", kld <= limits.max_kld, f"mean KLD {kld:.3g}, limit {limits.max_kld:g}", kld),
+        Check(
+            "PPL ratio",
+            ratio <= limits.max_ppl_ratio,
+            f"PPL(Q)/PPL(base) {ratio:.5g}, limit {limits.max_ppl_ratio:g}",
+            ratio,
+        ),
+        Check(
+            "same top p",
+            top >= limits.min_top1,
+            f"same top token for {top:.2%} of tokens, limit {limits.min_top1:.2%}",
+            top,
+        ),
+    ]
+
+
+def judge_tensors(tensors: tuple[TensorError, ...]) -> list[Check]:
+    """One check per tensor below its type's floor, or one that says that none is."""
+    bad = [t for t in tensors if not t.snr >= snr_floor(t.type)]  # a NaN is below every floor
+    if not bad:
+        worst = min(tensors, key=lambda t: t.snr - snr_floor(t.type))
+        text = f"{len(tensors)} tensors above their type's floor; nearest to it: {worst.name}"
+        return [Check("weights", True, f"{text}, {_decibel(worst.snr)} ({worst.type})", worst.snr)]
+    return [
+        Check(
+            "weights",
+            False,
+            f"{t.name}: signal to noise {_decibel(t.snr)}, {t.type} should reach {snr_floor(t.type):g} dB",
+            t.snr,
+        )
+        for t in sorted(bad, key=lambda t: (not math.isnan(t.snr), t.snr))
+    ]
+
+
+def _decibel(value: float) -> str:
+    return "not a number (non-finite values)" if math.isnan(value) else f"{value:.1f} dB"
+
+
+def verdict(checks: list[Check]) -> Verdict:
+    """Passed when every check held, and there was at least one."""
+    reasons = tuple(check.detail for check in checks if not check.passed)
+    return Verdict(bool(checks) and not reasons, reasons, tuple(checks))

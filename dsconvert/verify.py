@@ -1,0 +1,230 @@
+"""Compares two models over the same text, block by block, side by side.
+
+The models are WeightSources, so a checkpoint can be held against any format, with no target runtime. Each
+pair of blocks is read, compared, used and dropped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from dsconvert import streaming as st
+from dsconvert.arch import WeightSource
+from dsconvert.config import ModelConfig
+from dsconvert.errors import CheckpointError
+from dsconvert.events import Check, Event, Step
+from dsconvert.figures import (
+    BlockError,
+    Figures,
+    IntArray,
+    TensorError,
+    TokenFigures,
+    hidden_error,
+    joined,
+    snr,
+    summary,
+    token_figures,
+)
+from dsconvert.thresholds import Thresholds, Verdict, judge_figures, judge_tensors, verdict
+from dsconvert.windows import Windows
+
+if TYPE_CHECKING:
+    import torch
+
+Result = TypeVar("Result")
+LOGITS_AT_ONCE = 1 << 23  # values of one float64 [tokens, vocab] array: 64 MB
+
+
+@dataclass(frozen=True)
+class BlockCompared(Event):
+    """One block of both models has run; `index` counts from 0 to `layers` - 1."""
+
+    index: int
+    layers: int
+    relative: float
+    cosine: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison found. `figures` and `tokens` are None when a model broke: `broken` says where."""
+
+    figures: Figures | None
+    tokens: TokenFigures | None
+    blocks: tuple[BlockError, ...]
+    tensors: tuple[TensorError, ...]
+    config: tuple[str, ...] = ()
+    broken: str = ""
+
+
+def result(run: Generator[Event, None, Result]) -> Result:
+    """Run a generator of events to its end and return its value, dropping the events."""
+    while True:
+        try:
+            next(run)
+        except StopIteration as end:
+            value: Result = end.value
+            return value
+
+
+def compare(
+    reference: WeightSource,
+    candidate: WeightSource,
+    config: ModelConfig,
+    windows: Windows,
+    *,
+    candidate_config: ModelConfig | None = None,
+    device: str = "auto",
+    dtype: str | None = None,
+    token_bytes: IntArray | None = None,
+) -> Generator[Event, None, Comparison]:
+    """Run both models over the windows and compare every tensor, block and scored prediction.
+
+    `candidate_config` is what the candidate's own file states, the reference's when None. Yields Step and
+    BlockCompared, returns the Comparison. A model that gives a value that is not a number ends the run and
+    is named in `broken`. Raises PlanError and CheckpointError when a source cannot be run at all, and
+    UsageError for a device, a dtype, or token ids outside the vocabulary.
+    """
+    other = candidate_config or config
+    _check_sizes(config, other)
+    place = st.pick_device(device)
+    kind = st.pick_dtype(dtype, place)
+    pair = (st.open_decoder(reference, config, place, kind), st.open_decoder(candidate, other, place, kind))
+    run = _Run(pair, windows, tuple(differences(config, other)), [], [])
+    yield Step(f"comparing {config.layers} blocks over {windows.tokens.size} tokens on {place} in {kind}")
+    weights = run.read(st.EMBED, st.EMBED)
+    hidden = [st.embed(weight, windows.tokens, kind) for weight in weights]
+    del weights
+    for index in range(config.layers):
+        relative, cosine, broken = run.block(index, hidden)
+        if broken:
+            return run.ended(broken)
+        yield BlockCompared(index, config.layers, relative, cosine)
+    yield Step(f"scoring {windows.scored} predictions")
+    tokens, broken = run.score(hidden)
+    if tokens is None:
+        return run.ended(broken)
+    return Comparison(summary(tokens, token_bytes), tokens, tuple(run.blocks), tuple(run.tensors), run.config)
+
+
+def differences(reference: ModelConfig, candidate: ModelConfig) -> list[str]:
+    """The numbers that change what a decoder computes and that differ; floats as float32 can hold them."""
+    names = ("rope_theta", "norm_eps", "heads", "kv_heads", "head_dim", "rope_scaling")
+    found = []
+    for name in names:
+        a, b = getattr(reference, name), getattr(candidate, name)
+        if isinstance(a, float) and isinstance(b, float) and math.isclose(a, b, rel_tol=1e-6):
+            continue
+        if a != b:
+            found.append(f"{name} is {b}, the reference has {a}")
+    return found
+
+
+def judge(comparison: Comparison, limits: Thresholds) -> Verdict:
+    """Hold a comparison against the limits: figures, every tensor, config; a broken model fails."""
+    checks = [Check("config", False, text) for text in comparison.config]
+    checks += judge_tensors(comparison.tensors)
+    if comparison.figures is None:
+        checks.append(Check("finite", False, comparison.broken))
+    else:
+        checks += judge_figures(comparison.figures, limits)
+    return verdict(checks)
+
+
+def _check_sizes(reference: ModelConfig, candidate: ModelConfig) -> None:
+    for name in ("layers", "hidden_size", "vocab_size"):
+        a, b = getattr(reference, name), getattr(candidate, name)
+        if a != b:
+            raise CheckpointError(
+                "the two are not the same model",
+                why=f"{name} is {b}, the reference has {a}",
+                hint="Give the checkpoint that the output was made from",
+            )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A comparison under way: the two decoders and what has been found so far."""
+
+    pair: tuple[st.Decoder, st.Decoder]
+    windows: Windows
+    config: tuple[str, ...]
+    blocks: list[BlockError]
+    tensors: list[TensorError]
+
+    def ended(self, broken: str) -> Comparison:
+        return Comparison(None, None, tuple(self.blocks), tuple(self.tensors), self.config, broken)
+
+    def read(self, *names: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same tensor of both, in the decoders' dtype, its error noted before it is rounded to it."""
+        base, candidate = (st.read(d, name) for d, name in zip(self.pair, names, strict=True))
+        kind = self.pair[1].source.dtype(names[1])
+        self.tensors.append(TensorError(names[1], kind, tuple(candidate.shape), snr(base, candidate)))
+        dtype = self.pair[0].dtype
+        return base.to(dtype), candidate.to(dtype)
+
+    def block(self, index: int, hidden: list[torch.Tensor]) -> tuple[float, float, str]:
+        """Run block `index` of both; `hidden` is replaced. Returns the error, and who broke if one did."""
+        names = self.pair[0].blocks[index].values()
+        both = {name: self.read(name, name) for name in names}
+        for side, decoder in enumerate(self.pair):
+            block = st.assemble_block(decoder, index, {name: pair[side] for name, pair in both.items()})
+            hidden[side] = st.run_block(decoder, block, hidden[side])
+            if not st.finite(hidden[side]):
+                return (
+                    math.nan,
+                    math.nan,
+                    f"{_who(side)} gives non-finite values after block {index}",
+                )
+        parts = [
+            hidden_error(hidden[0][rows], hidden[1][rows])
+            for rows in st.batches(self.pair[0], len(hidden[0]), self.windows.length)
+        ]
+        relative, cosine = (
+            float(np.concatenate([part[i].cpu().numpy().ravel() for part in parts]).mean(dtype=np.float64))
+            for i in (0, 1)
+        )
+        self.blocks.append(BlockError(index, relative, cosine))
+        return relative, cosine, ""
+
+    def score(self, hidden: list[torch.Tensor]) -> tuple[TokenFigures | None, str]:
+        """The figures of every scored prediction, or who broke."""
+        import torch
+
+        norms = self.read(st.NORM, st.NORM)
+        heads = self.head()
+        step = max(1, LOGITS_AT_ONCE // self.pair[0].config.vocab_size)
+        parts: list[dict[str, Any]] = []
+        for window, first in enumerate(self.windows.first.tolist()):
+            for start in range(first, self.windows.length - 1, step):
+                rows = slice(start, min(start + step, self.windows.length - 1))
+                both = [
+                    st.logits(decoder, norm, head, states[window, rows])
+                    for decoder, norm, head, states in zip(self.pair, norms, heads, hidden, strict=True)
+                ]
+                for side, values in enumerate(both):
+                    if not st.finite(values):
+                        return None, f"{_who(side)} gives non-finite logits in window {window}"
+                targets = self.windows.tokens[window, rows.start + 1 : rows.stop + 1]
+                part = token_figures(both[0], both[1], torch.as_tensor(targets).to(both[0].device))
+                positions = np.arange(rows.start, rows.stop)
+                part |= {"window": np.full(len(targets), window), "position": positions, "target": targets}
+                parts.append(part)
+        return joined(parts), ""
+
+    def head(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The heads of both; a tied pair's error is the embedding's, noted already."""
+        names = [decoder.head for decoder in self.pair]
+        if names == [st.EMBED, st.EMBED]:
+            base, candidate = (st.read(d, st.EMBED).to(d.dtype) for d in self.pair)
+            return base, candidate
+        return self.read(*names)
+
+
+def _who(side: int) -> str:
+    return ("the reference", "the candidate")[side]
