@@ -24,6 +24,9 @@ F16_PAIR, F32_PAIR = struct.pack("<ii", 1, 1), struct.pack("<ii", 0, 0)  # ggml_
 # A model needs four null pointers before its flags, a context two before and after its cache types.
 FLAGS_AFTER = bytes(32)
 CACHE_AROUND = bytes(16)
+# Four choices left to the library (RoPE scaling, pooling, attention, flash attention), then two zero floats.
+MINUS_ONE = struct.pack("<i", -1)
+FLASH_LAST = MINUS_ONE * 4 + bytes(8)
 
 _LOG_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 
@@ -152,9 +155,14 @@ def set_vocab_only(params: Params) -> None:
     )
 
 
-def set_float32_cache(params: Params) -> None:
-    """Turn the key and value types from float16, the default, to float32, if they can be found."""
+def set_float32_attention(params: Params) -> None:
+    """Ask for attention in float32: no flash attention, whose CPU code rounds keys and values to float16
+    whatever the cache holds, and a float32 cache. A field that cannot be found keeps its default.
+    """
     raw = bytes(params.raw)
+    for at in range(16, 64, 4):
+        if raw[at : at + 24] == FLASH_LAST and raw[at - 4 : at] != MINUS_ONE:
+            params.raw[at + 12 : at + 16] = list(bytes(4))
     for at in range(64, 144, 8):
         around = raw[at - 16 : at] + raw[at + 8 : at + 24]
         if raw[at : at + 8] == F16_PAIR and around == CACHE_AROUND * 2:

@@ -1,8 +1,8 @@
 """llama.cpp as a judge: token ids and logits of a GGUF file from the runtime that people run it with.
 
-The library is the one inside the `xllamacpp` wheel, called through its C interface (llama.h). Everything
-runs on the CPU with a float32 key/value cache, so that what differs from a float32 evaluation is the
-file's doing, or the runtime's own arithmetic (bf16 and quantized types round the activations as well).
+The library is the one inside the `xllamacpp` wheel, called through its C interface. Everything runs on the
+CPU with float32 attention and key/value cache, so that what differs from a float32 evaluation is the file's
+doing, or the runtime's own arithmetic: bf16 and quantized types round the activations as well.
 
 llama.cpp aborts the whole process on some malformed files and on unbroken runs of about 26,000
 characters; a caller with input it does not trust runs the engine in a process of its own.
@@ -28,7 +28,7 @@ from dsconvert.engines.llama_h import (
     WARN,
     open_library,
     read_string,
-    set_float32_cache,
+    set_float32_attention,
     set_vocab_only,
 )
 from dsconvert.errors import ConversionError, UsageError
@@ -70,7 +70,7 @@ class Engine:
     def _open_context(self, n_ctx: int, threads: int) -> None:
         params = self._lib.llama_context_default_params()
         struct.pack_into("<III", params.raw, 0, n_ctx, CHUNK, CHUNK)  # n_ctx, n_batch, n_ubatch
-        set_float32_cache(params)
+        set_float32_attention(params)
         self._context = self._lib.llama_init_from_model(self._model, params)
         if not self._context:
             error = self._failed("gives no context in llama.cpp")
@@ -78,9 +78,14 @@ class Engine:
             raise error
         self._lib.llama_set_n_threads(self._context, threads, threads)
         self.n_ctx: int = self._lib.llama_n_ctx(self._context)
-        said = " ".join(line for _, line in self._log.lines)
-        kinds = re.search(r"K \((\w+)\).*?V \((\w+)\)", said)
-        self.cache_types: tuple[str, ...] = kinds.groups() if kinds else ()
+        self.arithmetic: dict[str, str] = self._arithmetic()
+
+    def _arithmetic(self) -> dict[str, str]:
+        """What the runtime says it really uses: the types of the cache, and flash attention or not."""
+        said = "\n".join(line for _, line in self._log.lines)
+        patterns = {"keys": r"\bK \((\w+)\)", "values": r"\bV \((\w+)\)", "flash": r"flash_attn\s*=\s*(\w+)"}
+        found = {name: re.search(pattern, said) for name, pattern in patterns.items()}
+        return {name: match.group(1) if match else "unknown" for name, match in found.items()}
 
     def _failed(self, what: str) -> ConversionError:
         reasons = self._log.at(ERROR) or ("llama.cpp gave no reason",)
