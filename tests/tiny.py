@@ -180,7 +180,7 @@ def _write_weights(folder: Path, stored: Mapping[str, Array], options: Tiny) -> 
     stem, ending = ("model", "safetensors") if options.format == "safetensors" else ("pytorch_model", "bin")
     names = list(stored)
     parts = [names[i :: options.shards] for i in range(options.shards)]
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, part in enumerate(parts, 1):
         number_of = f"-{number:05d}-of-{options.shards:05d}" if options.shards > 1 else ""
         path = folder / f"{stem}{number_of}.{ending}"
