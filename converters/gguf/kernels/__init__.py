@@ -1,6 +1,7 @@
 """Quantization kernels: rows of bf16, f16 or f32 to ggml blocks, byte for byte as ggml's reference does.
 
-Contract of the package (`quantize` is the only name that other packages use):
+Contract of the package (`quantize` is the only name that other packages need; `warm` and `compiled` let
+them say when the first run compiles):
 
     quantize(qtype, rows, out) -> flags
 
@@ -10,9 +11,154 @@ Contract of the package (`quantize` is the only name that other packages use):
 - flags: NONFINITE when an input is NaN or infinite, OVERFLOW when a finite input became infinite in a
   float16 of the output; 0 otherwise.
 - Pure: no state, no allocation beyond a small scratch, GIL released, callable from many threads at once.
+
+numba is imported by the first call, not with this package.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from converters.gguf.qtypes import QType
+
+Array = npt.NDArray[Any]
+Bytes = npt.NDArray[np.uint8]
+Kernel = Callable[[Array, Array], int]
+
 NONFINITE = 1
 OVERFLOW = 2
+
+SOURCES: dict[str, np.dtype[Any]] = {
+    "bf16": np.dtype(np.uint16),
+    "f16": np.dtype(np.float16),
+    "f32": np.dtype(np.float32),
+}
+# Values that are widened at a time where a kernel takes float32 only: 128 KiB, which stays in a core's cache.
+SLAB = 1 << 15
+# Where the float16 scales lie in a block of the k-quants, and its bytes (ggml-common.h).
+SCALES: dict[str, tuple[int, ...]] = {
+    "q2_k": (80, 82),
+    "q3_k": (108,),
+    "q4_k": (0, 2),
+    "q5_k": (0, 2),
+    "q6_k": (208,),
+}
+# Bits of a source by their width, and the unit of `out` where it is not bytes.
+_UNSIGNED = {2: np.uint16, 4: np.uint32}
+_UNITS = {"f16": np.uint16, "bf16": np.uint16, "f32": np.float32}
+
+
+def quantize(qtype: QType, rows: Array, out: Bytes) -> int:
+    """Quantize `rows` into `out` and give flags; see the contract above.
+
+    Raises ValueError when the arrays break the contract.
+    """
+    _check(qtype, rows, out)
+    if not rows.size:
+        return 0
+    flat, target = rows.reshape(-1), out.reshape(-1)
+    direct = _direct(qtype.name, rows.dtype)
+    if direct is not None and rows.flags.aligned:
+        return direct(_bits(flat, qtype), _units(target, qtype))
+    return _by_slabs(qtype, flat, target)
+
+
+def warm(qtypes: Iterable[QType], source: str) -> None:
+    """Load or compile the kernels from `source` ("bf16", "f16" or "f32") to each of `qtypes`.
+
+    Call it once before threads start; `compiled` tells whether it will take seconds.
+    """
+    from converters.gguf.kernels.compile import mark
+
+    for qtype in qtypes:
+        rows = np.zeros((1, max(qtype.block, 256)), dtype=SOURCES[source])
+        quantize(qtype, rows, np.zeros((1, qtype.nbytes(rows.size)), dtype=np.uint8))
+        mark(f"{source}-{qtype.name}")
+
+
+def compiled(qtypes: Iterable[QType], source: str) -> bool:
+    """Whether the kernels from `source` to each of `qtypes` are in the user's cache already."""
+    from converters.gguf.kernels.compile import marked
+
+    return all(marked(f"{source}-{qtype.name}") for qtype in qtypes)
+
+
+def _check(qtype: QType, rows: Array, out: Bytes) -> None:
+    if rows.dtype not in SOURCES.values() or rows.ndim != 2 or not rows.flags.c_contiguous:
+        raise ValueError(
+            f"rows must be C-contiguous uint16, float16 or float32, is {rows.dtype} {rows.shape}"
+        )
+    if rows.shape[1] % qtype.block:
+        raise ValueError(f"{qtype.name} needs rows of a multiple of {qtype.block}, not {rows.shape[1]}")
+    expected = (rows.shape[0], qtype.nbytes(rows.shape[1]))
+    if out.dtype != np.uint8 or out.shape != expected or not out.flags.c_contiguous:
+        raise ValueError(f"out must be C-contiguous uint8 {expected}, is {out.dtype} {out.shape}")
+
+
+def _direct(name: str, source: np.dtype[Any]) -> Kernel | None:
+    """The kernel that takes the source's own bits; None where they must be widened first."""
+    from converters.gguf.kernels import blocks, widen
+
+    if source == np.float16:
+        from_f16: dict[str, Kernel] = {"f16": widen.copy_f16, "f32": widen.widen_f16}
+        return from_f16.get(name)
+    kernels: dict[str, Kernel] = {
+        "f32": widen.widen,
+        "f16": widen.narrow_f16,
+        "bf16": widen.copy_bf16 if source == np.uint16 else widen.narrow_bf16,
+        "q8_0": blocks.q8_0,
+        "q4_0": blocks.q4_0,
+        "q4_1": blocks.q4_1,
+        "q5_0": blocks.q5_0,
+        "q5_1": blocks.q5_1,
+    }
+    return kernels.get(name)
+
+
+def _by_slabs(qtype: QType, flat: Array, out: Bytes) -> int:
+    """Quantize by way of a small float32 scratch; blocks know no rows, so a slab is any run of blocks."""
+    from converters.gguf.kernels import widen
+
+    scratch = np.empty(min(SLAB, flat.size), dtype=np.float32)
+    take = widen.widen_f16 if flat.dtype == np.float16 else widen.widen
+    kernel = _direct(qtype.name, scratch.dtype)
+    flags = 0
+    for start in range(0, flat.size, SLAB):
+        source = flat[start : start + SLAB]
+        source = source if source.flags.aligned else source.copy()
+        slab = scratch[: source.size]
+        part = out[qtype.nbytes(start) : qtype.nbytes(start + source.size)]
+        widened = take(_read_only(source.view(_UNSIGNED[source.itemsize])), slab)
+        result = kernel(_bits(slab, qtype), _units(part, qtype)) if kernel else _k_quant(qtype, slab, part)
+        # An overflow is told of finite values only.
+        flags |= widened or result
+    return flags
+
+
+def _k_quant(qtype: QType, slab: Array, out: Bytes) -> int:
+    from converters.gguf.kernels.kquants import KERNELS
+
+    KERNELS[qtype.name](slab.reshape(1, -1), out.reshape(1, -1))
+    exponents = [out.reshape(-1, qtype.size)[:, at + 1] & 0x7C for at in SCALES[qtype.name]]
+    return OVERFLOW if any(bool((exponent == 0x7C).any()) for exponent in exponents) else 0
+
+
+def _bits(flat: Array, qtype: QType) -> Array:
+    """Values as bits, [n] or [n_blocks, block], in the one array type that kernels are compiled for."""
+    bits = flat.view(_UNSIGNED[flat.itemsize])
+    return _read_only(bits if qtype.block == 1 else bits.reshape(-1, qtype.block))
+
+
+def _read_only(array: Array) -> Array:
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+def _units(out: Bytes, qtype: QType) -> Array:
+    """The output in its kernel's units: [n] values or [n_blocks, size] bytes."""
+    return out.view(_UNITS[qtype.name]) if qtype.block == 1 else out.reshape(-1, qtype.size)

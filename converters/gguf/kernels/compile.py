@@ -1,0 +1,103 @@
+"""How kernels are compiled, and where the compiled code is kept: the user's cache folder.
+
+The only module of the package that decides numba's options. Importing it imports numba.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numba
+from llvmlite.binding import get_host_cpu_features, get_host_cpu_name
+
+from dsconvert import __version__
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+# Strict float32 as the C reference: no contraction, no reordering; x / 0 is inf and not an exception.
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": False, "boundscheck": False}
+
+
+def inlined(function: Function) -> Function:
+    """Compile a helper that kernels call; its code goes into theirs, so nothing is cached for it."""
+    return numba.njit(forceinline=True, **_OPTIONS)(function)  # type: ignore[no-any-return]
+
+
+def kernel(function: Function) -> Function:
+    """Compile a function that `quantize` calls, at its first call, and keep the code in `cache_folder`.
+
+    numba reads its cache folder when a function is decorated; it is set for that moment only.
+    """
+    folder = cache_folder()
+    if folder is None:
+        return numba.njit(**_OPTIONS)(function)  # type: ignore[no-any-return]
+    before = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = str(folder)
+    try:
+        return numba.njit(cache=True, **_OPTIONS)(function)  # type: ignore[no-any-return]
+    finally:
+        numba.config.CACHE_DIR = before
+
+
+@cache
+def cache_folder() -> Path | None:
+    """The folder of the compiled kernels: in the user's cache folder, else a private temporary one.
+
+    Its name carries the version and a digest of what the code depends on, since numba looks for changes
+    only in the file of the kernel itself. None when nothing can be written anywhere. Several processes may
+    share it: numba writes each file under a temporary name and renames it.
+    """
+    name = f"kernels-{__version__}-{_digest()}"
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    base = Path(home) if os.path.isabs(home) else Path(os.path.expanduser("~")) / ".cache"
+    temporary = Path(tempfile.gettempdir()) / f"dsconvert-{_user()}"
+    for folder in (base / "dsconvert" / name, temporary / name):
+        if _usable(folder):
+            return folder
+    return None
+
+
+def mark(name: str) -> None:
+    """Remember that the kernel `name` is in the cache folder, for `marked`."""
+    folder = cache_folder()
+    if folder is not None:
+        with contextlib.suppress(OSError):
+            (folder / f"{name}.compiled").touch()
+
+
+def marked(name: str) -> bool:
+    """Whether `mark` was called for `name`, by any process since the kernels or the machine changed."""
+    folder = cache_folder()
+    return folder is not None and (folder / f"{name}.compiled").exists()
+
+
+def _user() -> str:
+    return str(os.getuid()) if hasattr(os, "getuid") else os.environ.get("USERNAME", "user")
+
+
+def _digest() -> str:
+    """A digest of what the compiled code depends on: these sources, numba, Python, the processor."""
+    machine = (numba.__version__, sys.version, get_host_cpu_name(), get_host_cpu_features().flatten())
+    digest = hashlib.sha256(repr(machine).encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _usable(folder: Path) -> bool:
+    """Whether `folder` can be made and written, and belongs to us: compiled code is run from it."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        owner = folder.stat().st_uid
+        with tempfile.TemporaryFile(dir=folder):
+            return not hasattr(os, "getuid") or owner == os.getuid()
+    except OSError:
+        return False
