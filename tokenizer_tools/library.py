@@ -1,0 +1,116 @@
+"""The `tokenizers` library behind one door: whatever it does with hostile input becomes a TokenizerError.
+
+Its Rust side panics on some malformed files and on `str()` or `repr()` of some of its objects (a
+BaseException that a plain `except Exception` misses), so it is only called here, and none of its objects
+is ever printed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsconvert.errors import TokenizerError
+from tokenizer_tools.steps import PreTokenizer, to_json
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from tokenizers.pre_tokenizers import PreTokenizer as Splitter
+
+EMPTY_BPE = {"type": "BPE", "vocab": {}, "merges": []}
+MAX_BYTES = 1 << 29
+
+
+@contextmanager
+def guarded(doing: str, where: object) -> Iterator[None]:
+    """Turns whatever the library raises, panics included, into a TokenizerError that says `doing`."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, TokenizerError):
+        raise
+    except BaseException as error:
+        raise TokenizerError(
+            f"cannot {doing}",
+            where=where,
+            why=f"the tokenizers library says: {str(error)[:300]}",
+            hint="Fetch the tokenizer files again, or update the tokenizers package",
+        ) from None
+
+
+def open_tokenizer(text: str, where: object = "tokenizer.json") -> Tokenizer:
+    """The tokenizer of a tokenizer.json's text, without truncation and padding.
+
+    Raises TokenizerError when the library does not take it.
+    """
+    from tokenizers import Tokenizer
+
+    with guarded("read the tokenizer", where):
+        tokenizer = Tokenizer.from_str(text)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+    return tokenizer
+
+
+def ids(tokenizer: Tokenizer, texts: Sequence[str], where: object = "tokenizer.json") -> list[list[int]]:
+    """The token ids of each text, nothing added; added tokens inside a text are recognised."""
+    with guarded("encode a text", where):
+        return [e.ids for e in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
+def splitter(spec: PreTokenizer, where: object = "") -> Splitter:
+    """The library's pre-tokenizer object of a spec; raises TokenizerError for a pattern it refuses."""
+    from tokenizers import Tokenizer
+
+    text = json.dumps({"version": "1.0", "model": EMPTY_BPE, "pre_tokenizer": to_json(spec), **_NOTHING})
+    with guarded("build the pre-tokenizer", where):
+        made: Splitter | None = Tokenizer.from_str(text).pre_tokenizer
+    if made is None:
+        raise TokenizerError("the tokenizers library made no pre-tokenizer of the steps", where=where)
+    return made
+
+
+_NOTHING: dict[str, Any] = {
+    "added_tokens": [],
+    "truncation": None,
+    "padding": None,
+    "normalizer": None,
+    "post_processor": None,
+    "decoder": None,
+}
+
+
+def read_text(path: Path) -> str:
+    """A text file whole; raises TokenizerError when it is not there, too big or not UTF-8."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise TokenizerError("is over 512 MiB, no tokenizer file is", where=path)
+        return path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise TokenizerError(
+            "cannot be read", where=path, why=error.strerror or str(error), hint="Fetch the model again"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise TokenizerError(
+            "is not UTF-8 text", where=path, why=str(error), hint="Fetch the file again"
+        ) from None
+
+
+def parse_object(text: str, where: object) -> dict[str, Any]:
+    """The JSON object that `text` is; raises TokenizerError when it is none."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(
+            "is not valid JSON", where=where, why=str(error)[:200], hint="Fetch the file again"
+        ) from None
+    if not isinstance(value, dict):
+        raise TokenizerError("is not a JSON object", where=where, hint="Fetch the file again")
+    return value
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; an absent file is an empty object. Raises TokenizerError otherwise."""
+    return parse_object(read_text(path), path) if path.is_file() else {}

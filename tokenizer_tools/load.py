@@ -1,0 +1,177 @@
+"""Reads the tokenizer of a checkpoint folder, checks it, and states it in a GGUF file's terms.
+
+tokenizer.json is read with the `tokenizers` library, never through a transformers class: those rewrite
+pre-tokenizers and drop BOS from one version to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsconvert.errors import TokenizerError
+from tokenizer_tools import chat_template
+from tokenizer_tools.chat_template import ChatTemplates
+from tokenizer_tools.library import open_tokenizer, parse_object, read_object, read_text
+from tokenizer_tools.special import additions, check_bytes, normalizer, special_ids
+from tokenizer_tools.steps import PreTokenizer, extract
+from tokenizer_tools.vocabulary import (
+    UNUSED,
+    AddedToken,
+    added_tokens,
+    read_merges,
+    read_vocab,
+    rows_of,
+    with_config,
+)
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+@dataclass(frozen=True)
+class TokenizerData:
+    """A byte-level BPE tokenizer in a GGUF file's terms.
+
+    `tokens` and `types` have one entry per embedding row, of which the first `used` may be tokens; `merges`
+    are "left right"; `normalizer` is "" or "nfc". `json` is the text of tokenizer.json as read, `tokenizer`
+    the library's object made of it (never print that: its repr can panic). `notes` are for the user.
+    """
+
+    tokens: tuple[str, ...] = field(repr=False)
+    types: tuple[int, ...] = field(repr=False)
+    merges: tuple[str, ...] = field(repr=False)
+    added: tuple[AddedToken, ...] = field(repr=False)
+    special: Mapping[str, int]
+    add_bos: bool
+    add_eos: bool
+    ignore_merges: bool
+    normalizer: str
+    spec: PreTokenizer
+    chat: ChatTemplates = field(repr=False)
+    json: str = field(repr=False)
+    tokenizer: Tokenizer = field(repr=False, compare=False)
+    source: Path
+    used: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def bos_id(self) -> int | None:
+        """The id of BOS, or None."""
+        return self.special.get("bos")
+
+    @property
+    def first_id(self) -> int | None:
+        """The id that goes before every text (BOS where it is added), or None."""
+        return self.bos_id if self.add_bos else None
+
+    @property
+    def chat_template(self) -> str | None:
+        """The default chat template's text, or None."""
+        return self.chat.default or None
+
+    @property
+    def eos_id(self) -> int | None:
+        """The id of EOS, or None."""
+        return self.special.get("eos")
+
+
+def load_tokenizer(folder: Path, rows: int) -> TokenizerData:
+    """The tokenizer of a checkpoint folder for an embedding of `rows` rows.
+
+    Raises TokenizerError when the files are missing, damaged or contradict each other, when the tokenizer
+    is no byte-level BPE, and when it does something that no GGUF key can state.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        spm = (folder / "tokenizer.model").is_file()
+        raise TokenizerError(
+            "there is no tokenizer.json",
+            where=folder,
+            why="tokenizer.model is a SentencePiece tokenizer, which is not supported" if spm else "",
+            hint="Fetch tokenizer.json, or save one with transformers' save_pretrained",
+        )
+    text = read_text(path)
+    library = open_tokenizer(text, path)
+    raw = parse_object(text, path)
+    config_path = path.with_name("tokenizer_config.json")
+    config = read_object(config_path)
+    notes: list[str] = []
+    model = _model(raw, path)
+    vocab = read_vocab(model, path)
+    added = with_config(added_tokens(raw, library, vocab, path), vocab, config, config_path)
+    tokens, types, used = rows_of(vocab, added, rows, path)
+    known = {token: i for i, token in enumerate(tokens[:used]) if types[i] != UNUSED}
+    control = [token.id for token in added.values() if token.special]
+    named, named_notes = special_ids(folder, config, known, control)
+    special = _with_unk(named, known, model)
+    notes += named_notes
+    notes += check_bytes(vocab, model.get("unk_token"), path)
+    chat = chat_template.collect(folder)
+    names = {f"{name}_token": tokens[special[name]] if name in special else "" for name in ("bos", "eos")}
+    notes += [*chat.notes, *chat_template.check(chat, **names)]
+    add_bos, add_eos, added_notes = additions(library, config, special, path)
+    kept, kept_notes = normalizer(raw.get("normalizer"), path)
+    notes += [*added_notes, *kept_notes]
+    return TokenizerData(
+        tokens=tokens,
+        types=types,
+        merges=read_merges(model, path),
+        added=tuple(added.values()),
+        special=special,
+        add_bos=add_bos,
+        add_eos=add_eos,
+        ignore_merges=model.get("ignore_merges") is True,
+        normalizer=kept,
+        spec=extract(raw.get("pre_tokenizer"), path),
+        chat=chat,
+        json=text,
+        tokenizer=library,
+        source=path,
+        used=used,
+        notes=tuple(notes),
+    )
+
+
+def _with_unk(special: dict[str, int], known: Mapping[str, int], model: Mapping[str, Any]) -> dict[str, int]:
+    """Adds the model's own unk_token where the configs name none."""
+    unk = model.get("unk_token")
+    return {"unk": known[unk], **special} if isinstance(unk, str) and unk in known else special
+
+
+def _model(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The BPE model object; refuses what is not a plain byte-level BPE, with the reason."""
+    model = raw.get("model")
+    if not isinstance(model, dict):
+        raise TokenizerError("has no model", where=path, hint="Fetch the file again")
+    kind = model.get("type", "BPE")
+    found = ""
+    if kind != "BPE":
+        found = f"a {str(kind)[:40]} model"
+    elif model.get("byte_fallback"):
+        found = "a BPE with byte_fallback (SentencePiece, as Llama 2 has it)"
+    elif not _has_byte_level(raw.get("pre_tokenizer")):
+        found = "a BPE without a ByteLevel pre-tokenizer (SentencePiece style)"
+    elif model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        found = "a BPE with subword prefixes or suffixes"
+    elif model.get("dropout"):
+        found = f"a BPE with dropout {model['dropout']}, which gives random ids"
+    if found:
+        raise TokenizerError(
+            f"is {found}; only byte-level BPE is supported",
+            where=path,
+            hint="llama.cpp's own converter handles SentencePiece tokenizers",
+        )
+    return model
+
+
+def _has_byte_level(raw: object, depth: int = 0) -> bool:
+    if not isinstance(raw, Mapping) or depth > 16:
+        return False
+    inner = raw.get("pretokenizers")
+    if isinstance(inner, list):
+        return any(_has_byte_level(item, depth + 1) for item in inner)
+    # A step of an unknown kind is left to `extract`, which names it.
+    return raw.get("type") not in (None, "Metaspace", "Whitespace", "WhitespaceSplit", "BertPreTokenizer")

@@ -1,0 +1,188 @@
+"""From a tokenizer to GGUF keys and back; the runtime's name for its pre-tokenizer, by proof."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dsconvert.errors import TokenizerError
+from tokenizer_tools import parity
+from tokenizer_tools.library import ids, open_tokenizer, splitter
+from tokenizer_tools.load import TokenizerData
+from tokenizer_tools.rebuild import gguf_keys, rebuild
+from tokenizer_tools.runtimes import RUNTIMES, Runtime, by_name
+from tokenizer_tools.special import byte_alphabet
+from tokenizer_tools.steps import PreTokenizer, Step, extract, from_gguf, to_gguf
+from tokenizer_tools.vocabulary import NORMAL
+
+__all__ = [
+    "PreTokenizer",
+    "Resolution",
+    "Step",
+    "extract",
+    "from_gguf",
+    "gguf_keys",
+    "rebuild",
+    "resolve",
+    "to_gguf",
+]
+
+SHOWN = 12  # ids in an error message
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """The value of `tokenizer.ggml.pre`, whether it is proven, on what evidence, and notes for the user."""
+
+    name: str
+    proven: bool
+    evidence: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first text on which a runtime gives other ids, both ids, and how many texts there were."""
+
+    text: str
+    own: list[int]
+    other: list[int]
+    count: int
+    total: int
+
+    def __str__(self) -> str:
+        own, other = (f"{x[:SHOWN]}{' ...' if len(x) > SHOWN else ''}" for x in (self.own, self.other))
+        return f"on {self.text[:60]!r} the tokenizer gives {own}, the runtime {other}"
+
+
+class _Proof:
+    """The model's own ids on the probe texts and on its tokens' texts, and what a runtime's steps give."""
+
+    def __init__(self, data: TokenizerData) -> None:
+        self.data = data
+        self.trial = open_tokenizer(data.json, data.source)
+        self.tokens = token_texts(data)
+        self.own = {
+            "probes": ids(data.tokenizer, parity.PROBES, data.source),
+            "tokens": ids(data.tokenizer, self.tokens, data.source),
+        }
+
+    def difference(self, row: Runtime, what: str) -> Difference | None:
+        """The first text where the runtime's steps give other ids; `what` is probes or tokens."""
+        texts: Sequence[str] = parity.PROBES if what == "probes" else self.tokens
+        self.trial.pre_tokenizer = splitter(row.runtime, self.data.source)
+        self.trial.model.ignore_merges = row.ignore_merges
+        other = ids(self.trial, texts, self.data.source)
+        own = self.own[what]
+        wrong = [n for n in range(len(texts)) if own[n] != other[n]]
+        if not wrong:
+            return None
+        n = wrong[0]
+        return Difference(texts[n], own[n], other[n], len(wrong), len(texts))
+
+    def failure(self, row: Runtime) -> Difference | None:
+        """None when the runtime gives the model's own ids on all texts."""
+        return self.difference(row, "probes") or self.difference(row, "tokens")
+
+    def evidence(self) -> str:
+        return f"same ids on {len(parity.PROBES)} probe texts and on the texts of {len(self.tokens):,} tokens"
+
+
+def token_texts(data: TokenizerData) -> list[str]:
+    """The text of every normal token whose bytes are UTF-8: words that a runtime must keep whole."""
+    back = {char: byte for byte, char in byte_alphabet().items()}
+    texts = []
+    for token, kind in zip(data.tokens, data.types, strict=True):
+        if kind == NORMAL and all(char in back for char in token):
+            try:
+                texts.append(bytes(back[char] for char in token).decode("utf-8"))
+            except UnicodeDecodeError:
+                continue
+    return texts
+
+
+def resolve(data: TokenizerData, override: str | None = None) -> Resolution:
+    """The name to write as `tokenizer.ggml.pre`, by fingerprint of the steps and by proof.
+
+    The proof: the regexes that the runtime runs under that name, run here on this model's vocabulary and
+    merges, give the same ids as the model's own steps on the probe texts and on the text of every token.
+    `override` is taken as it is, with a note when the proof fails or the name is not known here. Raises
+    TokenizerError when nothing fits, with the pattern and the first text that differ.
+    """
+    proof = _Proof(data)
+    if override is not None:
+        return _overridden(override, proof)
+    matching = [row for row in RUNTIMES if row.source == data.spec]
+    for row in sorted(matching, key=lambda row: row.ignore_merges != data.ignore_merges):
+        if proof.failure(row) is None:
+            return Resolution(row.name, True, f"known steps {data.spec.sha256[:12]}; {proof.evidence()}")
+    fitting = [row for row in RUNTIMES if proof.difference(row, "probes") is None]
+    for same in (_same_pieces, _same_flag):
+        if len(fitting) > 1:
+            fitting = [row for row in fitting if same(row, data)] or fitting
+    if len(fitting) == 1 and proof.difference(fitting[0], "tokens") is None:
+        name = fitting[0].name
+        evidence = f"steps {data.spec.sha256[:12]} are not known, those of {name} fit; {proof.evidence()}"
+        note = f"the pre-tokenizer is spelled otherwise than {name}'s and gives the same ids"
+        return Resolution(name, True, evidence, (note,))
+    raise _unresolved(fitting, matching, proof)
+
+
+def _overridden(name: str, proof: _Proof) -> Resolution:
+    row = by_name(name)
+    if row is None:
+        note = f"the pre-tokenizer name {name!r} is not known here and was written unproven"
+        return Resolution(name, False, "named by the user, not known here", (note,))
+    failure = proof.failure(row)
+    if failure is None:
+        return Resolution(name, True, f"named by the user; {proof.evidence()}")
+    note = (
+        f"the pre-tokenizer {name!r} gives other ids than the checkpoint's own on {failure.count} of "
+        f"{failure.total} texts: {failure}"
+    )
+    return Resolution(name, False, "named by the user against the proof", (note,))
+
+
+def _same_pieces(row: Runtime, data: TokenizerData) -> bool:
+    """Whether the runtime's steps split the probes into the same pieces, whatever the vocabulary."""
+    own, other = splitter(data.spec, data.source), splitter(row.runtime, data.source)
+    return all(own.pre_tokenize_str(t) == other.pre_tokenize_str(t) for t in parity.PROBES)
+
+
+def _same_flag(row: Runtime, data: TokenizerData) -> bool:
+    return row.ignore_merges == data.ignore_merges
+
+
+def _unresolved(fitting: list[Runtime], matching: list[Runtime], proof: _Proof) -> TokenizerError:
+    """The error when no row, or more than one, is proven."""
+    data = proof.data
+    hint = "If you know the runtime's name for it, give it with --pre NAME"
+    if len(fitting) > 1:
+        names = ", ".join(row.name for row in fitting)
+        return TokenizerError(
+            "the pre-tokenizer is none that is known, and this vocabulary cannot tell those known apart",
+            where=data.source,
+            why=f"{names} give the same ids on the probe texts",
+            hint=hint,
+        )
+    rows = fitting or matching or list(RUNTIMES)
+    failures = [(row, proof.failure(row)) for row in rows]
+    nearest, failure = min(failures, key=lambda pair: pair[1].count if pair[1] else 0)
+    return TokenizerError(
+        "no known runtime pre-tokenizer gives this tokenizer's ids",
+        where=data.source,
+        why=f"The nearest is {nearest.name}: {_pattern(data.spec, nearest)}{failure}",
+        hint=hint,
+    )
+
+
+def _pattern(spec: PreTokenizer, row: Runtime) -> str:
+    """Which step differs from the row's, in words."""
+    for n, step in enumerate(spec.steps):
+        other = row.source.steps[n] if n < len(row.source.steps) else None
+        if step != other:
+            theirs = "none" if other is None else f"{other.type} {other.regex[:60]!r}"
+            return f"step {n + 1} is {step.type} {step.regex[:60]!r} (there {theirs}), and "
+    if len(spec.steps) != len(row.source.steps):
+        return "it has more steps, and "
+    return "its steps are the same, the vocabulary has words that it splits, and "

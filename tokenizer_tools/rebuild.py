@@ -1,0 +1,188 @@
+"""A tokenizer's GGUF keys, and the tokenizer rebuilt from such keys alone.
+
+Besides the standard keys (tokenizer.ggml.*, tokenizer.chat_template, tokenizer.huggingface.json) there are
+`dsconvert.pre_tokenizer.*` (see steps.py) and, so that the rebuilt tokenizer is the source's exactly:
+
+    dsconvert.tokenizer.ignore_merges    bool: a piece that is a token is taken whole before any merge
+    dsconvert.tokenizer.normalizer       string, only when there is one: nfc
+    dsconvert.tokenizer.added.FLAG       array of uint32: the added tokens with normalized, lstrip, ...;
+                                         only when there are some
+
+A value is a pair (GGUF type, plain value); the types are string, bool, uint32, and array:TYPE.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from dsconvert.errors import TokenizerError
+from tokenizer_tools.library import open_tokenizer
+from tokenizer_tools.load import TokenizerData
+from tokenizer_tools.runtimes import by_name
+from tokenizer_tools.steps import PreTokenizer, Value, from_gguf, to_gguf, to_json
+from tokenizer_tools.vocabulary import CONTROL, FLAGS, UNUSED, USER_DEFINED
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+GGML = "tokenizer.ggml."
+EXTRA = "dsconvert.tokenizer."
+ID_KEYS = {
+    "bos": GGML + "bos_token_id",
+    "eos": GGML + "eos_token_id",
+    "unk": GGML + "unknown_token_id",
+    "pad": GGML + "padding_token_id",
+}
+
+
+def gguf_keys(data: TokenizerData, pre_name: str) -> dict[str, Value]:
+    """Every tokenizer key of the GGUF file: name -> (value type, value).
+
+    `pre_name` is what `resolve` found. BOS and EOS flags are always written: a runtime's default differs
+    from one pre-tokenizer name to the next.
+    """
+    keys: dict[str, Value] = {
+        GGML + "model": ("string", "gpt2"),
+        GGML + "pre": ("string", pre_name),
+        GGML + "tokens": ("array:string", list(data.tokens)),
+        GGML + "token_type": ("array:int32", list(data.types)),
+        GGML + "merges": ("array:string", list(data.merges)),
+    }
+    keys |= {ID_KEYS[name]: ("uint32", data.special[name]) for name in ID_KEYS if name in data.special}
+    keys[GGML + "add_bos_token"] = ("bool", data.add_bos)
+    keys[GGML + "add_eos_token"] = ("bool", data.add_eos)
+    if data.chat.default:
+        keys["tokenizer.chat_template"] = ("string", data.chat.default)
+    for name, text in data.chat.named.items():
+        keys[f"tokenizer.chat_template.{name}"] = ("string", text)
+    if data.chat.named:
+        keys["tokenizer.chat_templates"] = ("array:string", list(data.chat.named))
+    keys["tokenizer.huggingface.json"] = ("string", data.json)
+    keys |= to_gguf(data.spec)
+    keys[EXTRA + "ignore_merges"] = ("bool", data.ignore_merges)
+    if data.normalizer:
+        keys[EXTRA + "normalizer"] = ("string", data.normalizer)
+    for flag in FLAGS:
+        flagged = [token.id for token in data.added if getattr(token, flag)]
+        if flagged:
+            keys[f"{EXTRA}added.{flag}"] = ("array:uint32", flagged)
+    return keys
+
+
+def rebuild(metadata: Mapping[str, Any], where: object = "") -> Tokenizer:
+    """The `tokenizers.Tokenizer` that a GGUF file's metadata (key -> plain value) states.
+
+    From the tokens, merges and `dsconvert.pre_tokenizer.*`, without a look at tokenizer.huggingface.json;
+    from that one where the spec is not there; else by what the runtime does under `tokenizer.ggml.pre`.
+    Encoding with special tokens adds BOS and EOS as the file says. Raises TokenizerError when the file is
+    of another kind, or names a step or a pre-tokenizer that is not known here.
+    """
+    if metadata.get(GGML + "model") != "gpt2":
+        raise TokenizerError(
+            f"has a {metadata.get(GGML + 'model')!r} tokenizer, only gpt2 (byte-level BPE) is read",
+            where=where,
+        )
+    spec = from_gguf(metadata, where)
+    if spec is not None:
+        return _from_parts(metadata, spec, bool(metadata.get(EXTRA + "ignore_merges")), where)
+    whole = metadata.get("tokenizer.huggingface.json")
+    if isinstance(whole, str):
+        return open_tokenizer(whole, where)
+    name = metadata.get(GGML + "pre")
+    row = by_name(str(name))
+    if row is None:
+        raise TokenizerError(
+            f"names the pre-tokenizer {name!r}, which is not known here, and carries no steps",
+            where=where,
+            hint="Convert the model again from its checkpoint, or use the checkpoint's tokenizer.json",
+        )
+    return _from_parts(metadata, row.runtime, row.ignore_merges, where)
+
+
+def _from_parts(
+    metadata: Mapping[str, Any], spec: PreTokenizer, ignore_merges: bool, where: object
+) -> Tokenizer:
+    tokens, types, merges = (_array(metadata, name, where) for name in ("tokens", "token_type", "merges"))
+    if len(tokens) != len(types):
+        raise TokenizerError("has not one token type for each token", where=where)
+    added = {i: tokens[i] for i, kind in enumerate(types) if kind in (CONTROL, USER_DEFINED)}
+    normal = [i for i, kind in enumerate(types) if kind not in (CONTROL, USER_DEFINED, UNUSED)]
+    # Added tokens behind the model's own get the ids from there on, in order; those among them are also
+    # in the model. A file with gaps has them all in the model.
+    inside = [i for i in added if normal and i < normal[-1]]
+    for members in (inside, added):
+        vocab = {tokens[i]: i for i in sorted([*normal, *members])}
+        text = _tokenizer_json(metadata, spec, vocab, merges, _added(metadata, added, types))
+        text["model"]["ignore_merges"] = ignore_merges
+        made = open_tokenizer(json.dumps(text), where)
+        if all(made.token_to_id(content) == i for i, content in added.items()):
+            return made
+    raise TokenizerError("has added tokens whose ids cannot be rebuilt", where=where)
+
+
+def _array(metadata: Mapping[str, Any], name: str, where: object) -> list[Any]:
+    value = metadata.get(GGML + name)
+    if value is None or isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise TokenizerError(f"has no {GGML}{name}", where=where, hint="Fetch or convert the file again")
+    return list(value)
+
+
+def _added(metadata: Mapping[str, Any], added: Mapping[int, str], types: list[Any]) -> list[dict[str, Any]]:
+    flagged = {flag: set(metadata.get(f"{EXTRA}added.{flag}", ())) for flag in FLAGS}
+    return [
+        {"id": i, "content": content, "special": bool(types[i] == CONTROL)}
+        | {flag: i in flagged[flag] for flag in FLAGS}
+        for i, content in added.items()
+    ]
+
+
+def _tokenizer_json(
+    metadata: Mapping[str, Any],
+    spec: PreTokenizer,
+    vocab: Mapping[str, int],
+    merges: list[Any],
+    added: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """The tokenizer.json of the parts."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    normalizer = {"nfc": {"type": "NFC"}}.get(str(metadata.get(EXTRA + "normalizer")))
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": normalizer,
+        "pre_tokenizer": to_json(spec),
+        "post_processor": _post_processor(metadata) or byte_level,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "vocab": vocab,
+            "merges": merges,
+        },
+    }
+
+
+def _post_processor(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A template that adds BOS and EOS where the file says so and has them."""
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    around: dict[str, list[dict[str, Any]]] = {"bos": [], "eos": []}
+    known = {}
+    for name, pieces in around.items():
+        i = metadata.get(ID_KEYS[name])
+        if metadata.get(f"{GGML}add_{name}_token") and i is not None:
+            pieces.append({"SpecialToken": {"id": name, "type_id": 0}})
+            known[name] = {"id": name, "ids": [int(i)], "tokens": [name]}
+    if not known:
+        return None
+    single = [*around["bos"], text, *around["eos"]]
+    pair = [*single, *around["bos"], {"Sequence": {"id": "B", "type_id": 1}}, *around["eos"]]
+    return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": known}

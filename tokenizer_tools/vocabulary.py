@@ -1,0 +1,156 @@
+"""The vocabulary of a byte-level BPE: tokens, types, added tokens and merges, checked for contradictions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsconvert.errors import TokenizerError
+from tokenizer_tools.library import guarded
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+# llama.cpp's token types (llama.h, llama_token_type); 2 is unknown, 6 a byte of a SentencePiece model.
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+FLAGS = ("normalized", "lstrip", "rstrip", "single_word")
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """An entry of `added_tokens`: matched in the text as it is, before the pre-tokenizer."""
+
+    id: int
+    content: str
+    special: bool
+    normalized: bool
+    lstrip: bool
+    rstrip: bool
+    single_word: bool
+
+
+def read_vocab(model: Mapping[str, Any], path: Path) -> dict[str, int]:
+    """Token -> id of the BPE model; raises TokenizerError when an id is no number or has two tokens."""
+    vocab = model.get("vocab")
+    if not isinstance(vocab, dict) or not all(type(i) is int and i >= 0 for i in vocab.values()):
+        raise TokenizerError("has a vocabulary that is not token to id", where=path)
+    seen: dict[int, str] = {}
+    for token, i in vocab.items():
+        if seen.setdefault(i, token) != token:
+            raise TokenizerError(
+                f"gives the id {i} to two tokens, {seen[i][:60]!r} and {token[:60]!r}",
+                where=path,
+                hint="Fetch the file again",
+            )
+    return vocab
+
+
+def read_merges(model: Mapping[str, Any], path: Path) -> tuple[str, ...]:
+    """The merges as "left right"; both forms of the file; a space inside a part becomes U+0120."""
+    merges = []
+    for entry in model.get("merges") or ():
+        if isinstance(entry, str):
+            if not entry.startswith("#version"):
+                merges.append(entry)
+        elif isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry):
+            merges.append(" ".join(part.replace(" ", "\u0120") for part in entry))
+        else:
+            raise TokenizerError("has a merge that is not a pair of texts", where=path)
+    return tuple(merges)
+
+
+def added_tokens(
+    raw: Mapping[str, Any], library: Tokenizer, vocab: Mapping[str, int], path: Path
+) -> dict[int, AddedToken]:
+    """The added tokens of a tokenizer.json by id, in order of id.
+
+    Raises TokenizerError when the library gives one another id than the file says, or when an id has two.
+    """
+    added: dict[int, AddedToken] = {}
+    owners = {i: token for token, i in vocab.items()}
+    for entry in raw.get("added_tokens") or ():
+        token = _added_token(entry, path)
+        with guarded("look up an added token", path):
+            actual = library.token_to_id(token.content)
+        owner = added[token.id].content if token.id in added else owners.get(token.id, token.content)
+        if actual != token.id or token.id in added or owner != token.content:
+            taken = f"that id belongs to {owner[:60]!r}" if owner != token.content else ""
+            raise TokenizerError(
+                f"the added token {token.content[:60]!r} cannot have the id {token.id} of the file",
+                where=path,
+                why=taken or f"the tokenizers library gives it {actual}",
+                hint="Fetch the file again, or save it anew with the tokenizers library",
+            )
+        added[token.id] = token
+    return dict(sorted(added.items()))
+
+
+def _added_token(entry: Any, path: Path) -> AddedToken:
+    if (
+        not isinstance(entry, dict)
+        or not isinstance(entry.get("content"), str)
+        or not entry["content"]
+        or type(entry.get("id")) is not int
+    ):
+        raise TokenizerError("has an added token without text or id", where=path, hint="Fetch the file again")
+    flags = {name: entry.get(name) is True for name in FLAGS}
+    return AddedToken(entry["id"], entry["content"], entry.get("special") is True, **flags)
+
+
+def with_config(
+    added: Mapping[int, AddedToken], vocab: Mapping[str, int], config: Mapping[str, Any], path: Path
+) -> dict[int, AddedToken]:
+    """The added tokens, special also where only tokenizer_config.json (`config`, at `path`) says so.
+
+    Raises TokenizerError where its added_tokens_decoder contradicts tokenizer.json.
+    """
+    entries = config.get("added_tokens_decoder") or {}
+    if not isinstance(entries, dict):
+        raise TokenizerError("added_tokens_decoder is not an object", where=path, hint="Fetch the file again")
+    owners = {i: token for token, i in vocab.items()} | {i: token.content for i, token in added.items()}
+    result = dict(added)
+    for key, entry in entries.items():
+        content = entry.get("content") if isinstance(entry, dict) else None
+        if not (key.isascii() and key.isdigit() and len(key) < 10 and isinstance(content, str)):
+            raise TokenizerError(
+                f"added_tokens_decoder has an entry that is not id to token: {key[:40]!r}", where=path
+            )
+        i = int(key)
+        if owners.get(i) != content:
+            known = f"is {owners[i][:60]!r}" if i in owners else "does not exist"
+            raise TokenizerError(
+                f"says that the token {i} is {content[:60]!r}; in tokenizer.json it {known}",
+                where=path,
+                hint="The files are not of the same model; fetch both again",
+            )
+        if i in result and entry.get("special") is True:
+            result[i] = replace(result[i], special=True)
+    return result
+
+
+def rows_of(
+    vocab: Mapping[str, int], added: Mapping[int, AddedToken], rows: int, path: Path
+) -> tuple[tuple[str, ...], tuple[int, ...], int]:
+    """Tokens and types, one per row, and the rows in use; rows that no token has are `[PADn]`, unused.
+
+    Raises TokenizerError when there are more ids than rows.
+    """
+    named = {i: (token, NORMAL) for token, i in vocab.items()}
+    named |= {t.id: (t.content, CONTROL if t.special else USER_DEFINED) for t in added.values()}
+    used = max(named, default=-1) + 1
+    if used > rows or not named:
+        raise TokenizerError(
+            f"has token ids up to {used - 1}, the embedding has {rows} rows",
+            where=path,
+            hint="config.json, the weights and the tokenizer are not of the same model; fetch them again",
+        )
+    taken = {token for token, _ in named.values()}
+    for i in range(rows):
+        if i not in named:
+            pad = f"[PAD{i}]"
+            while pad in taken:
+                pad += "_"
+            named[i] = (pad, UNUSED)
+    return tuple(named[i][0] for i in range(rows)), tuple(named[i][1] for i in range(rows)), used
