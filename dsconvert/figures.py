@@ -83,11 +83,14 @@ class BlockError:
 
     `relative` is the mean over tokens of |q - base| / |base|, `cosine` the mean over tokens of their cosine.
     A mean of ratios, since a few tokens carry activations a thousand times larger than the others'.
+    `update` is set where both blocks ran on the same input x: the mean over tokens of
+    |q - base| / |base - x|, the error of what the block adds.
     """
 
     index: int
     relative: float
     cosine: float
+    update: float | None = None
 
 
 @dataclass(frozen=True)
@@ -174,6 +177,16 @@ def hidden_error(base: torch.Tensor, candidate: torch.Tensor) -> tuple[torch.Ten
     tiny = torch.finfo(torch.float32).tiny
     cosine = (b * q).sum(-1) / (size * torch.linalg.vector_norm(q, dim=-1)).clamp(min=tiny)
     return error / size.clamp(min=tiny), torch.where(error == 0, 1.0, cosine)
+
+
+def update_error(start: torch.Tensor, base: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
+    """Per token of hidden states [..., d] that came from the same `start`: |q - base| / |base - start|."""
+    import torch
+
+    size = torch.linalg.vector_norm(base.float() - start.float(), dim=-1)
+    error = torch.linalg.vector_norm(candidate.float() - base.float(), dim=-1)
+    result: torch.Tensor = error / size.clamp(min=torch.finfo(torch.float32).tiny)
+    return result
 
 
 def snr(base: torch.Tensor, candidate: torch.Tensor) -> float:

@@ -30,7 +30,7 @@ from dsconvert.figures import (
     summary,
     token_figures,
 )
-from dsconvert.thresholds import Thresholds, Verdict, judge_figures, judge_tensors, verdict
+from dsconvert.thresholds import Thresholds, Verdict, judge_blocks, judge_figures, judge_tensors, verdict
 from dsconvert.windows import Windows
 
 if TYPE_CHECKING:
@@ -52,7 +52,11 @@ class BlockCompared(Event):
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a comparison found. `figures` and `tokens` are None when a model broke: `broken` says where."""
+    """What a comparison found.
+
+    `figures` and `tokens` are None when a model broke, and `broken` says where; or when only a sample of
+    blocks ran. `config` are the differences of the two configs.
+    """
 
     figures: Figures | None
     tokens: TokenFigures | None
@@ -91,20 +95,21 @@ def compare(
     UsageError for a device, a dtype, or token ids outside the vocabulary.
     """
     other = candidate_config or config
-    _check_sizes(config, other)
+    check_sizes(config, other)
     place = st.pick_device(device)
     kind = st.pick_dtype(dtype, place)
     pair = (st.open_decoder(reference, config, place, kind), st.open_decoder(candidate, other, place, kind))
-    run = _Run(pair, windows, tuple(differences(config, other)), [], [])
+    run = Run(pair, windows, tuple(differences(config, other)), [], [])
     yield Step(f"comparing {config.layers} blocks over {windows.tokens.size} tokens on {place} in {kind}")
     weights = run.read(st.EMBED, st.EMBED)
     hidden = [st.embed(weight, windows.tokens, kind) for weight in weights]
     del weights
     for index in range(config.layers):
-        relative, cosine, broken = run.block(index, hidden)
-        if broken:
+        hidden = run.apply(index, hidden)
+        if broken := run.broken(hidden, f"after block {index}"):
             return run.ended(broken)
-        yield BlockCompared(index, config.layers, relative, cosine)
+        error = run.compare_hidden(index, hidden)
+        yield BlockCompared(index, config.layers, error.relative, error.cosine)
     yield Step(f"scoring {windows.scored} predictions")
     tokens, broken = run.score(hidden)
     if tokens is None:
@@ -129,14 +134,16 @@ def judge(comparison: Comparison, limits: Thresholds) -> Verdict:
     """Hold a comparison against the limits: figures, every tensor, config; a broken model fails."""
     checks = [Check("config", False, text) for text in comparison.config]
     checks += judge_tensors(comparison.tensors)
-    if comparison.figures is None:
+    checks += judge_blocks(comparison.blocks, limits)
+    if comparison.broken:
         checks.append(Check("finite", False, comparison.broken))
-    else:
+    if comparison.figures is not None:
         checks += judge_figures(comparison.figures, limits)
     return verdict(checks)
 
 
-def _check_sizes(reference: ModelConfig, candidate: ModelConfig) -> None:
+def check_sizes(reference: ModelConfig, candidate: ModelConfig) -> None:
+    """Raises CheckpointError when the two cannot be the same model."""
     for name in ("layers", "hidden_size", "vocab_size"):
         a, b = getattr(reference, name), getattr(candidate, name)
         if a != b:
@@ -148,7 +155,7 @@ def _check_sizes(reference: ModelConfig, candidate: ModelConfig) -> None:
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """A comparison under way: the two decoders and what has been found so far."""
 
     pair: tuple[st.Decoder, st.Decoder]
@@ -158,7 +165,15 @@ class _Run:
     tensors: list[TensorError]
 
     def ended(self, broken: str) -> Comparison:
+        """The comparison without figures, as it stands."""
         return Comparison(None, None, tuple(self.blocks), tuple(self.tensors), self.config, broken)
+
+    def broken(self, values: list[torch.Tensor], where: str) -> str:
+        """Which of the two gives a value that is not finite, if one does."""
+        for who, tensor in zip(("the reference", "the candidate"), values, strict=True):
+            if not st.finite(tensor):
+                return f"{who} gives non-finite values {where}"
+        return ""
 
     def read(self, *names: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The same tensor of both, in the decoders' dtype, its error noted before it is rounded to it."""
@@ -168,19 +183,17 @@ class _Run:
         dtype = self.pair[0].dtype
         return base.to(dtype), candidate.to(dtype)
 
-    def block(self, index: int, hidden: list[torch.Tensor]) -> tuple[float, float, str]:
-        """Run block `index` of both; `hidden` is replaced. Returns the error, and who broke if one did."""
-        names = self.pair[0].blocks[index].values()
-        both = {name: self.read(name, name) for name in names}
+    def apply(self, index: int, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
+        """What block `index` of both makes of their hidden states; its tensors are compared too."""
+        both = {name: self.read(name, name) for name in self.pair[0].blocks[index].values()}
+        out = []
         for side, decoder in enumerate(self.pair):
             block = st.assemble_block(decoder, index, {name: pair[side] for name, pair in both.items()})
-            hidden[side] = st.run_block(decoder, block, hidden[side])
-            if not st.finite(hidden[side]):
-                return (
-                    math.nan,
-                    math.nan,
-                    f"{_who(side)} gives non-finite values after block {index}",
-                )
+            out.append(st.run_block(decoder, block, hidden[side]))
+        return out
+
+    def compare_hidden(self, index: int, hidden: list[torch.Tensor]) -> BlockError:
+        """The error of the states after block `index`, noted too."""
         parts = [
             hidden_error(hidden[0][rows], hidden[1][rows])
             for rows in st.batches(self.pair[0], len(hidden[0]), self.windows.length)
@@ -190,7 +203,7 @@ class _Run:
             for i in (0, 1)
         )
         self.blocks.append(BlockError(index, relative, cosine))
-        return relative, cosine, ""
+        return self.blocks[-1]
 
     def score(self, hidden: list[torch.Tensor]) -> tuple[TokenFigures | None, str]:
         """The figures of every scored prediction, or who broke."""
@@ -207,9 +220,8 @@ class _Run:
                     st.logits(decoder, norm, head, states[window, rows])
                     for decoder, norm, head, states in zip(self.pair, norms, heads, hidden, strict=True)
                 ]
-                for side, values in enumerate(both):
-                    if not st.finite(values):
-                        return None, f"{_who(side)} gives non-finite logits in window {window}"
+                if broken := self.broken(both, f"as logits in window {window}"):
+                    return None, broken
                 targets = self.windows.tokens[window, rows.start + 1 : rows.stop + 1]
                 part = token_figures(both[0], both[1], torch.as_tensor(targets).to(both[0].device))
                 positions = np.arange(rows.start, rows.stop)
@@ -224,7 +236,3 @@ class _Run:
             base, candidate = (st.read(d, st.EMBED).to(d.dtype) for d in self.pair)
             return base, candidate
         return self.read(*names)
-
-
-def _who(side: int) -> str:
-    return ("the reference", "the candidate")[side]

@@ -228,7 +228,7 @@ def test_logits_that_are_no_numbers_fail_and_are_named() -> None:
     bad = source.tensors["lm_head.weight"].copy()
     bad[0, 0] = np.inf
     found = compared(source, Memory({**source.tensors, "lm_head.weight": bad}), config)
-    assert found.broken == "the candidate gives non-finite logits in window 0"
+    assert found.broken == "the candidate gives non-finite values as logits in window 0"
     assert not verify.judge(found, Q8).passed
 
 
@@ -288,7 +288,7 @@ def test_thresholds_by_type_and_mixture() -> None:
 )
 def test_each_limit_can_fail_alone(limits: dict[str, float], said: str) -> None:
     _, source, config = make()
-    found = compared(source, noisy(source, 0.02), config)
+    found = compared(source, noisy(source, 0.02, "q6_k"), config)
     loose = th.Thresholds(1.0, 2.0, 0.1)
     assert verify.judge(found, loose).passed
     reasons = verify.judge(found, dataclasses.replace(loose, **limits)).reasons

@@ -1,0 +1,158 @@
+"""How much of a comparison to run: all of it where that is quick, else a sample of blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from dsconvert import streaming as st
+from dsconvert.arch import WeightSource
+from dsconvert.config import ModelConfig
+from dsconvert.events import Event, Step
+from dsconvert.figures import BlockError, IntArray, hidden_error, update_error
+from dsconvert.thresholds import Thresholds, Verdict
+from dsconvert.verify import BlockCompared, Comparison, Run, check_sizes, compare, differences, judge
+from dsconvert.windows import Windows
+
+if TYPE_CHECKING:
+    import torch
+
+# Measured: a float32 GEMM gives 50-60 GFLOP/s per core of a server CPU. The other figures are cautious.
+CPU_FLOPS_PER_CORE, CUDA_FLOPS = 40e9, 40e12
+READ_RATE = 0.4e9  # weights per second, read and dequantized on one side
+SAMPLE_TOKENS = 256
+LEAST_WINDOWS = 2
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What to run: over all blocks when `blocks` is None, else those; `text` says it and why."""
+
+    windows: Windows
+    blocks: tuple[int, ...] | None
+    seconds: float
+    text: str
+
+
+def choose(
+    config: ModelConfig, windows: Windows, mode: Literal["quick", "full"], device: str, seconds: float = 20.0
+) -> Effort:
+    """Size a comparison: "full" runs everything; "quick" what takes about `seconds` by estimate.
+
+    Quick takes as many of the windows as fit, at least two of them, or, where even they do not fit, a
+    sample of blocks on one short window: the first, the middle one, more where they fit.
+    """
+    import torch
+
+    place = st.pick_device(device)
+    rate = CUDA_FLOPS if place.type == "cuda" else CPU_FLOPS_PER_CORE * torch.get_num_threads()
+    n, length = windows.tokens.shape
+    reading = 2 * weights(config) / READ_RATE
+    window = 2 * length * st.forward_flops(config, length) / rate
+    fit = n if mode == "full" else min(n, int((seconds - reading) / window))
+    if fit >= min(LEAST_WINDOWS, n):
+        total = reading + fit * window
+        text = f"all {config.layers} blocks over {fit} of {n} windows of {length} tokens, about {total:.0f} s"
+        return Effort(Windows(windows.tokens[:fit], windows.first[:fit]), None, total, text)
+    short = min(length, SAMPLE_TOKENS)
+    block = block_weights(config) * (2 / READ_RATE + 4 * short / rate)
+    count = min(max(2, int(seconds / block)), config.layers)
+    blocks = tuple(sorted({int(i) for i in np.linspace(0, config.layers - 1, max(count, 3))}))
+    if count == 2:
+        blocks = blocks[:2]
+    text = (
+        f"blocks {', '.join(map(str, blocks))} of {config.layers} on {short} tokens, each on the reference's "
+        f"input; all of it would take about {reading + n * window:.0f} s: --verify full"
+    )
+    return Effort(Windows(windows.tokens[:1, :short], windows.first[:1]), blocks, len(blocks) * block, text)
+
+
+def weights(config: ModelConfig) -> int:
+    """How many weights the decoder has; biases and norms are left out."""
+    tables = 1 if config.tied else 2
+    return config.layers * block_weights(config) + tables * config.vocab_size * config.hidden_size
+
+
+def block_weights(config: ModelConfig) -> int:
+    """How many weights one decoder layer has."""
+    dims = config.dims
+    return dims["d"] * (2 * dims["q"] + 2 * dims["kv"] + 3 * dims["ff"])
+
+
+def check(
+    reference: WeightSource,
+    candidate: WeightSource,
+    config: ModelConfig,
+    effort: Effort,
+    limits: Thresholds,
+    *,
+    candidate_config: ModelConfig | None = None,
+    device: str = "auto",
+    dtype: str | None = None,
+    token_bytes: IntArray | None = None,
+) -> Generator[Event, None, tuple[Comparison, Verdict]]:
+    """Run the chosen effort and judge it: yields what was chosen, progress, and each Check.
+
+    Raises what `compare` raises.
+    """
+    yield Step("verifying " + effort.text)
+    where: dict[str, Any] = {"candidate_config": candidate_config, "device": device, "dtype": dtype}
+    if effort.blocks is None:
+        run = compare(reference, candidate, config, effort.windows, token_bytes=token_bytes, **where)
+    else:
+        run = compare_blocks(reference, candidate, config, effort.windows, effort.blocks, **where)
+    comparison = yield from run
+    said = judge(comparison, limits)
+    yield from said.checks
+    return comparison, said
+
+
+def compare_blocks(
+    reference: WeightSource,
+    candidate: WeightSource,
+    config: ModelConfig,
+    windows: Windows,
+    blocks: tuple[int, ...],
+    *,
+    candidate_config: ModelConfig | None = None,
+    device: str = "auto",
+    dtype: str | None = None,
+) -> Generator[Event, None, Comparison]:
+    """Run some blocks of both models on the same input, and compare all their tensors.
+
+    Block 0 gets the embedded text. Every other gets what the reference's block 0 made of it: not what it
+    would see in the model, but states of the right kind, on which a wrong weight, layout or RoPE shows.
+    """
+    other = candidate_config or config
+    check_sizes(config, other)
+    place = st.pick_device(device)
+    kind = st.pick_dtype(dtype, place)
+    decoders = (
+        st.open_decoder(reference, config, place, kind),
+        st.open_decoder(candidate, other, place, kind),
+    )
+    run = Run(decoders, windows, tuple(differences(config, other)), [], [])
+    start = run.read(st.EMBED, st.EMBED)[0]
+    hidden = st.embed(start, windows.tokens, kind)
+    del start
+    for index in sorted({0, *blocks}):
+        error, hidden, broken = _same_input(run, index, hidden)
+        if broken:
+            return run.ended(broken)
+        if index in blocks:
+            yield BlockCompared(index, config.layers, error.relative, error.cosine)
+    return run.ended("")
+
+
+def _same_input(run: Run, index: int, start: torch.Tensor) -> tuple[BlockError, torch.Tensor, str]:
+    """One block of both on `start`; gives its error, the input for those that follow, and who broke."""
+    base, candidate = run.apply(index, [start, start])
+    broken = run.broken([base, candidate], f"after block {index}")
+    relative, cosine = hidden_error(base, candidate)
+    update = update_error(start, base, candidate)
+    error = BlockError(index, *(float(part.double().mean()) for part in (relative, cosine, update)))
+    run.blocks.append(error)
+    return error, base if index == 0 else start, broken

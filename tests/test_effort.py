@@ -1,0 +1,145 @@
+"""How much is run, that it is said, and that a sample of blocks still finds defects."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+from random_llama import Memory, make, tokens
+from test_verify import L, interleaved, noisy, zeroed
+
+from dsconvert import effort, verify, windows
+from dsconvert.config import ModelConfig, normalise
+from dsconvert.effort import Effort
+from dsconvert.errors import ConversionError
+from dsconvert.events import Check, Step
+from dsconvert.thresholds import thresholds_for
+
+torch = pytest.importorskip("torch")
+SEVEN_B: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 32,
+    "vocab_size": 102400,
+}
+SMALL = {**SEVEN_B, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9}
+
+
+@pytest.fixture(autouse=True)
+def two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+
+
+def many(count: int, length: int = 512) -> windows.Windows:
+    return windows.consecutive(np.arange(count * length) % 1000, length)
+
+
+def test_a_big_model_on_a_cpu_gets_a_sample_of_blocks() -> None:
+    config = normalise(SEVEN_B, "test")
+    assert effort.weights(config) == 6_910_115_840  # deepseek-llm-7b without its norms
+    chosen = effort.choose(config, many(20), "quick", "cpu")
+    assert chosen.blocks is not None
+    assert {0, 15} <= {b if b != 14 else 15 for b in chosen.blocks}
+    assert chosen.windows.tokens.shape == (1, 256)
+    assert chosen.seconds < 30
+    assert "of 30 on 256 tokens" in chosen.text
+    assert "--verify full" in chosen.text
+
+
+def test_full_runs_everything_whatever_it_costs() -> None:
+    chosen = effort.choose(normalise(SEVEN_B, "test"), many(20), "full", "cpu")
+    assert chosen.blocks is None
+    assert len(chosen.windows.tokens) == 20
+    assert chosen.seconds > 1000
+    assert "all 30 blocks over 20 of 20 windows" in chosen.text
+
+
+def test_a_small_model_gets_the_windows_that_fit() -> None:
+    chosen = effort.choose(normalise(SMALL, "test"), many(1000), "quick", "cpu")
+    assert chosen.blocks is None
+    assert 2 <= len(chosen.windows.tokens) < 100
+    assert len(chosen.windows.first) == len(chosen.windows.tokens)
+    assert chosen.seconds <= 20
+    longer = effort.choose(normalise(SMALL, "test"), many(1000), "quick", "cpu", seconds=200)
+    assert len(longer.windows.tokens) > 5 * len(chosen.windows.tokens)
+
+
+def checked(source: Memory, candidate: Memory, config: ModelConfig, limits: str, **keys: Any) -> Any:
+    text = windows.whole(tokens(config, 1, 64))
+    run = effort.check(
+        source,
+        candidate,
+        config,
+        Effort(text, (0, 1), 1.0, "two blocks"),
+        thresholds_for(limits),
+        device="cpu",
+        **keys,
+    )
+    events = []
+    while True:
+        try:
+            events.append(next(run))
+        except StopIteration as end:
+            return events, *end.value
+
+
+def test_a_sample_says_what_it_ran_and_passes_a_fair_candidate() -> None:
+    _, source, config = make()
+    events, comparison, verdict = checked(source, noisy(source, 0.005), config, "q8_0")
+    assert events[0] == Step("verifying two blocks")
+    assert [e for e in events if isinstance(e, Check)] == list(verdict.checks)
+    assert verdict.passed
+    assert [block.index for block in comparison.blocks] == [0, 1]
+    assert all(0 < block.update < 0.04 for block in comparison.blocks)
+    assert comparison.figures is None
+
+
+@pytest.mark.parametrize("plant", [interleaved, zeroed])
+def test_a_sample_finds_planted_defects(plant: Any) -> None:
+    _, source, config = make()
+    _, comparison, verdict = checked(source, plant(source), config, "q8_0")
+    assert not verdict.passed
+    assert any(L in reason for reason in verdict.reasons)
+    assert any(reason.startswith("block 1: error of its output") for reason in verdict.reasons)
+    assert comparison.blocks[1].update > 0.1
+
+
+def test_a_sample_finds_a_wrong_rope_base() -> None:
+    _, source, config = make()
+    other = dataclasses.replace(config, rope_theta=100.0)
+    _, _, verdict = checked(source, source, config, "q8_0", candidate_config=other)
+    assert any("rope_theta" in reason for reason in verdict.reasons)
+    assert any("block 0: error" in reason for reason in verdict.reasons)
+
+
+def test_a_sample_names_a_block_that_breaks() -> None:
+    _, source, config = make()
+    bad = source.tensors[L + "mlp.up_proj.weight"].copy()
+    bad[:] = np.inf
+    _, comparison, verdict = checked(
+        source, Memory({**source.tensors, L + "mlp.up_proj.weight": bad}), config, "q8_0"
+    )
+    assert comparison.broken == "the candidate gives non-finite values after block 1"
+    assert comparison.broken in verdict.reasons
+
+
+def test_all_blocks_through_check_are_what_compare_finds() -> None:
+    _, source, config = make()
+    candidate = noisy(source, 0.002)
+    chosen = effort.choose(config, windows.whole(tokens(config, 4, 32)), "quick", "cpu")
+    assert chosen.blocks is None
+    run = effort.check(source, candidate, config, chosen, thresholds_for("q8_0"), device="cpu")
+    comparison, verdict = verify.result(run)
+    direct = verify.result(verify.compare(source, candidate, config, chosen.windows, device="cpu"))
+    assert comparison.figures == direct.figures
+    assert verdict.passed
+
+
+def test_models_of_other_sizes_are_refused() -> None:
+    _, source, config = make()
+    with pytest.raises(ConversionError, match="not the same model"):
+        checked(source, source, config, "q8_0", candidate_config=dataclasses.replace(config, vocab_size=5))
