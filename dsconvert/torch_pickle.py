@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,23 +79,27 @@ def _load(path: Path) -> Any:
     import torch
 
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about odd pickles, which are errors below where they matter
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # the unpickler runs untrusted opcodes: any kind may come
-        if isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error):
+        reason = _reason(error)
+        if isinstance(error, pickle.UnpicklingError) and ("GLOBAL" in reason or "allowlisted" in reason):
             raise CheckpointError(
                 "would run code when it is loaded, or holds more than tensors",
                 where=path,
-                why=_reason(error),
+                why=reason,
                 hint=RESAVE_TRUSTED,
             ) from None
-        raise damaged(path, f"PyTorch cannot load it: {_reason(error)}") from None
+        raise damaged(path, f"PyTorch cannot load it: {reason}") from None
 
 
 def _reason(error: Exception) -> str:
-    """The line of torch's long text that says what it met."""
+    """What torch met, out of its long text: the line with the cause, without its advice."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if "Unsupported" in line]
-    return (telling or lines or [type(error).__name__])[0].removeprefix("WeightsUnpickler error: ")[:160]
+    causes = [line for line in lines if not line.startswith(("Weights only", "Check the doc", "(1)", "(2)"))]
+    cause = (causes or [type(error).__name__])[0].split("WeightsUnpickler error: ")[-1]
+    return "".join(c for c in cause.split(". Please ")[0] if c.isprintable())[:160]
 
 
 def _no_state_dict(path: Path, why: str) -> CheckpointError:
