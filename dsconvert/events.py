@@ -30,12 +30,12 @@ class TensorPlan(Event):
 class Planned(Event):
     """Everything is known and nothing is written yet; `nbytes` is the exact size of each output file."""
 
-    output: str
+    outputs: tuple[str, ...]
     quant: str
     tensors: tuple[TensorPlan, ...]
     nbytes: tuple[int, ...]
     source_nbytes: int
-    notes: tuple[str, ...] = ()
+    pre_tokenizer: str = ""
 
 
 @dataclass(frozen=True)

@@ -49,14 +49,17 @@ class StoredTensor:
 
     def float32(self) -> npt.NDArray[np.float32]:
         """The dequantized values in the stored layout (the `gguf` library's dequantizers)."""
+        return self.float32_rows(0, self.values).reshape(self.shape)
+
+    def float32_rows(self, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Rows `start` to `stop`, dequantized: [rows, columns]; a 1-D tensor is one row."""
         import gguf
 
-        kind = gguf.GGMLQuantizationType(self.qtype.ggml)
+        blocks = self.blocks()[start:stop]
         if self.qtype.name == "f32":
-            values = self.blocks().view(np.float32)
-        else:
-            values = gguf.dequantize(self.blocks(), kind)
-        return np.asarray(values, dtype=np.float32).reshape(self.shape)
+            return np.array(blocks).view(np.float32)
+        kind = gguf.GGMLQuantizationType(self.qtype.ggml)
+        return np.asarray(gguf.dequantize(np.ascontiguousarray(blocks), kind), dtype=np.float32)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,58 @@
+"""The flow of `dsconvert gguf`: plan everything, write in one pass, prove."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+
+from converters.gguf import recipe
+from converters.gguf.job import Job, Options, prepare
+from converters.gguf.pipeline import write_tensors
+from converters.gguf.proof import prove
+from converters.gguf.writer import part_files
+from dsconvert.events import Event, Finished, Planned, TensorPlan, Warn
+
+
+def convert(options: Options) -> Iterator[Event]:
+    """Convert a checkpoint to GGUF as `options` say, yielding what happens.
+
+    Raises ConversionError before the first byte is written for everything that can be known by then;
+    whatever happens later, no incomplete file is left under a final name.
+    """
+    started = time.monotonic()
+    job = prepare(options)
+    yield from describe(job)
+    if options.dry_run:
+        return
+    sizes = [layout.nbytes for layout in job.layouts]
+    with part_files(job.paths, sizes, options.force) as parts:
+        yield from write_tensors(job, parts)
+    for path, size in zip(job.paths, sizes, strict=True):
+        yield Finished(str(path), size, time.monotonic() - started)
+    yield from prove(job)
+
+
+def describe(job: Job) -> Iterator[Event]:
+    """What will be written, to the byte, and what the user should know before it is."""
+    for note in job.notes:
+        yield Warn(note)
+    sources = {spec.gguf: spec for spec in job.specs}
+    for output in job.outputs:
+        rows = []
+        for tensor in output.tensors.values():
+            hf = sources[tensor.name].hf if tensor.name in sources else ""
+            kind = job.checkpoint.dtype(hf) if hf else "derived"
+            rows.append(TensorPlan(tensor.name, hf, tensor.shape, kind, tensor.qtype.name, tensor.nbytes))
+        files = tuple(str(job.folder / layout.name) for layout in output.layouts)
+        sizes = tuple(layout.nbytes for layout in output.layouts)
+        yield Planned(files, output.quant, tuple(rows), sizes, job.checkpoint.nbytes, job.pre)
+        fallen = Counter(
+            recipe.default_type(output.quant) + " -> " + row.type
+            for row in rows
+            if recipe.fell_back(output.quant, row.type)
+        )
+        for change, count in fallen.items():
+            yield Warn(
+                f"{count} tensors take another type ({change}): their rows are no multiple of its block"
+            )

@@ -1,0 +1,58 @@
+"""What `dsconvert inspect` tells of a GGUF file, and whether two files belong together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from converters.gguf.parse import GGUFFile
+
+LONG = 8  # items of an array that are shown
+
+
+def summary(file: GGUFFile) -> dict[str, Any]:
+    """The file as plain data: sizes, keys (long arrays shortened), types, tensors, tokenizer, pairing id."""
+    types: dict[str, dict[str, int]] = {}
+    for tensor in file.tensors.values():
+        entry = types.setdefault(tensor.qtype.name, {"tensors": 0, "weights": 0, "bytes": 0})
+        entry["tensors"] += 1
+        entry["weights"] += tensor.values
+        entry["bytes"] += tensor.nbytes
+    weights = sum(entry["weights"] for entry in types.values())
+    data = sum(entry["bytes"] for entry in types.values())
+    return {
+        "files": [str(path) for path in file.paths],
+        "bytes": sum(path.stat().st_size for path in file.paths),
+        "version": file.version,
+        "weights": weights,
+        "bits_per_weight": round(8 * data / weights, 4) if weights else 0.0,
+        "pairing_id": file.keys.get("dsconvert.pairing_id"),
+        "types": types,
+        "keys": {key: shorten(value) for key, value in file.keys.items()},
+        "pre_tokenizer": pre_tokenizer(file.keys),
+        "tensors": [
+            {"name": t.name, "shape": list(t.shape), "type": t.qtype.name, "bytes": t.nbytes}
+            for t in file.tensors.values()
+        ],
+    }
+
+
+def shorten(value: Any) -> Any:
+    """A key's value; of a long array the first items and the count."""
+    if isinstance(value, list) and len(value) > LONG:
+        return {"count": len(value), "first": value[:LONG]}
+    return value
+
+
+def pre_tokenizer(keys: dict[str, Any]) -> dict[str, Any] | None:
+    """The tokenizer's regex spec step by step, as the file carries it; None when it carries none."""
+    prefix = "dsconvert.pre_tokenizer."
+    steps = keys.get(prefix + "type")
+    if not isinstance(steps, list):
+        return None
+    columns = {name: keys.get(prefix + name, []) for name in ("type", "regex", "behavior", "invert")}
+    return {
+        "runtime": keys.get("tokenizer.ggml.pre"),
+        "flavor": keys.get(prefix + "flavor"),
+        "sha256": keys.get(prefix + "sha256"),
+        "steps": [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=False)],
+    }

@@ -1,0 +1,166 @@
+"""The keys of a GGUF language model: what it is, its numbers, where it came from."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import dsconvert
+from converters.gguf.layout import KeyValues
+from dsconvert.config import ModelConfig
+from dsconvert.errors import CheckpointError
+
+# A size in a model's name: "7b", "1.3B", "135M", also between separators.
+SIZE_IN_NAME = re.compile(r"\d+(?:\.\d+)?[bBmM]")
+HUB = "https://huggingface.co"
+VERSION_IN_NAME = re.compile(r"v\d+(?:\.\d+)*", re.IGNORECASE)
+
+
+def model_keys(config: ModelConfig, arch: str) -> dict[str, tuple[str, Any]]:
+    """`llama.*`: the numbers of the decoder. Source: llama.cpp's keys for this architecture."""
+    keys: dict[str, tuple[str, Any]] = {
+        "block_count": ("uint32", config.layers),
+        "context_length": ("uint32", config.context_length),
+        "embedding_length": ("uint32", config.hidden_size),
+        "feed_forward_length": ("uint32", config.intermediate_size),
+        "attention.head_count": ("uint32", config.heads),
+        "attention.head_count_kv": ("uint32", config.kv_heads),
+        "attention.layer_norm_rms_epsilon": ("float32", config.norm_eps),
+        "rope.freq_base": ("float32", config.rope_theta),
+        "rope.dimension_count": ("uint32", config.head_dim),
+        "vocab_size": ("uint32", config.vocab_size),
+    }
+    if config.explicit_head_dim:
+        keys["attention.key_length"] = ("uint32", config.head_dim)
+        keys["attention.value_length"] = ("uint32", config.head_dim)
+    keys |= _scaling_keys(config)
+    return {f"{arch}.{key}": value for key, value in keys.items()}
+
+
+def _scaling_keys(config: ModelConfig) -> dict[str, tuple[str, Any]]:
+    scaling = config.rope_scaling
+    if scaling is None or scaling.type == "llama3":  # llama3 travels as the tensor rope_freqs.weight
+        return {}
+    if scaling.attention_factor is not None:
+        raise CheckpointError(
+            f"rope_scaling of type {scaling.type} with its own attention_factor has no GGUF form",
+            where="config.json",
+            hint="Remove attention_factor if it is the default of the scaling type",
+        )
+    keys: dict[str, tuple[str, Any]] = {
+        "rope.scaling.type": ("string", scaling.type),
+        "rope.scaling.factor": ("float32", scaling.factor),
+    }
+    if scaling.original_context is not None:
+        keys["rope.scaling.original_context_length"] = ("uint32", scaling.original_context)
+    return keys
+
+
+def general_keys(folder: Path, config: ModelConfig, arch: str, parameters: int) -> dict[str, tuple[str, Any]]:
+    """`general.*` without the file type: name, size and origin as far as config, folder and card tell."""
+    organization, name = _origin(folder, config)
+    keys: dict[str, tuple[str, Any]] = {
+        "general.architecture": ("string", arch),
+        "general.type": ("string", "model"),
+        "general.name": ("string", name.replace("-", " ").strip() or name),
+        "general.basename": ("string", basename(name)),
+        "general.size_label": ("string", size_label(parameters)),
+        "general.quantization_version": ("uint32", 2),
+    }
+    if organization:
+        keys["general.organization"] = ("string", organization)
+        keys["general.source.repo_url"] = ("string", f"{HUB}/{organization}/{name}")
+    keys |= _card_keys(model_card(folder))
+    keys["dsconvert.version"] = ("string", dsconvert.__version__)
+    return keys
+
+
+def size_label(parameters: int) -> str:
+    """The usual short form of a parameter count: 134515008 -> "135M", 6910365696 -> "6.9B"."""
+    for scale, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if parameters >= scale * 0.9995:
+            value = parameters / scale
+            return f"{value:.0f}{suffix}" if value >= 99.95 or value % 1 < 0.05 else f"{value:.1f}{suffix}"
+    return f"{parameters / 1e3:.0f}K"
+
+
+def basename(name: str) -> str:
+    """A model's name without its size, version and finetune: "deepseek-llm-7b-chat" -> "deepseek-llm"."""
+    parts = re.split(r"[-_ ]", name)
+    for at, part in enumerate(parts):
+        if at and (SIZE_IN_NAME.fullmatch(part) or VERSION_IN_NAME.fullmatch(part)):
+            return "-".join(parts[:at])
+    return "-".join(parts)
+
+
+def model_card(folder: Path) -> dict[str, Any]:
+    """The front matter of README.md; empty when there is none or it cannot be read (a card is no weight)."""
+    path = folder / "README.md"
+    if not path.is_file():
+        return {}
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if not text.startswith("---"):
+        return {}
+    import yaml
+
+    try:
+        card = yaml.safe_load(text.split("---", 2)[1])
+    except (yaml.YAMLError, IndexError, ValueError):
+        return {}
+    return card if isinstance(card, dict) else {}
+
+
+def _origin(folder: Path, config: ModelConfig) -> tuple[str, str]:
+    """Organization (empty when unknown) and name, from the config, a hub cache folder or the folder."""
+    stated = config.raw.get("_name_or_path")
+    if isinstance(stated, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", stated):
+        organization, name = stated.split("/")
+        return organization, name
+    for part in reversed(folder.absolute().parts):
+        if part.startswith("models--") and part.count("--") == 2:
+            _, organization, name = part.split("--")
+            return organization, name
+    return "", folder.absolute().name
+
+
+def _card_keys(card: dict[str, Any]) -> dict[str, tuple[str, Any]]:
+    keys: dict[str, tuple[str, Any]] = {}
+    for field, key in (
+        ("license", "license"),
+        ("license_name", "license.name"),
+        ("license_link", "license.link"),
+    ):
+        if isinstance(card.get(field), str):
+            keys[f"general.{key}"] = ("string", card[field])
+    for field, key in (("tags", "tags"), ("language", "languages")):
+        values = card.get(field)
+        values = [values] if isinstance(values, str) else values
+        if isinstance(values, list) and values and all(isinstance(value, str) for value in values):
+            keys[f"general.{key}"] = ("array:string", values)
+    bases = card.get("base_model")
+    bases = [bases] if isinstance(bases, str) else bases
+    if isinstance(bases, list) and bases and all(isinstance(base, str) for base in bases):
+        keys |= _base_keys(bases)
+    return keys
+
+
+def _base_keys(bases: list[str]) -> dict[str, tuple[str, Any]]:
+    keys: dict[str, tuple[str, Any]] = {"general.base_model.count": ("uint32", len(bases))}
+    for number, base in enumerate(bases):
+        organization, _, name = base.rpartition("/")
+        keys[f"general.base_model.{number}.name"] = ("string", name.replace("-", " "))
+        if organization:
+            keys[f"general.base_model.{number}.organization"] = ("string", organization)
+        keys[f"general.base_model.{number}.repo_url"] = ("string", f"{HUB}/{base}")
+    return keys
+
+
+def with_file_type(keys: KeyValues, file_type: int) -> dict[str, tuple[str, Any]]:
+    """The keys with `general.file_type` right after the architecture, where readers look first."""
+    result: dict[str, tuple[str, Any]] = {}
+    for key, value in keys.items():
+        result[key] = value
+        if key == "general.architecture":
+            result["general.file_type"] = ("uint32", file_type)
+    return result

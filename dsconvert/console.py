@@ -1,0 +1,248 @@
+"""The only module that prints: progress, tables, verdicts, errors, and all of them as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+from dsconvert.errors import ConversionError
+from dsconvert.events import Check, Event, Finished, Planned, Step, TensorDone, Warn
+
+PASSED, FAILED, STOPPED = 0, 3, 2
+HIDDEN = ("dsconvert.pre_tokenizer.",)  # shown as a table of steps
+PLAIN_INTERVAL = 2.0  # seconds between progress lines where there is no terminal
+
+
+def say(text: str = "") -> None:
+    """A line of the result, on standard output."""
+    _write(sys.stdout, text)
+
+
+def note(text: str) -> None:
+    """A line about the work, on standard error."""
+    _write(sys.stderr, text)
+
+
+def say_json(value: Any) -> None:
+    """A value as one line of JSON on standard output."""
+    _write(sys.stdout, json.dumps(value, ensure_ascii=False, default=str))
+
+
+def fail(error: ConversionError, as_json: bool = False) -> int:
+    """Tell an error and give the exit code of a stopped command."""
+    if as_json:
+        fields = {"what": error.what, "where": error.where, "why": error.why, "hint": error.hint}
+        say_json({"event": "error", "kind": type(error).__name__, **fields})
+    else:
+        note(f"error: {error}")
+    return STOPPED
+
+
+def size(nbytes: float) -> str:
+    """A size as people say it: 1536 -> "1.54 kB"."""
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if nbytes < 1000 or unit == "TB":
+            return f"{nbytes:.3g} {unit}" if nbytes < 1000 else f"{nbytes:.0f} {unit}"
+        nbytes /= 1000
+    raise AssertionError
+
+
+def table(
+    rows: Iterable[Sequence[object]], heads: Sequence[str], right: frozenset[int] = frozenset()
+) -> None:
+    """Print rows under `heads`; the columns in `right` are set flush right."""
+    cells = [list(heads), *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[at]) for row in cells) for at in range(len(heads))]
+    for row in cells:
+        line = "  ".join(
+            cell.rjust(width) if at in right else cell.ljust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        say(line.rstrip())
+
+
+def render(events: Iterable[Event], *, as_json: bool = False, quiet: bool = False, plan: bool = False) -> int:
+    """Show a stream of events while it runs and give the exit code: 0, or 3 when a check failed.
+
+    `quiet` keeps warnings and failed checks only; `plan` shows the table of every tensor.
+    """
+    failed = 0
+    with _progress(as_json or quiet) as progress:
+        shown = _Shown(progress, quiet, plan)
+        for event in events:
+            failed += isinstance(event, Check) and not event.passed
+            if as_json:
+                say_json(event.as_dict())
+            else:
+                shown.show(event)
+    return FAILED if failed else PASSED
+
+
+@dataclass
+class _Shown:
+    """How each kind of event looks to a person."""
+
+    progress: Callable[[int, int], None]
+    quiet: bool
+    plan: bool
+    outputs: list[str] = field(default_factory=list)
+
+    def show(self, event: Event) -> None:
+        match event:
+            case Warn(text):
+                note(f"warning: {text}")
+            case Check(name, passed, detail) if not (self.quiet and passed):
+                (say if passed else note)(f"{'ok  ' if passed else 'FAIL'}  {name:<14} {detail}")
+            case _ if self.quiet:
+                pass
+            case Planned():
+                show_plan(event, self.plan)
+            case Step(text):
+                note(text)
+            case TensorDone():
+                self.progress(event.done, event.total)
+            case Finished(path, nbytes, seconds):
+                say(f"wrote {path} ({size(nbytes)}) in {seconds:.1f} s")
+            case _:
+                pass
+
+
+def show_plan(event: Planned, every_tensor: bool) -> None:
+    """The table of a planned output: per type the count and exact bytes, on request per tensor."""
+    if every_tensor:
+        table(
+            (
+                (t.name, "x".join(map(str, t.shape)), t.source_type, t.type, f"{t.nbytes:,}")
+                for t in event.tensors
+            ),
+            ("tensor", "shape", "from", "to", "bytes"),
+            frozenset({4}),
+        )
+        say()
+    types: dict[str, list[int]] = {}
+    for tensor in event.tensors:
+        types.setdefault(tensor.type, []).append(tensor.nbytes)
+    if every_tensor:
+        table(
+            ((name, len(sizes), f"{sum(sizes):,}") for name, sizes in types.items()),
+            ("type", "tensors", "bytes"),
+            frozenset({1, 2}),
+        )
+    summary = ", ".join(f"{len(sizes)} {name}" for name, sizes in types.items())
+    total = sum(event.nbytes)
+    files = (
+        event.outputs[0]
+        if len(event.outputs) == 1
+        else f"{event.outputs[0]} and {len(event.outputs) - 1} more"
+    )
+    say(
+        f"{event.quant}: {size(event.source_nbytes)} -> {size(total)} ({total:,} bytes), {summary}, "
+        f"pre-tokenizer {event.pre_tokenizer} -> {files}"
+    )
+
+
+@contextmanager
+def _progress(silent: bool) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar with rate and time left on a terminal, a line now and then elsewhere."""
+    if silent:
+        yield lambda done, total: None
+    elif sys.stderr.isatty():
+        with _bar() as update:
+            yield update
+    else:
+        yield _lines()
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[int, int], None]]:
+    from rich import progress
+    from rich.console import Console
+
+    columns = (
+        progress.TextColumn("quantizing"),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None, visible=False)
+        yield lambda done, total: bar.update(task, completed=done, total=total, visible=done < total)
+
+
+def _lines() -> Callable[[int, int], None]:
+    started = last = time.monotonic()
+
+    def update(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= PLAIN_INTERVAL and total:
+            last = now
+            rate = done / (now - started)
+            left = f"{(total - done) / rate:.0f} s left"
+            note(f"{100 * done // total} %, {size(done)} of {size(total)}, {size(rate)}/s, {left}")
+
+    return update
+
+
+def _write(stream: TextIO, text: str) -> None:
+    try:
+        stream.write(text + "\n")
+    except UnicodeEncodeError:
+        stream.write(
+            text.encode(stream.encoding or "ascii", "backslashreplace").decode(stream.encoding) + "\n"
+        )
+    stream.flush()
+
+
+def show_mapping(values: Mapping[str, object], width: int = 100) -> None:
+    """Keys and values one a line, long values cut."""
+    for key, value in values.items():
+        text = repr(value) if isinstance(value, str) else str(value)
+        say(f"  {key:<44} {_cut(text, width)}")
+
+
+def visible(text: str) -> str:
+    """The text with everything but printable ASCII escaped, as a regex may be typed."""
+    return "".join(char if " " <= char <= "~" else ascii(char)[1:-1] for char in text)
+
+
+def _cut(text: str, width: int = 90) -> str:
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def show_summary(found: Mapping[str, Any], every_tensor: bool) -> None:
+    """What `inspect` found in a file: sizes, keys, types, the tokenizer's steps, on request every tensor."""
+    say(", ".join(found["files"]))
+    say(
+        f"  GGUF version {found['version']}, {size(found['bytes'])}, {found['weights']:,} weights, "
+        f"{found['bits_per_weight']} bits per weight"
+    )
+    say(f"  pairing id {found['pairing_id'] or 'none'}")
+    say()
+    show_mapping({key: value for key, value in found["keys"].items() if not key.startswith(HIDDEN)})
+    say()
+    rows = (
+        (name, t["tensors"], f"{t['weights']:,}", f"{t['bytes']:,}") for name, t in found["types"].items()
+    )
+    table(rows, ("type", "tensors", "weights", "bytes"), frozenset({1, 2, 3}))
+    spec = found["pre_tokenizer"]
+    if spec:
+        say()
+        say(f"pre-tokenizer {spec['runtime']}, {spec['flavor']}, sha256 {spec['sha256']}")
+        table(
+            ((step["type"], step["behavior"], _cut(visible(step["regex"]))) for step in spec["steps"]),
+            ("step", "behavior", "regex"),
+        )
+    if every_tensor:
+        say()
+        rows = (
+            (t["name"], "x".join(map(str, t["shape"])), t["type"], f"{t['bytes']:,}")
+            for t in found["tensors"]
+        )
+        table(rows, ("tensor", "shape", "type", "bytes"), frozenset({3}))
