@@ -160,7 +160,7 @@ def test_any_number_of_blocks(name: str, rows: int) -> None:
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_more_values_than_a_slab(name: str) -> None:
-    values = np.random.default_rng(3).standard_normal((7, 7936)).astype(np.float32)
+    values = np.random.default_rng(3).standard_normal((9, 7936)).astype(np.float32)
     assert values.size > kernels.SLAB
     assert_same_bytes(name, stored(values, "f16"))
 
@@ -323,6 +323,23 @@ def test_compiled_code_is_kept_in_the_users_cache_folder(tmp_path: Path) -> None
     assert list((tmp_path / "cache" / "dsconvert").glob("kernels-*/**/*.nbi"))
     assert run_python(code, tmp_path, tmp_path / "cache") == "True True 1"
     assert sorted(package.rglob("*.nbi")) == before == []
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x80\x04 neither a pickle nor code"])
+def test_a_damaged_cache_is_made_again(tmp_path: Path, damage: bytes) -> None:
+    code = (
+        "from converters.gguf import kernels\n"
+        "from converters.gguf.qtypes import QTYPES\n"
+        "kernels.warm([QTYPES['bf16']], 'bf16')\n"
+        "print(kernels.compiled([QTYPES['bf16']], 'bf16'))\n"
+    )
+    assert run_python(code, tmp_path, tmp_path / "cache") == "True"
+    files = [*(tmp_path / "cache").rglob("*.nbi"), *(tmp_path / "cache").rglob("*.nbc")]
+    assert len(files) == 2
+    for file in files:
+        file.write_bytes(damage)
+        assert run_python(code, tmp_path, tmp_path / "cache") == "True"
+        assert file.read_bytes() != damage
 
 
 def test_a_cache_folder_that_cannot_be_made_falls_back_to_a_temporary_one(tmp_path: Path) -> None:

@@ -37,8 +37,8 @@ SOURCES: dict[str, np.dtype[Any]] = {
     "f16": np.dtype(np.float16),
     "f32": np.dtype(np.float32),
 }
-# Values that are widened at a time where a kernel takes float32 only: 128 KiB, which stays in a core's cache.
-SLAB = 1 << 15
+# Values that are widened at a time where a kernel takes float32 only: 256 KiB, which stays in a core's cache.
+SLAB = 1 << 16
 # Where the float16 scales lie in a block of the k-quants, and its bytes (ggml-common.h).
 SCALES: dict[str, tuple[int, ...]] = {
     "q2_k": (80, 82),
@@ -72,12 +72,17 @@ def warm(qtypes: Iterable[QType], source: str) -> None:
 
     Call it once before threads start; `compiled` tells whether it will take seconds.
     """
-    from converters.gguf.kernels.compile import mark
+    from converters.gguf.kernels import compile
 
     for qtype in qtypes:
         rows = np.zeros((1, max(qtype.block, 256)), dtype=SOURCES[source])
-        quantize(qtype, rows, np.zeros((1, qtype.nbytes(rows.size)), dtype=np.uint8))
-        mark(f"{source}-{qtype.name}")
+        out = np.zeros((1, qtype.nbytes(rows.size)), dtype=np.uint8)
+        try:
+            quantize(qtype, rows, out)
+        except Exception:  # a damaged cache file fails in as many ways as pickle has
+            compile.discard()
+            quantize(qtype, rows, out)
+        compile.mark(f"{source}-{qtype.name}")
 
 
 def compiled(qtypes: Iterable[QType], source: str) -> bool:

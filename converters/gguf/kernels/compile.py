@@ -79,6 +79,14 @@ def marked(name: str) -> bool:
     return folder is not None and (folder / f"{name}.compiled").exists()
 
 
+def discard() -> None:
+    """Delete the compiled kernels; they are made again when they are needed."""
+    folder = cache_folder()
+    for path in list(folder.rglob("*")) if folder is not None else []:
+        if path.is_file():
+            path.unlink(missing_ok=True)
+
+
 def _user() -> str:
     return str(os.getuid()) if hasattr(os, "getuid") else os.environ.get("USERNAME", "user")
 
@@ -93,11 +101,11 @@ def _digest() -> str:
 
 
 def _usable(folder: Path) -> bool:
-    """Whether `folder` can be made and written, and belongs to us: compiled code is run from it."""
+    """Whether `folder` can be made and written, and is ours with its parent: code is run from it."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        owner = folder.stat().st_uid
+        owners = {folder.stat().st_uid, folder.parent.stat().st_uid}
         with tempfile.TemporaryFile(dir=folder):
-            return not hasattr(os, "getuid") or owner == os.getuid()
+            return not hasattr(os, "getuid") or owners == {os.getuid()}
     except OSError:
         return False
