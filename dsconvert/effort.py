@@ -134,7 +134,7 @@ def compare_blocks(
         st.open_decoder(reference, config, place, kind),
         st.open_decoder(candidate, other, place, kind),
     )
-    run = Run(decoders, windows, tuple(differences(config, other)), [], [])
+    run = Run(decoders, windows, differences(decoders), [], [])
     start = run.read(st.EMBED, st.EMBED)[0]
     hidden = st.embed(start, windows.tokens, kind)
     del start

@@ -103,10 +103,17 @@ class TensorError:
     snr: float
 
 
-def token_figures(base: torch.Tensor, candidate: torch.Tensor, targets: torch.Tensor) -> dict[str, Any]:
-    """Logits [tokens, vocab] of both and the tokens that follow: the measured columns of TokenFigures."""
-    log_base, log_q = base.double().log_softmax(-1), candidate.double().log_softmax(-1)
-    kld = (log_base.exp() * (log_base - log_q)).sum(-1)
+def token_figures(
+    base: torch.Tensor, candidate: torch.Tensor, targets: torch.Tensor, *, floor: float | None = None
+) -> dict[str, Any]:
+    """Logits [tokens, vocab] of both and the tokens that follow: the measured columns of TokenFigures.
+
+    With `floor`, `base` holds log-probabilities, and those at or below it are left out of KL.
+    """
+    log_q = candidate.double().log_softmax(-1)
+    log_base = base.double() if floor is not None else base.double().log_softmax(-1)
+    terms = log_base.exp() * (log_base - log_q)
+    kld = (terms if floor is None else terms.where(log_base > floor, 0.0)).sum(-1)
     index = targets[:, None]
     count = min(TOP, base.shape[1])
     five_base, five = base.topk(count).indices, candidate.topk(count).indices
@@ -114,7 +121,7 @@ def token_figures(base: torch.Tensor, candidate: torch.Tensor, targets: torch.Te
     columns = {
         "nll_base": -log_base.gather(1, index)[:, 0],
         "nll": -log_q.gather(1, index)[:, 0],
-        "kld": kld.clamp(min=0.0),  # rounding can give -1e-17; a NaN stays one
+        "kld": kld.clamp(min=0.0) if floor is None else kld,  # rounding can give -1e-17; a NaN stays one
         "top_base": base.argmax(-1),
         "top": candidate.argmax(-1),
         "overlap": same.double().mean(-1),

@@ -27,6 +27,7 @@ IntArray = npt.NDArray[np.int64]
 Observer = Callable[["torch.Tensor"], None]
 DTYPES = ("float32", "bfloat16", "float16")
 BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}  # bounds the MLP's intermediate activations
+LOGITS_AT_ONCE = 1 << 23  # one float64 array of them is 64 MB
 EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 
@@ -259,6 +260,19 @@ def _watching(block: Block, observers: Mapping[str, Observer]) -> Iterator[None]
             handle.remove()
 
 
+def chunks(first: int, last: int, vocab: int) -> Iterator[slice]:
+    """Positions first ... last - 1 in slices, so that the logits of one are about LOGITS_AT_ONCE values."""
+    step = max(1, LOGITS_AT_ONCE // vocab)
+    for start in range(first, last, step):
+        yield slice(start, min(start + step, last))
+
+
+def head_weights(decoder: Decoder) -> tuple[torch.Tensor, torch.Tensor]:
+    """The final norm [d] and the head [vocab, d] in the decoder's dtype."""
+    norm, head = (read(decoder, name).to(decoder.dtype) for name in (NORM, decoder.head))
+    return norm, head
+
+
 def logits(decoder: Decoder, norm: torch.Tensor, head: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     """Final norm and head: hidden states [tokens, d] to logits [tokens, vocab] in float32.
 
@@ -279,6 +293,19 @@ def forward_flops(config: ModelConfig, length: int) -> float:
     dims = config.dims
     block = dims["d"] * (2 * dims["q"] + 2 * dims["kv"] + 3 * dims["ff"]) + dims["q"] * length
     return 2.0 * (config.layers * block + dims["d"] * dims["v"])
+
+
+def rope_difference(a: Decoder, b: Decoder) -> str:
+    """What differs in the two decoders' RoPE angles, or nothing."""
+    import torch
+
+    same = torch.allclose(a.rotary.inv_freq, b.rotary.inv_freq, rtol=1e-5, atol=0.0)
+    if same and math.isclose(a.rotary.attention_scaling, b.rotary.attention_scaling, rel_tol=1e-5):
+        return ""
+    one, other = a.config, b.config
+    if one.rope_theta != other.rope_theta:
+        return f"rope_theta is {other.rope_theta}, the reference has {one.rope_theta}"
+    return f"RoPE scaling is {other.rope_scaling}, the reference has {one.rope_scaling}"
 
 
 def finite(hidden: torch.Tensor) -> bool:

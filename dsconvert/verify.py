@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     import torch
 
 Result = TypeVar("Result")
-LOGITS_AT_ONCE = 1 << 23  # values of one float64 [tokens, vocab] array: 64 MB
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def compare(
     place = st.pick_device(device)
     kind = st.pick_dtype(dtype, place)
     pair = (st.open_decoder(reference, config, place, kind), st.open_decoder(candidate, other, place, kind))
-    run = Run(pair, windows, tuple(differences(config, other)), [], [])
+    run = Run(pair, windows, differences(pair), [], [])
     yield Step(f"comparing {config.layers} blocks over {windows.tokens.size} tokens on {place} in {kind}")
     weights = run.read(st.EMBED, st.EMBED)
     hidden = [st.embed(weight, windows.tokens, kind) for weight in weights]
@@ -117,17 +116,18 @@ def compare(
     return Comparison(summary(tokens, token_bytes), tokens, tuple(run.blocks), tuple(run.tensors), run.config)
 
 
-def differences(reference: ModelConfig, candidate: ModelConfig) -> list[str]:
+def differences(pair: tuple[st.Decoder, st.Decoder]) -> tuple[str, ...]:
     """The numbers that change what a decoder computes and that differ; floats as float32 can hold them."""
-    names = ("rope_theta", "norm_eps", "heads", "kv_heads", "head_dim", "rope_scaling")
-    found = []
+    reference, candidate = pair[0].config, pair[1].config
+    names = ("norm_eps", "heads", "kv_heads", "head_dim")
+    found = [text] if (text := st.rope_difference(*pair)) else []
     for name in names:
         a, b = getattr(reference, name), getattr(candidate, name)
         if isinstance(a, float) and isinstance(b, float) and math.isclose(a, b, rel_tol=1e-6):
             continue
         if a != b:
             found.append(f"{name} is {b}, the reference has {a}")
-    return found
+    return tuple(found)
 
 
 def judge(comparison: Comparison, limits: Thresholds) -> Verdict:
@@ -211,22 +211,19 @@ class Run:
 
         norms = self.read(st.NORM, st.NORM)
         heads = self.head()
-        step = max(1, LOGITS_AT_ONCE // self.pair[0].config.vocab_size)
+        vocab = self.pair[0].config.vocab_size
         parts: list[dict[str, Any]] = []
         for window, first in enumerate(self.windows.first.tolist()):
-            for start in range(first, self.windows.length - 1, step):
-                rows = slice(start, min(start + step, self.windows.length - 1))
+            for rows in st.chunks(first, self.windows.length - 1, vocab):
                 both = [
                     st.logits(decoder, norm, head, states[window, rows])
                     for decoder, norm, head, states in zip(self.pair, norms, heads, hidden, strict=True)
                 ]
                 if broken := self.broken(both, f"as logits in window {window}"):
                     return None, broken
-                targets = self.windows.tokens[window, rows.start + 1 : rows.stop + 1]
-                part = token_figures(both[0], both[1], torch.as_tensor(targets).to(both[0].device))
-                positions = np.arange(rows.start, rows.stop)
-                part |= {"window": np.full(len(targets), window), "position": positions, "target": targets}
-                parts.append(part)
+                targets = torch.as_tensor(self.windows.targets(window, rows)).to(both[0].device)
+                part = token_figures(both[0], both[1], targets)
+                parts.append(part | self.windows.places(window, rows))
         return joined(parts), ""
 
     def head(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -29,6 +29,17 @@ class Windows:
         """How many predictions are scored in all."""
         return int((self.length - 1 - self.first).sum())
 
+    def targets(self, window: int, rows: slice) -> IntArray:
+        """The tokens that follow these positions."""
+        targets: IntArray = self.tokens[window, rows.start + 1 : rows.stop + 1]
+        return targets
+
+    def places(self, window: int, rows: slice) -> dict[str, IntArray]:
+        """Columns for these positions' predictions: window, position, target."""
+        position = np.arange(rows.start, rows.stop)
+        target = self.targets(window, rows)
+        return {"window": np.full_like(position, window), "position": position, "target": target}
+
 
 def whole(tokens: IntArray) -> Windows:
     """Score every prediction of every window."""

@@ -17,7 +17,7 @@ from random_llama import Memory, make, tokens
 from dsconvert import figures as fig
 from dsconvert import thresholds as th
 from dsconvert import verify, windows
-from dsconvert.config import ModelConfig
+from dsconvert.config import ModelConfig, RopeScaling
 from dsconvert.errors import CheckpointError, UsageError
 
 torch = pytest.importorskip("torch")
@@ -202,10 +202,27 @@ def test_a_wrong_rope_base_shows_in_logits_and_is_named() -> None:
 
 
 def test_numbers_rounded_to_float32_are_no_difference() -> None:
-    _, _, config = make()
-    rounded = dataclasses.replace(config, norm_eps=float(np.float32(1e-6)))
-    assert rounded != config
-    assert verify.differences(config, rounded) == []
+    _, source, config = make(rope_theta=123456.7)
+    rounded = dataclasses.replace(
+        config, norm_eps=float(np.float32(1e-6)), rope_theta=float(np.float32(123456.7))
+    )
+    assert rounded.norm_eps != config.norm_eps
+    assert rounded.rope_theta != config.rope_theta
+    assert compared(source, source, config, rounded).config == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"norm_eps": 1e-5}, "norm_eps is 1e-05"),
+        ({"rope_scaling": RopeScaling("linear", 4.0)}, "RoPE scaling is RopeScaling(type='linear'"),
+    ],
+)
+def test_differing_numbers_are_named(change: dict[str, Any], said: str) -> None:
+    _, source, config = make()
+    found = compared(source, source, config, dataclasses.replace(config, **change))
+    assert len(found.config) == 1
+    assert found.config[0].startswith(said)
 
 
 @pytest.mark.parametrize("side", ["reference", "candidate"])

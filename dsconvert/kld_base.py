@@ -1,0 +1,197 @@
+"""llama.cpp's file of base log-probabilities: written from the true reference, or read in its stead.
+
+The format is that of `llama-perplexity --kl-divergence-base` (llama.cpp, tools/perplexity). After the bytes
+"_logits_" come int32 length, vocab and n; then n * length int32 tokens; then, for each window, one row for
+each prediction at length // 2 ... length - 2: float32 scale and least log-probability, then a uint16 per
+token of the vocabulary, padded to an even number. log p = scale * u + least.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from dsconvert import streaming as st
+from dsconvert.arch import WeightSource
+from dsconvert.config import ModelConfig
+from dsconvert.errors import CheckpointError, OutputError, UsageError
+from dsconvert.events import Event, Step
+from dsconvert.figures import IntArray, TokenFigures, joined, summary, token_figures
+from dsconvert.verify import Comparison
+from dsconvert.windows import Windows, consecutive
+
+if TYPE_CHECKING:
+    import torch
+
+MAGIC = b"_logits_"
+RANGE = 16.0  # what is this far below the largest logit, or further, is stored as 0
+HEADER = struct.Struct("<8s3i")
+
+
+@dataclass(frozen=True)
+class KldBase:
+    """An opened file; `windows` are scored on their second half, rows are read when asked for."""
+
+    path: Path
+    vocab: int
+    windows: Windows
+
+    def log_probs(self, window: int) -> npt.NDArray[np.float32]:
+        """The base's log-probabilities [predictions, vocab] of one window, as the file holds them."""
+        rows = self.windows.length - 1 - self.windows.length // 2
+        start = HEADER.size + 4 * self.windows.tokens.size + window * rows * row_bytes(self.vocab)
+        table = np.memmap(self.path, np.uint8, "r", start, (rows, row_bytes(self.vocab)))
+        scale, least = table[:, :8].copy().view("<f4").T[:, :, None]
+        return np.asarray(scale * table[:, 8:].view("<u2")[:, : self.vocab] + least, np.float32)
+
+
+def row_bytes(vocab: int) -> int:
+    """Bytes of one prediction's row."""
+    return 8 + 4 * ((vocab + 1) // 2)
+
+
+def encode(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    """Logits [tokens, vocab] to the file's rows, uint8 [tokens, row_bytes]; float32 as llama.cpp has it."""
+    count, vocab = logits.shape
+    largest = logits.max(1, keepdims=True)
+    least = np.maximum(logits.min(1, keepdims=True), largest - np.float32(RANGE))
+    total = np.exp(logits - largest).sum(1, dtype=np.float64, keepdims=True)
+    scale = (largest - least) / np.float32(65535)
+    rows = np.zeros((count, row_bytes(vocab)), np.uint8)
+    head = np.concatenate([scale, least - largest - np.log(total).astype(np.float32)], 1)
+    rows[:, :8] = head.astype("<f4").view(np.uint8)
+    inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
+    values = np.rint(inverse * np.maximum(logits - least, 0))
+    rows[:, 8 : 8 + 2 * vocab] = values.astype("<u2").view(np.uint8)
+    return rows
+
+
+def open_base(path: Path) -> KldBase:
+    """Open and check a file; raises CheckpointError when it is missing, truncated or of another kind."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            head = file.read(HEADER.size)
+            magic, length, vocab, count = HEADER.unpack(head) if len(head) == HEADER.size else (b"", 0, 0, 0)
+            if magic != MAGIC or length < 3 or vocab < 1 or count < 1:
+                raise CheckpointError(
+                    "is no file of base log-probabilities",
+                    where=path,
+                    hint="Make one with --kld-base, or with llama-perplexity --kl-divergence-base",
+                )
+            rows = count * (length - 1 - length // 2)
+            expected = HEADER.size + 4 * count * length + rows * row_bytes(vocab)
+            if size != expected:
+                raise CheckpointError(
+                    f"has {size} bytes, its header asks for {expected}", where=path, hint="Make it again"
+                )
+            ids = np.frombuffer(file.read(4 * count * length), "<i4").astype(np.int64)
+    except OSError as error:
+        raise CheckpointError("cannot be read", where=path, why=error.strerror or str(error)) from None
+    return KldBase(path, vocab, consecutive(ids, length))
+
+
+def write_base(
+    path: Path,
+    reference: WeightSource,
+    config: ModelConfig,
+    windows: Windows,
+    *,
+    device: str = "auto",
+    dtype: str | None = None,
+) -> Generator[Event, None, None]:
+    """Run the reference over the windows and write its log-probabilities; complete or not there at all.
+
+    The windows must be those of `windows.consecutive`, which is what llama.cpp scores. Raises UsageError
+    for others, OutputError when the file cannot be written, CheckpointError for non-finite values.
+    """
+    if not np.all(windows.first == windows.length // 2):
+        raise UsageError("a file of base log-probabilities needs consecutive windows", hint="Give no stride")
+    decoder, hidden = yield from _hidden_states(reference, config, windows, device, dtype)
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as file:
+            _write(file, decoder, windows, hidden)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        raise OutputError("cannot be written", where=path, why=error.strerror or str(error)) from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def compare_base(
+    base: KldBase,
+    candidate: WeightSource,
+    config: ModelConfig,
+    *,
+    device: str = "auto",
+    dtype: str | None = None,
+    token_bytes: IntArray | None = None,
+) -> Generator[Event, None, Comparison]:
+    """Run a candidate over the file's tokens and compare it with the file's log-probabilities.
+
+    KL leaves out what is below exp(-16), which the file cannot hold, exactly as llama.cpp does. Tensors and
+    blocks are not compared. Raises CheckpointError when the vocabulary is another.
+    """
+    if base.vocab != config.vocab_size:
+        raise CheckpointError(
+            f"is of a model with {base.vocab} tokens, this one has {config.vocab_size}", where=base.path
+        )
+    decoder, hidden = yield from _hidden_states(candidate, config, base.windows, device, dtype)
+    tokens, broken = _score(base, decoder, hidden)
+    figures = None if tokens is None else summary(tokens, token_bytes)
+    return Comparison(figures, tokens, (), (), (), broken)
+
+
+def _score(base: KldBase, decoder: st.Decoder, hidden: torch.Tensor) -> tuple[TokenFigures | None, str]:
+    import torch
+
+    norm, head = st.head_weights(decoder)
+    windows, parts = base.windows, []
+    first = windows.length // 2
+    for window in range(len(windows.tokens)):
+        stored = torch.from_numpy(base.log_probs(window)).to(decoder.device)
+        for rows in st.chunks(first, windows.length - 1, base.vocab):
+            values = st.logits(decoder, norm, head, hidden[window, rows])
+            if not st.finite(values):
+                return None, f"the candidate gives non-finite values as logits in window {window}"
+            targets = torch.as_tensor(windows.targets(window, rows)).to(decoder.device)
+            own = stored[rows.start - first : rows.stop - first]
+            part = token_figures(own, values, targets, floor=-RANGE)
+            parts.append(part | windows.places(window, rows))
+    return joined(parts), ""
+
+
+def _hidden_states(
+    source: WeightSource, config: ModelConfig, windows: Windows, device: str, dtype: str | None
+) -> Generator[Event, None, tuple[st.Decoder, torch.Tensor]]:
+    """One model's decoder and its states after the last block."""
+    place = st.pick_device(device)
+    decoder = st.open_decoder(source, config, place, st.pick_dtype(dtype, place))
+    hidden = st.embed(st.read(decoder, st.EMBED), windows.tokens, decoder.dtype)
+    for index in range(config.layers):
+        yield Step(f"block {index + 1} of {config.layers}")
+        hidden = st.run_block(decoder, st.load_block(decoder, index), hidden)
+    return decoder, hidden
+
+
+def _write(file: BinaryIO, decoder: st.Decoder, windows: Windows, hidden: torch.Tensor) -> None:
+    vocab = decoder.config.vocab_size
+    file.write(HEADER.pack(MAGIC, windows.length, vocab, len(windows.tokens)))
+    file.write(windows.tokens.astype("<i4").tobytes())
+    norm, head = st.head_weights(decoder)
+    for window in range(len(windows.tokens)):
+        for rows in st.chunks(windows.length // 2, windows.length - 1, vocab):
+            values = st.logits(decoder, norm, head, hidden[window, rows])
+            if not st.finite(values):
+                raise CheckpointError(f"the reference gives non-finite logits in window {window}")
+            file.write(encode(values.cpu().numpy()).tobytes())
