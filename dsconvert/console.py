@@ -234,11 +234,7 @@ def show_summary(found: Mapping[str, Any], every_tensor: bool) -> None:
     spec = found["pre_tokenizer"]
     if spec:
         say()
-        say(f"pre-tokenizer {spec['runtime']}, {spec['flavor']}, sha256 {spec['sha256']}")
-        table(
-            ((step["type"], step["behavior"], _cut(visible(step["regex"]))) for step in spec["steps"]),
-            ("step", "behavior", "regex"),
-        )
+        show_steps(spec, spec["runtime"])
     if every_tensor:
         say()
         rows = (
@@ -246,3 +242,30 @@ def show_summary(found: Mapping[str, Any], every_tensor: bool) -> None:
             for t in found["tensors"]
         )
         table(rows, ("tensor", "shape", "type", "bytes"), frozenset({3}))
+
+
+def show_steps(spec: Mapping[str, Any], runtime: str | None) -> None:
+    """A pre-tokenizer's regex steps."""
+    say(f"pre-tokenizer {runtime or ''}, {spec['flavor']}, sha256 {spec['sha256']}".replace(" ,", ","))
+    rows = ((step["type"], step["behavior"], _cut(visible(step["regex"]))) for step in spec["steps"])
+    table(rows, ("step", "behavior", "regex"))
+
+
+def show_tokenizer(found: Mapping[str, Any]) -> None:
+    """What `tokenizer` found: the steps, encoded texts, a comparison by class with examples."""
+    say(found["file"])
+    if "pre_tokenizer" in found:
+        show_steps(found["pre_tokenizer"], found["runtime"])
+    for encoded in found["encoded"]:
+        say()
+        say(visible(encoded["text"]))
+        table(
+            zip(encoded["ids"], map(visible, encoded["tokens"]), strict=True), ("id", "token"), frozenset({0})
+        )
+    compared = found.get("comparison")
+    if compared:
+        say()
+        say(f"{compared['different']} of {compared['texts']:,} texts give other ids")
+        table(compared["classes"].items(), ("class", "texts"), frozenset({1}))
+        for kind, text, first, second in compared["examples"]:
+            say(f"  {kind}: {visible(text)!r}  {list(first)}  {list(second)}")

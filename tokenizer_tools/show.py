@@ -1,0 +1,45 @@
+"""Opens any file that holds a tokenizer, and tells its pre-tokenizer, for `dsconvert tokenizer`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsconvert.errors import TokenizerError
+from tokenizer_tools.library import open_tokenizer, parse_object, read_text
+from tokenizer_tools.rebuild import rebuild
+from tokenizer_tools.steps import PreTokenizer, extract, from_gguf
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A tokenizer, the steps that it states itself (None when it states none), and its runtime name."""
+
+    path: Path
+    tokenizer: Tokenizer
+    spec: PreTokenizer | None
+    runtime: str | None
+
+
+def open_folder(path: Path) -> Opened:
+    """The tokenizer of a checkpoint folder, or of a tokenizer.json itself; raises TokenizerError."""
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if not path.is_file():
+        raise TokenizerError(
+            "there is no tokenizer here",
+            where=path,
+            hint="Give a GGUF file, a model folder or a tokenizer.json",
+        )
+    text = read_text(path)
+    raw = parse_object(text, path)
+    return Opened(path, open_tokenizer(text, path), extract(raw.get("pre_tokenizer"), path), None)
+
+
+def open_metadata(path: Path, keys: Mapping[str, Any]) -> Opened:
+    """The tokenizer rebuilt from a GGUF file's keys alone; raises TokenizerError."""
+    return Opened(path, rebuild(keys, path), from_gguf(keys, path), keys.get("tokenizer.ggml.pre"))
