@@ -148,16 +148,14 @@ def centred_scales(widths: Floats, n: int, levels: Any, middle: Any, scales: Sca
 @inlined
 def affine_scales(smallest: Floats, largest: Floats, n: int, levels: Any, scales: Scales) -> int:
     """d = (largest - smallest) / levels and m = smallest, as `centred_scales`; gives flags."""
-    ds, ms, ids, shifts = scales
+    ds, ms, ids, _ = scales
     top = uint32(0)
     overflow = uint32(0)
     for b in range(n):
         size = max(magnitude(smallest[b]), magnitude(largest[b]))
         d = float32(float32(largest[b] - smallest[b]) / levels)
         scale = inverse(d)
-        usable = magnitude(scale) < INFINITY
-        ids[b] = scale if usable else float32(0)
-        shifts[b] = float32(0.5) if usable else float32(0)
+        ids[b] = scale if magnitude(scale) < INFINITY else float32(0)
         ds[b] = half(d)
         ms[b] = half(smallest[b])
         infinite = max(uint16(ds[b] & HALF_INFINITY), uint16(ms[b] & HALF_INFINITY)) == HALF_INFINITY
@@ -277,7 +275,7 @@ def q4_1(x: Bits, out: Bytes) -> int:
     """m = min x, d = (max x - m) / 15, q = (x - m) / d rounded."""
     low, high = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     scales = new_scales()
-    ds, ms, ids, shifts = scales
+    ds, ms, ids, _ = scales
     flags = 0
     for start in range(0, x.shape[0], LANES):
         n = min(LANES, x.shape[0] - start)
@@ -286,7 +284,7 @@ def q4_1(x: Bits, out: Bytes) -> int:
         for b in range(n):
             put_half(out, start + b, 0, ds[b])
             put_half(out, start + b, 2, ms[b])
-            put_nibbles(x, start + b, (low[b], ids[b], shifts[b]), out, 4)
+            put_nibbles(x, start + b, (low[b], ids[b], float32(0.5)), out, 4)
     return flags
 
 
@@ -295,7 +293,7 @@ def q5_1(x: Bits, out: Bytes) -> int:
     """m = min x, d = (max x - m) / 31, q = (x - m) / d rounded."""
     low, high = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     scales = new_scales()
-    ds, ms, ids, shifts = scales
+    ds, ms, ids, _ = scales
     flags = 0
     for start in range(0, x.shape[0], LANES):
         n = min(LANES, x.shape[0] - start)
@@ -304,5 +302,5 @@ def q5_1(x: Bits, out: Bytes) -> int:
         for b in range(n):
             put_half(out, start + b, 0, ds[b])
             put_half(out, start + b, 2, ms[b])
-            put_five_bits(x, start + b, (low[b], ids[b], shifts[b]), out, 4)
+            put_five_bits(x, start + b, (low[b], ids[b], float32(0.5)), out, 4)
     return flags
