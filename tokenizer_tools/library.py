@@ -35,7 +35,7 @@ def guarded(doing: str, where: object) -> Iterator[None]:
         raise TokenizerError(
             f"cannot {doing}",
             where=where,
-            why=f"the tokenizers library says: {str(error)[:300]}",
+            why=f"the tokenizers library says: {' '.join(str(error).split())[:300]}",
             hint="Fetch the tokenizer files again, or update the tokenizers package",
         ) from None
 

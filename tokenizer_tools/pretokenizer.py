@@ -123,7 +123,10 @@ def resolve(data: TokenizerData, override: str | None = None) -> Resolution:
     if len(fitting) == 1 and proof.difference(fitting[0], "tokens") is None:
         name = fitting[0].name
         evidence = f"steps {data.spec.sha256[:12]} are not known, those of {name} fit; {proof.evidence()}"
-        note = f"the pre-tokenizer is spelled otherwise than {name}'s and gives the same ids"
+        note = (
+            f"the pre-tokenizer's steps are not known; {name} was chosen because it gives the same ids on "
+            "every text tried"
+        )
         return Resolution(name, True, evidence, (note,))
     raise _unresolved(fitting, matching, proof)
 
