@@ -14,12 +14,11 @@ import numpy.typing as npt
 from numba.extending import overload
 from numpy import float32, int16, int32, uint16, uint32
 
+from converters.gguf.kernels import NONFINITE, OVERFLOW
 from converters.gguf.kernels.compile import inlined, kernel
 
 Bits = npt.NDArray[Any]  # uint16 or uint32
 
-NONFINITE = 1
-OVERFLOW = 2
 MAGNITUDE = uint32(0x7FFFFFFF)  # all of a float32 but its sign
 INFINITY = uint32(0x7F800000)  # at or above it: infinite or not a number
 HALF_INFINITY = uint16(0x7C00)  # the same for float16
