@@ -1,0 +1,141 @@
+"""What a report holds, and its form for machines; `report_page` makes the page of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsconvert.errors import OutputError
+from dsconvert.thresholds import Thresholds, Verdict
+from dsconvert.verify import Comparison
+from dsconvert.windows import Windows
+
+Decode = Callable[[Sequence[int]], str]
+WORST, CONTEXT = 20, 24
+
+
+@dataclass(frozen=True)
+class TypeSize:
+    """How much of an output a type takes."""
+
+    type: str
+    tensors: int
+    weights: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything a report shows; `decode` turns ids into text, `provenance` is shown as it is."""
+
+    title: str
+    comparison: Comparison
+    verdict: Verdict
+    limits: Thresholds
+    windows: Windows
+    sizes: tuple[TypeSize, ...] = ()
+    provenance: Mapping[str, str] = field(default_factory=dict)
+    decode: Decode | None = None
+
+
+@dataclass(frozen=True)
+class WorstToken:
+    """A prediction with a large KL divergence: the text before it, what followed, what was expected."""
+
+    window: int
+    position: int
+    kld: float
+    p_base: float
+    p: float
+    context: str
+    target: str
+    top_base: str
+    top: str
+
+
+def worst_tokens(report: Report, count: int = WORST) -> list[WorstToken]:
+    """The predictions with the largest KL divergence, worst first."""
+    tokens = report.comparison.tokens
+    if tokens is None:
+        return []
+    text = report.decode or (lambda ids: " ".join(map(str, ids)))
+    found = []
+    for i in np.argsort(-tokens.kld, kind="stable")[:count].tolist():
+        window, position = int(tokens.window[i]), int(tokens.position[i])
+        before = report.windows.tokens[window, max(0, position + 1 - CONTEXT) : position + 1]
+        found.append(
+            WorstToken(
+                window=window,
+                position=position,
+                kld=float(tokens.kld[i]),
+                p_base=math.exp(-float(tokens.nll_base[i])),
+                p=math.exp(-float(tokens.nll[i])),
+                context=text(before.tolist()),
+                target=text([int(tokens.target[i])]),
+                top_base=text([int(tokens.top_base[i])]),
+                top=text([int(tokens.top[i])]),
+            )
+        )
+    return found
+
+
+def sizes_by_type(tensors: Iterable[tuple[str, int, int]]) -> tuple[TypeSize, ...]:
+    """Sums over (type, weights, bytes) of every tensor, largest type first."""
+    sums: dict[str, list[int]] = {}
+    for kind, count, nbytes in tensors:
+        row = sums.setdefault(kind, [0, 0, 0])
+        row[0], row[1], row[2] = row[0] + 1, row[1] + count, row[2] + nbytes
+    rows = [TypeSize(kind, *row) for kind, row in sums.items()]
+    return tuple(sorted(rows, key=lambda row: -row.nbytes))
+
+
+def as_dict(report: Report) -> dict[str, Any]:
+    """The report for machines; a value that is not finite is null, and a tensor without error says so."""
+    found, figures = report.comparison, report.comparison.figures
+    value = {
+        "title": report.title,
+        "passed": report.verdict.passed,
+        "reasons": list(report.verdict.reasons),
+        "checks": [check.as_dict() for check in report.verdict.checks],
+        "limits": asdict(report.limits),
+        "figures": None if figures is None else asdict(figures),
+        "broken": found.broken,
+        "blocks": [asdict(block) for block in found.blocks],
+        "tensors": [{**asdict(tensor), "equal": tensor.snr == math.inf} for tensor in found.tensors],
+        "worst_tokens": [asdict(token) for token in worst_tokens(report)],
+        "sizes": [asdict(size) for size in report.sizes],
+        "provenance": dict(report.provenance),
+    }
+    cleaned: dict[str, Any] = _finite(value)
+    return cleaned
+
+
+def _finite(value: Any) -> Any:
+    """The same structure with null for each float that JSON cannot say."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def save(path: Path, text: str) -> None:
+    """Write a report so that it is complete or not there; raises OutputError."""
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(text, encoding="utf-8", errors="replace")
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OutputError("cannot be written", where=path, why=error.strerror or str(error)) from None
+
+
+def as_json(report: Report) -> str:
+    """`as_dict` as text."""
+    return json.dumps(as_dict(report), indent=1, allow_nan=False) + "\n"

@@ -1,0 +1,164 @@
+"""The proof as a page that one looks at.
+
+One HTML file that loads nothing: styles and charts are inside, and its own policy forbids scripts and
+outside content.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from html import escape
+
+from dsconvert import charts
+from dsconvert.figures import Figures, TensorError
+from dsconvert.report import Report, worst_tokens
+from dsconvert.report_style import STYLE
+from dsconvert.thresholds import Thresholds, snr_floor
+
+LAYERED = re.compile(r"model\.layers\.(\d+)\.(?:self_attn\.|mlp\.)?(.+)")
+
+
+def as_html(report: Report) -> str:
+    """The whole page."""
+    title = escape(report.title)
+    sections = (_head(report), _figures(report), *_charts(report), _worst(report), _sizes(report))
+    body = "".join((*sections, _provenance(report)))
+    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width">'
+        f"<title>{title}</title><style>{STYLE}</style></head><body><main>{body}</main></body></html>\n"
+    )
+
+
+def _head(report: Report) -> str:
+    passed = report.verdict.passed
+    badge = '<span class="pass">PASS</span>' if passed else '<span class="fail">FAIL</span>'
+    reasons = "".join(f"<li>{escape(reason)}</li>" for reason in report.verdict.reasons)
+    return f"<h1>{badge} {escape(report.title)}</h1>" + (f"<ul class='why'>{reasons}</ul>" if reasons else "")
+
+
+def _figures(report: Report) -> str:
+    figures, limits = report.comparison.figures, report.limits
+    if figures is None:
+        reason = report.comparison.broken or "only a sample of blocks ran, so there are no logits to compare"
+        return f"<h2>Figures</h2><p>None: {escape(reason)}.</p>"
+    table = _table(("figure", "value", "± standard error", "limit"), figure_rows(figures, limits))
+    note = f"Over {figures.tokens} predictions; base is the reference, Q the candidate. KL in nats."
+    return f"<h2>Figures</h2>{table}<p>{note}</p>"
+
+
+def figure_rows(figures: Figures, limits: Thresholds) -> list[tuple[str, str, str, str]]:
+    """Name, value, standard error and limit of each figure, under llama.cpp's names."""
+    k = figures.kld_percentiles
+    rows = [
+        ("Mean PPL(Q)", f"{figures.ppl.value:.4f}", f"{figures.ppl.error:.4f}", ""),
+        ("Mean PPL(base)", f"{figures.ppl_base.value:.4f}", f"{figures.ppl_base.error:.4f}", ""),
+        ("Mean PPL(Q)/PPL(base)", f"{figures.ppl_ratio.value:.5f}", f"{figures.ppl_ratio.error:.5f}",
+         f"at most {limits.max_ppl_ratio:g}"),
+        ("Mean KLD", f"{figures.kld.value:.6f}", f"{figures.kld.error:.6f}", f"at most {limits.max_kld:g}"),
+        ("Median KLD", f"{figures.kld_median:.6f}", "", ""),
+        *((f"{name} % KLD", f"{value:.6f}", "", "") for name, value in k.items()),
+        ("Maximum KLD", f"{figures.kld_max:.6f}", "", ""),
+        ("Mean Δp", f"{figures.p_diff.value:.3%}", f"{figures.p_diff.error:.3%}", ""),
+        ("RMS Δp", f"{figures.p_diff_rms.value:.3%}", f"{figures.p_diff_rms.error:.3%}", ""),
+        ("Same top p", f"{figures.same_top.value:.3%}", f"{figures.same_top.error:.3%}",
+         f"at least {limits.min_top1:.0%}"),
+        ("Top 5 overlap", f"{figures.top5_overlap:.3%}", "", ""),
+    ]  # fmt: skip
+    if figures.bits_per_byte is not None and figures.bits_per_byte_base is not None:
+        rows.append(("Bits per byte (Q)", f"{figures.bits_per_byte:.4f}", "", ""))
+        rows.append(("Bits per byte (base)", f"{figures.bits_per_byte_base:.4f}", "", ""))
+    return rows
+
+
+def _charts(report: Report) -> Iterable[str]:
+    found = report.comparison
+    whole = [block.relative for block in found.blocks if block.update is None]
+    if whole:
+        chart = charts.line(whole, "block", "relative L2 error")
+        yield f"<h2>Error by layer</h2>{chart}<p>Of the hidden states after each block, mean over tokens.</p>"
+    sampled = [block for block in found.blocks if block.update is not None]
+    if sampled:
+        rows = [(str(b.index), f"{b.update:.4g}", f"{report.limits.max_update:g}") for b in sampled]
+        yield "<h2>Sampled blocks</h2>" + _table(("block", "error of what it adds", "limit"), rows)
+    yield _tensors(found.tensors)
+    if found.tokens is not None and found.figures is not None:
+        marks = {"mean": found.figures.kld.value, "99 %": found.figures.kld_percentiles["99"]}
+        chart = charts.log_histogram(found.tokens.kld, "KL divergence of a prediction, nats", marks)
+        yield f"<h2>KL divergence</h2>{chart}"
+
+
+def _tensors(tensors: tuple[TensorError, ...]) -> str:
+    if not tensors:
+        return ""
+    rows: dict[str, dict[int, float]] = {}
+    others = []
+    for tensor in tensors:
+        match = LAYERED.fullmatch(tensor.name)
+        if match:
+            rows.setdefault(match[2].removesuffix(".weight"), {})[int(match[1])] = tensor.snr
+        else:
+            others.append(tensor)
+    layers = max((max(row) for row in rows.values()), default=-1) + 1
+    finite = [t.snr for t in tensors if math.isfinite(t.snr)]
+    floor = min([snr_floor(t.type) for t in tensors if math.isfinite(t.snr)], default=0.0)
+    chart = charts.heat_map(rows, layers, floor, "dB") if rows else ""
+    weakest = sorted(tensors, key=lambda t: (not math.isnan(t.snr), t.snr))[:8]
+    listed = [*others, *(t for t in weakest if t not in others)]
+    cells = [(t.name, t.type, _decibel(t.snr), f"{snr_floor(t.type):g} dB") for t in listed]
+    table = _table(("tensor", "type", "signal to noise", "floor"), cells)
+    span = f"{min(finite):.1f} to {max(finite):.1f} dB" if finite else "no error in any tensor"
+    note = f"Signal to noise of the weights: {span}. Strong colour: much error. Empty: none at all."
+    return f"<h2>Error by tensor</h2>{chart}<p>{note}</p>{table}"
+
+
+def _decibel(value: float) -> str:
+    return "no error" if value == math.inf else "not finite" if math.isnan(value) else f"{value:.1f} dB"
+
+
+def _worst(report: Report) -> str:
+    words = worst_tokens(report)
+    if not words:
+        return ""
+    rows = "".join(
+        f"<tr><td>{w.kld:.3f}</td><td>{w.p_base:.1%}</td><td>{w.p:.1%}</td>"
+        f"<td class='text'>{_shown(w.context)}<mark>{_shown(w.target)}</mark></td>"
+        f"<td class='text'>{_shown(w.top_base)}</td><td class='text'>{_shown(w.top)}</td></tr>"
+        for w in words
+    )
+    names = ("KLD", "p(base)", "p(Q)", "text and the token that follows", "base expects", "Q expects")
+    heads = "".join(f"<th>{name}</th>" for name in names)
+    return f"<h2>Worst tokens</h2><table><tr>{heads}</tr>{rows}</table>"
+
+
+def _shown(text: str) -> str:
+    """Escaped, with white space and control characters made visible."""
+    shown = "".join("⏎" if c == "\n" else "⇥" if c == "\t" else c if c.isprintable() else "�" for c in text)
+    return escape(shown)
+
+
+def _sizes(report: Report) -> str:
+    if not report.sizes:
+        return ""
+    bar = charts.stacked_bar({size.type: size.nbytes for size in report.sizes})
+    rows = [
+        (s.type, str(s.tensors), f"{s.weights:,}", f"{s.nbytes:,}", f"{8 * s.nbytes / max(s.weights, 1):.3f}")
+        for s in report.sizes
+    ]
+    table = _table(("type", "tensors", "weights", "bytes", "bits per weight"), rows)
+    return f"<h2>Size by type</h2>{bar}{table}"
+
+
+def _provenance(report: Report) -> str:
+    rows = list(report.provenance.items())
+    return f"<h2>Provenance</h2>{_table(('what', 'value'), rows)}" if rows else ""
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in heads)
+    body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in rows)
+    return f"<table><tr>{head}</tr>{body}</table>"

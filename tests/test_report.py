@@ -1,0 +1,196 @@
+"""The report: complete, self-contained, well-formed whatever the text holds, and honest JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from random_llama import Memory, make, tokens
+from test_verify import L, noisy
+
+from dsconvert import charts, report_page, verify, windows
+from dsconvert import report as rp
+from dsconvert.effort import compare_blocks
+from dsconvert.errors import OutputError
+from dsconvert.thresholds import thresholds_for
+
+pytest.importorskip("torch")
+NASTY = "<script>alert(1)</script>&\"'\x00\x1b\n\ud800"
+LIMITS = thresholds_for("q8_0")
+
+
+@pytest.fixture(scope="module")
+def report() -> rp.Report:
+    _, source, config = make()
+    text = windows.whole(tokens(config, 3, 40))
+    found = verify.result(verify.compare(source, noisy(source, 0.01), config, text, device="cpu"))
+    return rp.Report(
+        title="tiny <to> q8_0",
+        comparison=found,
+        verdict=verify.judge(found, LIMITS),
+        limits=LIMITS,
+        windows=text,
+        sizes=rp.sizes_by_type([("q8_0", 64, 68), ("f32", 4, 16), ("q8_0", 64, 68)]),
+        provenance={"source": "a & b"},
+        decode=lambda ids: "".join(chr(0x4E00 + i) for i in ids),
+    )
+
+
+def broken() -> rp.Report:
+    _, source, config = make()
+    text = windows.whole(tokens(config, 1, 16))
+    bad = Memory({**source.tensors, L + "mlp.up_proj.weight": np.full((160, 64), np.nan, np.float32)})
+    found = verify.result(verify.compare(source, bad, config, text, device="cpu"))
+    return rp.Report("broken", found, verify.judge(found, LIMITS), LIMITS, text)
+
+
+class Page(HTMLParser):
+    """Collects tags and text, and complains about tags that are not closed."""
+
+    VOID = ("meta", "rect", "line", "polyline", "circle")
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+        if tag not in self.VOID or tag in ("rect", "circle"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def test_the_page_shows_every_part(report: rp.Report) -> None:
+    page = Page(report_page.as_html(report))
+    text = " ".join(page.text)
+    for heading in ("Figures", "Error by layer", "Error by tensor", "KL divergence", "Worst tokens",
+                    "Size by type", "Provenance", "Mean KLD", "Same top p", "RMS Δp", "a & b"):  # fmt: skip
+        assert heading in text, heading
+    assert f"{report.comparison.figures.kld.value:.6f}" in text  # type: ignore[union-attr]
+    assert ("PASS" in text) == report.verdict.passed
+    tags = [tag for tag, _ in page.seen]
+    assert tags.count("svg") == 4
+    assert tags.count("circle") == len(report.comparison.blocks)
+
+
+def test_the_page_loads_nothing(report: rp.Report) -> None:
+    page = report_page.as_html(report)
+    tags = Page(page).seen
+    assert not {tag for tag, _ in tags} & {"script", "link", "img", "iframe", "object", "embed"}
+    assert not [name for _, attributes in tags for name in attributes if name in ("src", "href")]
+    assert not re.search(r"https?:|url\(|@import|\bon\w+=", page)
+    assert "default-src 'none'" in page
+
+
+def test_text_cannot_break_the_page(report: rp.Report) -> None:
+    hostile = rp.Report(
+        **{**vars(report), "title": NASTY, "decode": lambda ids: NASTY, "provenance": {NASTY: NASTY}}
+    )
+    page = report_page.as_html(hostile)
+    assert "<script" not in page
+    assert "script" not in {tag for tag, _ in Page(page).seen}
+
+
+def test_charts_are_well_formed(report: rp.Report) -> None:
+    page = report_page.as_html(report)
+    drawings = re.findall(r"<svg.*?</svg>", page, re.S)
+    for drawing in drawings:
+        ET.fromstring(drawing)
+    assert "nan" not in "".join(drawings)
+
+
+def test_worst_tokens_are_the_largest_in_their_context(report: rp.Report) -> None:
+    assert report.comparison.tokens is not None
+    worst = rp.worst_tokens(report, 5)
+    kld = sorted(report.comparison.tokens.kld.tolist(), reverse=True)
+    assert [w.kld for w in worst] == kld[:5]
+    ids = report.windows.tokens
+    for w in worst:
+        row = ids[w.window]
+        assert w.target == chr(0x4E00 + row[w.position + 1])
+        assert w.context == "".join(chr(0x4E00 + i) for i in row[max(0, w.position - 23) : w.position + 1])
+    assert all(0 <= w.p <= 1 and 0 <= w.p_base <= 1 for w in worst)
+
+
+def test_json_holds_the_figures_and_no_infinities(report: rp.Report) -> None:
+    value = json.loads(rp.as_json(report), parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
+    assert report.comparison.figures is not None
+    assert value["figures"]["kld"]["value"] == report.comparison.figures.kld.value
+    assert value["passed"] == report.verdict.passed
+    assert len(value["tensors"]) == len(report.comparison.tensors)
+    norm = next(t for t in value["tensors"] if t["name"] == "model.norm.weight")
+    assert norm["equal"] is True
+    assert norm["snr"] is None
+    assert value["sizes"][0] == {"type": "q8_0", "tensors": 2, "weights": 128, "nbytes": 136}
+    assert len(value["worst_tokens"]) == rp.WORST
+
+
+def test_a_broken_model_has_a_report_that_says_so() -> None:
+    report = broken()
+    text = " ".join(Page(report_page.as_html(report)).text)
+    assert "FAIL" in text
+    assert "the candidate gives non-finite values after block 1" in text
+    assert "not finite" in text
+    value = json.loads(rp.as_json(report))
+    assert value["passed"] is False
+    assert value["figures"] is None
+    assert value["broken"] in value["reasons"]
+
+
+def test_a_sample_of_blocks_has_a_report() -> None:
+    _, source, config = make()
+    text = windows.whole(tokens(config, 1, 16))
+    run = compare_blocks(source, noisy(source, 0.005), config, text, (0, 1), device="cpu")
+    found = verify.result(run)
+    report = rp.Report("sample", found, verify.judge(found, LIMITS), LIMITS, text)
+    said = " ".join(Page(report_page.as_html(report)).text)
+    assert "only a sample of blocks ran" in said
+    assert "Sampled blocks" in said
+
+
+def test_equal_models_have_a_report() -> None:
+    _, source, config = make()
+    text = windows.whole(tokens(config, 1, 16))
+    found = verify.result(verify.compare(source, source, config, text, device="cpu"))
+    report = rp.Report("equal", found, verify.judge(found, LIMITS), LIMITS, text)
+    said = " ".join(Page(report_page.as_html(report)).text)
+    assert "All 15 values are exactly zero" in said
+    assert "no error in any tensor" in said
+
+
+def test_saving_is_all_or_nothing(tmp_path: Path) -> None:
+    rp.save(tmp_path / "r.html", "text \ud800")
+    assert (tmp_path / "r.html").read_text() == "text ?"
+    assert [p.name for p in tmp_path.iterdir()] == ["r.html"]
+    with pytest.raises(OutputError, match="cannot be written"):
+        rp.save(tmp_path / "none" / "r.html", "text")
+
+
+@pytest.mark.parametrize("top", [1e-12, 0.013, 0.1, 1.0, 3.7, 99.0, 12345.0])
+def test_ticks_are_round_and_reach_the_top(top: float) -> None:
+    ticks = charts.nice_ticks(top)
+    assert ticks[0] == 0
+    assert top / 1.1 <= ticks[-1] * (1 + 1e-9)
+    assert 3 <= len(ticks) <= 7
+    step = ticks[1]
+    mantissa = step / 10 ** math.floor(math.log10(step) + 1e-9)
+    assert any(math.isclose(mantissa, m, rel_tol=1e-6) for m in (1, 2, 2.5, 5))
