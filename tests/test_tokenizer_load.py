@@ -122,7 +122,6 @@ def put(path: str, value: object) -> Mutation:
 def no_bytes(raw: dict[str, Any]) -> None:
     """Takes the token of the byte 0x41 away, and every merge and token with it."""
     model = raw["model"]
-    model["unk_token"] = "!"
     kept = [token for token in model["vocab"] if "A" not in token]
     model["merges"] = [pair for pair in model["merges"] if "A" not in "".join(pair)]
     model["vocab"] = {token: n for n, token in enumerate(kept)}
@@ -157,7 +156,7 @@ REFUSED: list[tuple[Mutation, str]] = [
     (lambda raw: raw["added_tokens"].append(added(7, "<x>")), "cannot have the id 7"),
     (lambda raw: raw["added_tokens"].append(added(9999, "<x>")), "cannot have the id 9999"),
     (lambda raw: raw["added_tokens"].append(added(rows(raw), "")), "without text"),
-    (no_bytes, "bytes have no token"),
+    (lambda raw: (no_bytes(raw), put("model.unk_token", "!")(raw)), "bytes have no token"),
 ]
 
 
@@ -214,9 +213,15 @@ def test_notes(tmp_path: Path) -> None:
     raw = tokenizer_json()
     raw["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "NFC"}]}
     config = {"pad_token": "[PAD]", "chat_template": "{{ nothing.at.all }}"}
+    no_bytes(raw)
     data = load_tokenizer(write(tmp_path, raw, config), 3000)
     assert data.normalizer == "nfc"
-    for part in ("NFC", "'[PAD]' as pad_token", "does not render a plain dialogue"):
+    for part in (
+        "NFC",
+        "1 bytes have no token (41)",
+        "'[PAD]' as pad_token",
+        "does not render a plain dialogue",
+    ):
         assert any(part in note for note in data.notes), data.notes
 
 

@@ -75,7 +75,7 @@ def compare(
 ) -> Comparison:
     """Both tokenizers over all texts; each difference is shrunk to its smallest part and classified.
 
-    `examples` is how many are kept of each class.
+    `examples` is how many different ones are kept of each class.
     """
     total = 0
     classes: Counter[str] = Counter()
@@ -89,7 +89,7 @@ def compare(
             small = shrink(text, lambda t: list(first([t])[0]) != list(second([t])[0]))
             kind = classify(small)
             classes[kind] += 1
-            if classes[kind] <= examples:
+            if all(small != other for _, other, _, _ in kept) and sum(k == kind for k, *_ in kept) < examples:
                 kept.append((kind, small, tuple(first([small])[0]), tuple(second([small])[0])))
     return Comparison(total, sum(classes.values()), dict(classes.most_common()), tuple(kept))
 

@@ -152,7 +152,10 @@ def check_bytes(vocab: Mapping[str, int], unk: object, path: Path) -> list[str]:
             why="A GGUF runtime drops such bytes, so ids would differ",
             hint="Train the tokenizer with the whole byte alphabet (pre_tokenizers.ByteLevel.alphabet())",
         )
-    return [f"{len(missing)} bytes have no token ({listed}); text with them loses them, as in the source"]
+    return [
+        f"{len(missing)} bytes have no token ({listed}) and are lost from a text; the characters around them "
+        "may merge in the source tokenizer and not in llama.cpp"
+    ]
 
 
 def normalizer(raw: object, path: Path) -> tuple[str, list[str]]:
