@@ -26,6 +26,7 @@ LLAMA_DEFAULTS: dict[str, Any] = {
 }
 ROPE_TYPES = ("linear", "yarn", "llama3")
 LIMIT = 1 << 31
+LAYERS_LIMIT = 4096  # the plan names every layer's tensors before it compares them
 
 
 @dataclass(frozen=True)
@@ -127,13 +128,13 @@ def normalise(raw: dict[str, Any], where: object) -> ModelConfig:
     if head_dim % 2:
         raise get.wrong("head_dim", f"{head_dim} is odd, RoPE needs pairs")
     if raw.get("hidden_act", "silu") != "silu":
-        raise get.wrong("hidden_act", f"{raw['hidden_act']!r} is not silu, which this layout needs")
+        raise get.wrong("hidden_act", f"{str(raw['hidden_act'])[:40]!r} is not silu, which this layout needs")
     theta, scaling = _rope(raw, get)
     return ModelConfig(
         architecture=architecture,
         hidden_size=hidden,
         intermediate_size=get.size("intermediate_size"),
-        layers=get.size("num_hidden_layers"),
+        layers=get.size("num_hidden_layers", limit=LAYERS_LIMIT),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
@@ -222,10 +223,10 @@ class _Getter:
             raise self.wrong(key, "is missing and has no default")
         return value
 
-    def size(self, key: str, default: int | None = None) -> int:
+    def size(self, key: str, default: int | None = None, limit: int = LIMIT) -> int:
         value = self.value(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < LIMIT:
-            raise self.wrong(key, f"is {str(value)[:40]!r}, should be a positive whole number")
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < limit:
+            raise self.wrong(key, f"is {str(value)[:40]!r}, should be a positive whole number below {limit}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
