@@ -68,9 +68,7 @@ def test_types_are_those_that_llama_quantize_chose(case: dict[str, Any], quant: 
         case["kv_heads"],
         tied=case["tied"],
     )
-    types = recipe.assign(
-        quant, shapes, layers=case["layers"], heads=case["heads"], kv_heads=case["kv_heads"]
-    )
+    types = choose(quant, shapes, layers=case["layers"], heads=case["heads"], kv_heads=case["kv_heads"])
     assert set(types) == set(shapes)
     compared = 0
     for key, text in case["types"][quant].items():
@@ -86,8 +84,12 @@ def test_types_are_those_that_llama_quantize_chose(case: dict[str, Any], quant: 
     assert all(types[name] == "f32" for name in shapes if name not in matrices)
 
 
+def choose(quant: str, shapes: dict[str, tuple[int, ...]], **options: Any) -> dict[str, str]:
+    return {name: choice.type for name, choice in recipe.choose(quant, shapes, **options).items()}
+
+
 def assign(quant: str, **options: Any) -> dict[str, str]:
-    return recipe.assign(quant, llama_shapes(8, 256, 512, 4, 4), layers=8, heads=4, kv_heads=4, **options)
+    return choose(quant, llama_shapes(8, 256, 512, 4, 4), layers=8, heads=4, kv_heads=4, **options)
 
 
 @pytest.mark.parametrize("quant", ["f32", "f16", "bf16"])
@@ -100,7 +102,7 @@ def test_plain_types_hold_for_every_matrix(quant: str) -> None:
 def test_pure_gives_every_matrix_the_default_type() -> None:
     types = assign("q4_k_m", pure=True)
     assert {kind for name, kind in types.items() if kind != "f32"} == {"q4_k"}
-    narrow = recipe.assign("q4_k", llama_shapes(1, 96, 40, 3, 3), layers=1, heads=3, kv_heads=3, pure=True)
+    narrow = choose("q4_k", llama_shapes(1, 96, 40, 3, 3), layers=1, heads=3, kv_heads=3, pure=True)
     assert narrow["output.weight"] == "q5_0"
     assert narrow["blk.0.ffn_down.weight"] == "f16"
 
@@ -127,17 +129,7 @@ def test_overrides_fall_back_too_and_hold_for_plain_types() -> None:
     choice = recipe.choose("f16", shapes, overrides=[("attn_q", "q6_k")], **options)["blk.0.attn_q.weight"]
     assert choice == recipe.Choice("q8_0", "q6_k")
     assert choice.fell_back
-    assert recipe.assign("f16", shapes, overrides=[("attn_q", "q6_k")], **options)["output.weight"] == "f16"
-
-
-def test_types_that_only_awkward_rows_bring() -> None:
-    assert recipe.fell_back("q4_k_m", "q5_0")
-    assert recipe.fell_back("q4_0", "f16")
-    assert recipe.fell_back("f16", "q6_k")
-    assert not any(recipe.fell_back("q4_k_m", kind) for kind in ("f32", "q4_k", "q6_k"))
-    assert not recipe.fell_back("q4_0", "q6_k")
-    for quant in ("q4_k_m", "q3_k_l", "q8_0", "bf16"):
-        assert not any(recipe.fell_back(quant, kind) for kind in assign(quant).values())
+    assert choose("f16", shapes, overrides=[("attn_q", "q6_k")], **options)["output.weight"] == "f16"
 
 
 def test_an_importance_matrix_raises_the_first_eighth_of_ffn_down() -> None:
@@ -151,7 +143,7 @@ def test_layers_are_counted_in_their_own_order() -> None:
     shapes = llama_shapes(24, 256, 512, 4, 4)
     backwards = dict(reversed(shapes.items()))
     numbers = {"layers": 24, "heads": 4, "kv_heads": 4}
-    assert recipe.assign("q4_k_m", backwards, **numbers) == recipe.assign("q4_k_m", shapes, **numbers)
+    assert choose("q4_k_m", backwards, **numbers) == choose("q4_k_m", shapes, **numbers)
 
 
 @pytest.mark.parametrize(

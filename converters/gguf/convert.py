@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Iterator
 
-from converters.gguf import recipe
 from converters.gguf.job import Job, Options, prepare
 from converters.gguf.pipeline import write_tensors
 from converters.gguf.proof import prove
@@ -47,12 +45,6 @@ def describe(job: Job) -> Iterator[Event]:
         files = tuple(str(job.folder / layout.name) for layout in output.layouts)
         sizes = tuple(layout.nbytes for layout in output.layouts)
         yield Planned(files, output.quant, tuple(rows), sizes, job.checkpoint.nbytes, job.pre)
-        fallen = Counter(
-            recipe.default_type(output.quant) + " -> " + row.type
-            for row in rows
-            if recipe.fell_back(output.quant, row.type)
-        )
-        for change, count in fallen.items():
-            yield Warn(
-                f"{count} tensors take another type ({change}): their rows are no multiple of its block"
-            )
+        for change, count in output.fallbacks.items():
+            why = f"({change}): their rows are no multiple of its block"
+            yield Warn(f"{count} tensors of {output.quant} take another type {why}")

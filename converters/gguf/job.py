@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from converters.gguf import metadata, qtypes, recipe
-from converters.gguf.layout import Layout, Tensor, lay_out_split
+from converters.gguf.layout import KeyValues, Layout, Tensor, lay_out_split
 from converters.gguf.writer import check_targets
 from dsconvert.arch import Arch, Spec, plan
 from dsconvert.archs import ARCHS
@@ -47,6 +48,7 @@ class Output:
     quant: str
     layouts: tuple[Layout, ...]
     tensors: dict[str, Tensor]
+    fallbacks: dict[str, int]  # "wanted -> taken" where rows did not fit, and how often
 
     def place(self, name: str) -> tuple[int, int]:
         """The number of the file that holds a tensor, and the tensor's offset in it."""
@@ -99,18 +101,15 @@ def prepare(options: Options) -> Job:
     resolution = resolve(tokenizer, options.pre)
     keys = all_keys(checkpoint, arch, config, specs) | gguf_keys(tokenizer, resolution.name)
     folder, names = output_names(options, checkpoint.folder)
-    outputs = []
-    for quant, name in zip(options.quants, names, strict=True):
-        tensors = typed_tensors(quant, specs, derived, config, options)
-        file_type = recipe.FILE_TYPES[quant]
-        layouts = lay_out_split(
-            name, metadata.with_file_type(keys, file_type), tensors, options.split_max_size
-        )
-        outputs.append(Output(quant, tuple(layouts), {tensor.name: tensor for tensor in tensors}))
+    shapes = {spec.gguf: spec.shape for spec in specs} | {name: a.shape for name, a in derived.items()}
+    outputs = tuple(
+        plan_output(quant, name, keys, shapes, config, options)
+        for quant, name in zip(options.quants, names, strict=True)
+    )
     notes = (*tokenizer.notes, *resolution.notes)
     job = Job(
         options, checkpoint, arch, config, specs, derived, tokenizer, resolution.name, folder,
-        tuple(outputs), notes,
+        outputs, notes,
     )  # fmt: skip
     if not options.dry_run:
         check_targets(job.paths, [layout.nbytes for layout in job.layouts], options.force)
@@ -141,16 +140,26 @@ def all_keys(
     return keys
 
 
-def typed_tensors(
-    quant: str, specs: tuple[Spec, ...], derived: dict[str, Any], config: ModelConfig, options: Options
-) -> list[Tensor]:
-    """Every output tensor with the type that the recipe gives it, in the order of the file."""
-    shapes = {spec.gguf: spec.shape for spec in specs} | {name: a.shape for name, a in derived.items()}
-    types = recipe.assign(
+def plan_output(
+    quant: str,
+    name: str,
+    keys: KeyValues,
+    shapes: dict[str, tuple[int, ...]],
+    config: ModelConfig,
+    options: Options,
+) -> Output:
+    """Give every tensor the recipe's type, in the order of the file, and lay the files out."""
+    choices = recipe.choose(
         quant, shapes, heads=config.heads, kv_heads=config.kv_heads, layers=config.layers,
         overrides=options.overrides, pure=options.pure,
     )  # fmt: skip
-    return [Tensor(name, shape, qtypes.QTYPES[types[name]]) for name, shape in shapes.items()]
+    tensors = [Tensor(name, shape, qtypes.QTYPES[choices[name].type]) for name, shape in shapes.items()]
+    keys = metadata.with_file_type(keys, recipe.FILE_TYPES[quant])
+    layouts = lay_out_split(name, keys, tensors, options.split_max_size)
+    fallbacks = Counter(
+        f"{choice.wanted} -> {choice.type}" for choice in choices.values() if choice.fell_back
+    )
+    return Output(quant, tuple(layouts), {tensor.name: tensor for tensor in tensors}, dict(fallbacks))
 
 
 def output_names(options: Options, source: Path) -> tuple[Path, list[str]]:

@@ -149,44 +149,6 @@ def default_type(quant: str) -> str:
     return _mixture(quant).default
 
 
-def fell_back(quant: str, kind: str) -> bool:
-    """Whether a file of `quant` holds `kind` only where rows did not fit (or by an override).
-
-    `Choice.fell_back` says it exactly, tensor by tensor.
-    """
-    mixture = _mixture(quant)
-    rules = (*mixture.attn_v, *mixture.ffn_down, *mixture.attn_output)
-    own = {"f32", mixture.default, *(kind for _, kind in rules)}
-    if QTYPES[mixture.default].block > 1:
-        own.add(_output_type(mixture.default, QTYPES[mixture.default].block))
-    return kind not in own
-
-
-def assign(
-    quant: str,
-    shapes: Mapping[str, tuple[int, ...]],
-    *,
-    layers: int,
-    heads: int,
-    kv_heads: int,
-    overrides: Sequence[tuple[str, str]] = (),
-    pure: bool = False,
-    imatrix: bool = False,
-) -> dict[str, str]:
-    """The type of every tensor, by name; arguments and errors as `choose`."""
-    choices = choose(
-        quant,
-        shapes,
-        layers=layers,
-        heads=heads,
-        kv_heads=kv_heads,
-        overrides=overrides,
-        pure=pure,
-        imatrix=imatrix,
-    )
-    return {name: choice.type for name, choice in choices.items()}
-
-
 def choose(
     quant: str,
     shapes: Mapping[str, tuple[int, ...]],
