@@ -80,7 +80,7 @@ class Checkpoint:
         """The stored values, without a copy: a read-only view of the mapped file in the stored shape.
 
         uint16 (the bits of bf16), float16 or float32. A view of an old file may be unaligned, one of a
-        pytorch_model.bin may be strided: copy row chunks with `np.require(chunk, requirements="CA")`.
+        pytorch_model.bin may be strided: copy row chunks with `np.require(chunk, requirements=["C", "A"])`.
         Raises CheckpointError for any other stored type.
         """
         tensor = self._tensor(name)

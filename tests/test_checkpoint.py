@@ -119,7 +119,7 @@ def test_an_unpadded_header_reads_the_same(tmp_path: Path) -> None:
     raw = open_checkpoint(path).raw("x")
     assert not raw.flags.aligned
     assert np.array_equal(raw, values)
-    assert np.require(raw[1:], requirements="CA").flags.aligned
+    assert np.require(raw[1:], requirements=["C", "A"]).flags.aligned
 
 
 def test_strided_and_shared_tensors_of_a_bin(tmp_path: Path) -> None:
