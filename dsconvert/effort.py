@@ -12,7 +12,7 @@ from dsconvert import streaming as st
 from dsconvert.arch import WeightSource
 from dsconvert.config import ModelConfig
 from dsconvert.events import Event, Step
-from dsconvert.figures import BlockError, IntArray, hidden_error, update_error
+from dsconvert.figures import BlockError, IntArray, TensorError, hidden_error, snr, update_error
 from dsconvert.thresholds import Thresholds, Verdict
 from dsconvert.verify import BlockCompared, Comparison, Run, check_sizes, compare, differences, judge
 from dsconvert.windows import Windows
@@ -20,9 +20,10 @@ from dsconvert.windows import Windows
 if TYPE_CHECKING:
     import torch
 
-# Measured: a float32 GEMM gives 50-60 GFLOP/s per core of a server CPU. The other figures are cautious.
+# Measured: a float32 GEMM gives 50-60 GFLOP/s per core of a server CPU, and reading, dequantizing and
+# comparing a weight costs about 5 ns on each side. Both are taken cautiously, and CUDA's by guess.
 CPU_FLOPS_PER_CORE, CUDA_FLOPS = 40e9, 40e12
-READ_RATE = 0.4e9  # weights per second, read and dequantized on one side
+READ_RATE = 0.2e9  # weights per second on one side
 SAMPLE_TOKENS = 256
 LEAST_WINDOWS = 2
 
@@ -59,15 +60,17 @@ def choose(
         return Effort(Windows(windows.tokens[:fit], windows.first[:fit]), None, total, text)
     short = min(length, SAMPLE_TOKENS)
     block = block_weights(config) * (2 / READ_RATE + 4 * short / rate)
-    count = min(max(2, int(seconds / block)), config.layers)
-    blocks = tuple(sorted({int(i) for i in np.linspace(0, config.layers - 1, max(count, 3))}))
-    if count == 2:
-        blocks = blocks[:2]
+    tables = 2 * config.vocab_size * config.hidden_size / READ_RATE  # the embedding, of both
+    count = min(max(2, int((seconds - tables) / block)), config.layers)
+    spread = np.linspace(0, config.layers - 1, count) if count > 2 else (0, config.layers // 2)
+    blocks = tuple(sorted({int(i) for i in spread}))
     text = (
         f"blocks {', '.join(map(str, blocks))} of {config.layers} on {short} tokens, each on the reference's "
         f"input; all of it would take about {reading + n * window:.0f} s: --verify full"
     )
-    return Effort(Windows(windows.tokens[:1, :short], windows.first[:1]), blocks, len(blocks) * block, text)
+    return Effort(
+        Windows(windows.tokens[:1, :short], windows.first[:1]), blocks, tables + len(blocks) * block, text
+    )
 
 
 def weights(config: ModelConfig) -> int:
@@ -135,9 +138,7 @@ def compare_blocks(
         st.open_decoder(candidate, other, place, kind),
     )
     run = Run(decoders, windows, differences(decoders), [], [])
-    start = run.read(st.EMBED, st.EMBED)[0]
-    hidden = st.embed(start, windows.tokens, kind)
-    del start
+    hidden = _embedded(run)
     for index in sorted({0, *blocks}):
         error, hidden, broken = _same_input(run, index, hidden)
         if broken:
@@ -145,6 +146,21 @@ def compare_blocks(
         if index in blocks:
             yield BlockCompared(index, config.layers, error.relative, error.cosine)
     return run.ended("")
+
+
+def _embedded(run: Run) -> torch.Tensor:
+    """The reference's embedded text; of both tables only the rows in use are kept and compared."""
+    import torch
+
+    used, places = np.unique(run.windows.tokens, return_inverse=True)
+    rows = []
+    for decoder in run.pair:
+        st.check_ids(run.windows.tokens, decoder.config.vocab_size)
+        rows.append(torch.from_numpy(decoder.source.float32(st.EMBED)[used]))
+    kind = run.pair[1].source.dtype(st.EMBED)
+    run.tensors.append(TensorError(st.EMBED, kind, tuple(rows[1].shape), snr(*rows)))
+    base = rows[0].to(run.pair[0].device)
+    return st.embed(base, places.reshape(run.windows.tokens.shape), run.pair[0].dtype)
 
 
 def _same_input(run: Run, index: int, start: torch.Tensor) -> tuple[BlockError, torch.Tensor, str]:

@@ -200,15 +200,26 @@ def snr(base: torch.Tensor, candidate: torch.Tensor) -> float:
     """Signal to noise of a tensor in dB: inf when equal, -inf when only noise, nan when not finite."""
     import torch
 
-    signal = noise = 0.0
-    flat_base, flat = base.reshape(-1), candidate.reshape(-1)
-    for start in range(0, flat.numel(), 1 << 22):
-        part = flat_base[start : start + (1 << 22)]
-        difference = flat[start : start + (1 << 22)] - part
-        signal += float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2
-        noise += float(torch.linalg.vector_norm(difference, dtype=torch.float64)) ** 2
+    signal, noise = _energies(base, candidate, torch.float32)
+    if noise == 0.0 and math.isfinite(signal) and torch.equal(base, candidate):
+        return math.inf
+    if not (math.isfinite(signal + noise) and noise > 0 and signal > 0):
+        # Broken, or squares beyond float32's range: float64 is several times slower and tells which.
+        signal, noise = _energies(base, candidate, torch.float64)
     if not math.isfinite(signal + noise):
         return math.nan
     if not noise:
         return math.inf
     return 10 * math.log10(signal / noise) if signal else -math.inf
+
+
+def _energies(base: torch.Tensor, candidate: torch.Tensor, dtype: torch.dtype) -> tuple[float, float]:
+    """The sums of base^2 and (candidate - base)^2, in slices that fit a cache, summed in float64."""
+    signal = noise = 0.0
+    flat_base, flat = base.reshape(-1), candidate.reshape(-1)
+    for start in range(0, flat.numel(), 1 << 18):
+        part = flat_base[start : start + (1 << 18)].to(dtype)
+        difference = flat[start : start + (1 << 18)].to(dtype) - part
+        signal += float(part.dot(part))
+        noise += float(difference.dot(difference))
+    return signal, noise

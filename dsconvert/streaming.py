@@ -177,16 +177,21 @@ def embed(weight: torch.Tensor, windows: IntArray, dtype: torch.dtype) -> torch.
     """Token ids [n, length] to hidden states [n, length, d]; UsageError for an id outside the table."""
     import torch
 
+    check_ids(windows, weight.shape[0])
+    ids = torch.as_tensor(windows, dtype=torch.int64).to(weight.device)
+    return weight[ids].to(dtype)
+
+
+def check_ids(windows: IntArray, vocab: int) -> None:
+    """Raises UsageError unless the windows are [n, length] of ids below `vocab`."""
     if windows.ndim != 2 or not windows.size:
         raise UsageError(f"windows of tokens have the shape {list(windows.shape)}, should be [n, length]")
-    if windows.min() < 0 or windows.max() >= weight.shape[0]:
+    if windows.min() < 0 or windows.max() >= vocab:
         raise UsageError(
-            f"a token id is outside the {weight.shape[0]} rows of the embedding",
+            f"a token id is outside the {vocab} rows of the embedding",
             why=f"ids go from {windows.min()} to {windows.max()}",
             hint="The tokenizer is not this model's",
         )
-    ids = torch.as_tensor(windows, dtype=torch.int64).to(weight.device)
-    return weight[ids].to(dtype)
 
 
 def load_block(decoder: Decoder, index: int) -> Block:

@@ -42,12 +42,12 @@ def test_a_big_model_on_a_cpu_gets_a_sample_of_blocks() -> None:
     config = normalise(SEVEN_B, "test")
     assert effort.weights(config) == 6_910_115_840  # deepseek-llm-7b without its norms
     chosen = effort.choose(config, many(20), "quick", "cpu")
-    assert chosen.blocks is not None
-    assert {0, 15} <= {b if b != 14 else 15 for b in chosen.blocks}
+    assert chosen.blocks == (0, 14, 29)
     assert chosen.windows.tokens.shape == (1, 256)
     assert chosen.seconds < 30
     assert "of 30 on 256 tokens" in chosen.text
     assert "--verify full" in chosen.text
+    assert effort.choose(config, many(20), "quick", "cpu", seconds=5).blocks == (0, 15)
 
 
 def test_full_runs_everything_whatever_it_costs() -> None:

@@ -138,6 +138,13 @@ def test_block_and_tensor_errors_by_hand() -> None:
     assert fig.snr(torch.zeros(3), torch.ones(3)) == -math.inf
     assert fig.snr(torch.zeros(3), torch.zeros(3)) == math.inf
     assert math.isnan(fig.snr(base, base * math.nan))
+    assert math.isnan(fig.snr(base * math.inf, base * math.inf))
+    for scale in (1e-30, 1e30):  # squares beyond float32
+        assert fig.snr(base * scale, base * scale * 0.9) == pytest.approx(20.0, abs=1e-4)
+    many = torch.randn(600_000, generator=torch.Generator().manual_seed(0))
+    other = many + torch.randn(600_000, generator=torch.Generator().manual_seed(1)) / 8
+    exact = 10 * math.log10(float((many.double() ** 2).sum() / ((other.double() - many.double()) ** 2).sum()))
+    assert fig.snr(many, other) == pytest.approx(exact, abs=1e-4)
 
 
 def test_a_fair_quantization_passes() -> None:
