@@ -249,7 +249,7 @@ def test_bytes_after_the_last_tensor(tmp_path: Path) -> None:
 SHARD_NAMES = [
     "../model-00001-of-00003.safetensors",
     "/etc/passwd",
-    "/tmp/model.safetensors",
+    "/absolute/model.safetensors",
     "sub/model-00001-of-00003.safetensors",
     "sub\\model-00001-of-00003.safetensors",
     "C:model.safetensors",
