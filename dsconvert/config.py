@@ -182,6 +182,8 @@ def _rope(raw: dict[str, Any], get: _Getter) -> tuple[float, RopeScaling | None]
     scaling = scaling or {}
     inner = _Getter({**raw, **scaling}, get.where)
     theta = inner.number("rope_theta")
+    if inner.number("partial_rotary_factor", 1.0) != 1.0:
+        raise get.wrong("partial_rotary_factor", "is not 1, and this layout rotates whole heads")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind in ("default", None):
         return theta, None

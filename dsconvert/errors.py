@@ -26,7 +26,8 @@ class ConversionError(Exception):
     def __str__(self) -> str:
         text = f"{self.where}: {self.what}" if self.where else self.what
         parts = [text, self.why, self.hint]
-        return ". ".join(part.rstrip(".") for part in parts if part) + "."
+        paragraph = ". ".join(part.rstrip(".") for part in parts if part) + "."
+        return " ".join(paragraph.split())  # a file's name may hold a line break
 
 
 class UsageError(ConversionError):

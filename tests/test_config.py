@@ -132,3 +132,9 @@ def test_errors_name_the_key_the_value_and_the_file(changes: dict[str, Any], tol
     assert told in text
     assert "\n" not in text
     assert len(text) < 400
+
+
+def test_partial_rotation_is_refused() -> None:
+    raw = {"architectures": ["LlamaForCausalLM"], "rope_parameters": {"partial_rotary_factor": 0.5}}
+    with pytest.raises(CheckpointError, match="partial_rotary_factor"):
+        normalise(raw, "config.json")

@@ -96,11 +96,12 @@ def prepare(options: Options) -> Job:
     config = load_config(checkpoint.folder)
     arch = find_arch(config, checkpoint.folder)
     specs = tuple(plan(arch, config, checkpoint.shapes()))
+    checkpoint.check_readable(spec.hf for spec in specs)
     derived = arch.derived(config)
     tokenizer = load_tokenizer(checkpoint.folder, config.vocab_size)
     resolution = resolve(tokenizer, options.pre)
     keys = all_keys(checkpoint, arch, config, specs) | gguf_keys(tokenizer, resolution.name)
-    folder, names = output_names(options, checkpoint.folder)
+    folder, names = output_names(options, config, checkpoint.folder)
     shapes = {spec.gguf: spec.shape for spec in specs} | {name: a.shape for name, a in derived.items()}
     outputs = tuple(
         plan_output(quant, name, keys, shapes, config, options)
@@ -162,14 +163,13 @@ def plan_output(
     return Output(quant, tuple(layouts), {tensor.name: tensor for tensor in tensors}, dict(fallbacks))
 
 
-def output_names(options: Options, source: Path) -> tuple[Path, list[str]]:
+def output_names(options: Options, config: ModelConfig, source: Path) -> tuple[Path, list[str]]:
     """The output folder, and one file name for each quantization asked for."""
     if len(set(options.quants)) != len(options.quants):
         raise UsageError("--quant names a type twice", why=",".join(options.quants))
-    several = len(options.quants) > 1
     if options.outfile is None:
-        names = [f"{source.absolute().name}-{quant}.gguf" for quant in options.quants]
-        return Path.cwd(), names
+        _, name = metadata.origin(source, config)
+        return Path.cwd(), [f"{name}-{quant}.gguf" for quant in options.quants]
     if options.outfile.suffix != ".gguf":
         raise UsageError(
             "the output should end in .gguf",
@@ -177,6 +177,7 @@ def output_names(options: Options, source: Path) -> tuple[Path, list[str]]:
             hint=f"Try --outfile {options.outfile}.gguf",
         )
     stem = options.outfile.name.removesuffix(".gguf")
+    several = len(options.quants) > 1
     names = [f"{stem}-{quant}.gguf" if several else f"{stem}.gguf" for quant in options.quants]
     return options.outfile.absolute().parent, names
 

@@ -59,7 +59,7 @@ def _scaling_keys(config: ModelConfig) -> dict[str, tuple[str, Any]]:
 
 def general_keys(folder: Path, config: ModelConfig, arch: str, parameters: int) -> dict[str, tuple[str, Any]]:
     """`general.*` without the file type: name, size and origin as far as config, folder and card tell."""
-    organization, name = _origin(folder, config)
+    organization, name = origin(folder, config)
     keys: dict[str, tuple[str, Any]] = {
         "general.architecture": ("string", arch),
         "general.type": ("string", "model"),
@@ -111,7 +111,7 @@ def model_card(folder: Path) -> dict[str, Any]:
     return card if isinstance(card, dict) else {}
 
 
-def _origin(folder: Path, config: ModelConfig) -> tuple[str, str]:
+def origin(folder: Path, config: ModelConfig) -> tuple[str, str]:
     """Organization (empty when unknown) and name, from the config, a hub cache folder or the folder."""
     stated = config.raw.get("_name_or_path")
     if isinstance(stated, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", stated):
@@ -121,7 +121,7 @@ def _origin(folder: Path, config: ModelConfig) -> tuple[str, str]:
         if part.startswith("models--") and part.count("--") == 2:
             _, organization, name = part.split("--")
             return organization, name
-    return "", folder.absolute().name
+    return "", folder.resolve().name or "model"
 
 
 def _card_keys(card: dict[str, Any]) -> dict[str, tuple[str, Any]]:
