@@ -1,8 +1,10 @@
 """A real language model end to end: SmolLM2-135M through `dsconvert gguf`, judged by llama.cpp.
 
 llama.cpp rounds the activations to bf16 for a bf16 file and to 8 bits for a quantized one, as a part of its
-arithmetic. Only for an f32 file can its logits equal a float32 evaluation; the noise of the others moves
-single predictions either way, so perplexities agree within the standard error of their difference.
+arithmetic. Only for an f32 file can its logits equal a float32 evaluation. Over 6075 predictions, 8-bit
+activations raised the perplexity of this model by 0.35 % (standard error 0.10 %) in llama.cpp and by as
+much when a float32 evaluation of the same q8_0 file rounded its activations so; the difference between
+these two was 0.01 %. Fewer predictions are judged here, hence the margin for the standard error.
 """
 
 from __future__ import annotations
