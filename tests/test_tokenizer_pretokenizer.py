@@ -348,3 +348,13 @@ def test_random_texts_are_the_same_for_a_seed_and_reach_everywhere() -> None:
     assert "<|x|>" in joined
     categories = {unicodedata.category(char) for char in joined}
     assert {"Lu", "Lo", "Nd", "Nl", "No", "Mn", "Zs", "Zl", "Zp", "So", "Sm", "Cf", "Cn", "Co"} <= categories
+
+
+@pytest.mark.parametrize("row", RUNTIMES, ids=lambda row: row.name)
+def test_known_steps_split_alike_where_they_say_so(row: Runtime) -> None:
+    """What `may_split_otherwise` denies, on random texts; and it must not deny everything."""
+    own, other = splitter(row.source, ""), splitter(row.runtime, "")
+    texts = [text for text in parity.random_texts(11, 6000) if not row.may_split_otherwise(text)]
+    assert len(texts) > 500
+    for text in texts:
+        assert own.pre_tokenize_str(text) == other.pre_tokenize_str(text), ascii(text)

@@ -9,6 +9,7 @@ anew changes it (NFC alone turns U+2126, U+212A and U+1F7D into other characters
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass
 
 from tokenizer_tools.steps import GPT2_REGEX, PreTokenizer, Step
@@ -45,6 +46,7 @@ DEEPSEEK_V3 = (
     "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"
 )
 SEED_CODER = "|[^\r\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1}| ?[^\\s\\p{L}\\p{N}\r\n]+|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"
+NUMBER_OR_NEW = ("Nd", "Nl", "No", "Cn")
 DIGITS = Step("digits", behavior="isolated")
 BYTES = Step("bytelevel")
 GPT2 = Step("bytelevel", GPT2_REGEX, "isolated")
@@ -63,6 +65,18 @@ class Runtime:
     runtime: PreTokenizer
     ignore_merges: bool = False
     aliases: tuple[str, ...] = ()
+
+    def may_split_otherwise(self, text: str) -> bool:
+        """Whether `source` and `runtime` can split this text differently.
+
+        Only where they are not the same steps, and then only at numbers (one digit at a time in one, runs
+        in the other) and at apostrophes (contractions spelled out); all else is the same pattern in both.
+        A character that this Python does not know may be a number to the regex engine.
+        """
+        return self.source != self.runtime and any(
+            char == "'" or (not char.isalpha() and unicodedata.category(char) in NUMBER_OR_NEW)
+            for char in text
+        )
 
 
 def _spec(*steps: str | Step) -> PreTokenizer:

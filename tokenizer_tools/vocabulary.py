@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 # llama.cpp's token types (llama.h, llama_token_type); 2 is unknown, 6 a byte of a SentencePiece model.
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+SPACE = "\u0120"  # how a byte-level vocabulary spells a space
 FLAGS = ("normalized", "lstrip", "rstrip", "single_word")
 
 
@@ -54,8 +55,8 @@ def read_merges(model: Mapping[str, Any], path: Path) -> tuple[str, ...]:
         if isinstance(entry, str):
             if not entry.startswith("#version"):
                 merges.append(entry)
-        elif isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry):
-            merges.append(" ".join(part.replace(" ", "\u0120") for part in entry))
+        elif isinstance(entry, list) and [type(part) for part in entry] == [str, str]:
+            merges.append(f"{entry[0].replace(' ', SPACE)} {entry[1].replace(' ', SPACE)}")
         else:
             raise TokenizerError("has a merge that is not a pair of texts", where=path)
     return tuple(merges)
