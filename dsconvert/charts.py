@@ -73,6 +73,26 @@ def log_histogram(values: Floats, x_label: str, marks: Mapping[str, float], bins
     return _svg(parts, HEIGHT, f"histogram of {x_label}") + note
 
 
+def log_scatter(points: Mapping[str, tuple[float, float]], x_label: str, y_label: str) -> str:
+    """Named points (x from 0 on, y above 0 on a logarithmic axis); a y of 0 lies on the lower edge."""
+    positive = [y for _, y in points.values() if y > 0]
+    low = math.floor(math.log10(min(positive, default=1e-6)))
+    high = max(math.ceil(math.log10(max(positive, default=1e-5))), low + 1)
+    ticks = nice_ticks(max([x for x, _ in points.values()], default=1.0) * 1.1)
+    powers = range(low, high + 1)
+    parts = _frame(x_label, y_label, [((p - low) / (high - low), f"1e{p}") for p in powers])
+    parts += [_text(_x(t / ticks[-1]), HEIGHT - 18, f"{t:g}", "middle") for t in ticks]
+    for name, (x, y) in points.items():
+        at, height = _x(x / ticks[-1]), _y((math.log10(y) - low) / (high - low) if y > 0 else 0.0)
+        tip = escape(f"{name}: {x:.4g}, {y:.4g}")
+        parts.append(
+            f'<circle class="dot" cx="{at:.1f}" cy="{height:.1f}" r="4"><title>{tip}</title></circle>'
+        )
+        near = at > WIDTH - 110
+        parts.append(_text(at + (-8 if near else 8), height + 4, name, "end" if near else "start"))
+    return _svg(parts, HEIGHT, f"{y_label} against {x_label}")
+
+
 def heat_map(rows: Mapping[str, Mapping[int, float]], columns: int, floor: float, unit: str) -> str:
     """A cell per named row and integer column: pale where the value is far above `floor`, strong near it.
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dsconvert.errors import OutputError
+from dsconvert.figures import Figures
 from dsconvert.thresholds import Thresholds, Verdict
 from dsconvert.verify import Comparison
 from dsconvert.windows import Windows
@@ -57,6 +58,37 @@ class WorstToken:
     target: str
     top_base: str
     top: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One of several outputs of the same model; `bits` are bits per weight over all tensors."""
+
+    name: str
+    nbytes: int
+    bits: float
+    figures: Figures
+    passed: bool
+
+
+OUTCOME_COLUMNS = ("output", "MB", "bits per weight", "PPL", "PPL ratio", "mean KLD", "99 % KLD",
+                   "same top p", "verdict")  # fmt: skip
+
+
+def outcome_row(outcome: Outcome) -> tuple[str, ...]:
+    """The cells of OUTCOME_COLUMNS, for a page or a terminal."""
+    figures = outcome.figures
+    return (
+        outcome.name,
+        f"{outcome.nbytes / 1e6:.1f}",
+        f"{outcome.bits:.2f}",
+        f"{figures.ppl.value:.4f}",
+        f"{figures.ppl_ratio.value:.4f}",
+        f"{figures.kld.value:.5f}",
+        f"{figures.kld_percentiles['99']:.5f}",
+        f"{figures.same_top.value:.2%}",
+        "pass" if outcome.passed else "FAIL",
+    )
 
 
 def worst_tokens(report: Report, count: int = WORST) -> list[WorstToken]:

@@ -13,7 +13,7 @@ from html import escape
 
 from dsconvert import charts
 from dsconvert.figures import Figures, TensorError
-from dsconvert.report import Report, worst_tokens
+from dsconvert.report import OUTCOME_COLUMNS, Outcome, Report, outcome_row, worst_tokens
 from dsconvert.report_style import STYLE
 from dsconvert.thresholds import Thresholds, snr_floor
 
@@ -22,15 +22,27 @@ LAYERED = re.compile(r"model\.layers\.(\d+)\.(?:self_attn\.|mlp\.)?(.+)")
 
 def as_html(report: Report) -> str:
     """The whole page."""
-    title = escape(report.title)
     sections = (_head(report), _figures(report), *_charts(report), _worst(report), _sizes(report))
-    body = "".join((*sections, _provenance(report)))
+    return document(report.title, "".join((*sections, _provenance(report))))
+
+
+def comparison_page(title: str, outcomes: Sequence[Outcome]) -> str:
+    """Several outputs of one model in one table, and their size against their KL divergence."""
+    points = {o.name: (o.nbytes / 1e6, o.figures.kld.value) for o in outcomes}
+    chart = charts.log_scatter(points, "size, MB", "mean KLD, nats")
+    body = f"<h1>{escape(title)}</h1>{chart}{table(OUTCOME_COLUMNS, map(outcome_row, outcomes))}"
+    return document(title, body)
+
+
+def document(title: str, body: str) -> str:
+    """A whole page that may load nothing."""
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width">'
-        f"<title>{title}</title><style>{STYLE}</style></head><body><main>{body}</main></body></html>\n"
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>"
+        f"<body><main>{body}</main></body></html>\n"
     )
 
 
@@ -46,9 +58,9 @@ def _figures(report: Report) -> str:
     if figures is None:
         reason = report.comparison.broken or "only a sample of blocks ran, so there are no logits to compare"
         return f"<h2>Figures</h2><p>None: {escape(reason)}.</p>"
-    table = _table(("figure", "value", "± standard error", "limit"), figure_rows(figures, limits))
+    shown = table(("figure", "value", "± standard error", "limit"), figure_rows(figures, limits))
     note = f"Over {figures.tokens} predictions; base is the reference, Q the candidate. KL in nats."
-    return f"<h2>Figures</h2>{table}<p>{note}</p>"
+    return f"<h2>Figures</h2>{shown}<p>{note}</p>"
 
 
 def figure_rows(figures: Figures, limits: Thresholds) -> list[tuple[str, str, str, str]]:
@@ -84,7 +96,7 @@ def _charts(report: Report) -> Iterable[str]:
     sampled = [block for block in found.blocks if block.update is not None]
     if sampled:
         rows = [(str(b.index), f"{b.update:.4g}", f"{report.limits.max_update:g}") for b in sampled]
-        yield "<h2>Sampled blocks</h2>" + _table(("block", "error of what it adds", "limit"), rows)
+        yield "<h2>Sampled blocks</h2>" + table(("block", "error of what it adds", "limit"), rows)
     yield _tensors(found.tensors)
     if found.tokens is not None and found.figures is not None:
         marks = {"mean": found.figures.kld.value, "99 %": found.figures.kld_percentiles["99"]}
@@ -110,10 +122,10 @@ def _tensors(tensors: tuple[TensorError, ...]) -> str:
     weakest = sorted(tensors, key=lambda t: (not math.isnan(t.snr), t.snr))[:8]
     listed = [*others, *(t for t in weakest if t not in others)]
     cells = [(t.name, t.type, _decibel(t.snr), f"{snr_floor(t.type):g} dB") for t in listed]
-    table = _table(("tensor", "type", "signal to noise", "floor"), cells)
+    shown = table(("tensor", "type", "signal to noise", "floor"), cells)
     span = f"{min(finite):.1f} to {max(finite):.1f} dB" if finite else "no error in any tensor"
     note = f"Signal to noise of the weights: {span}. Strong colour: much error. Empty: none at all."
-    return f"<h2>Error by tensor</h2>{chart}<p>{note}</p>{table}"
+    return f"<h2>Error by tensor</h2>{chart}<p>{note}</p>{shown}"
 
 
 def _decibel(value: float) -> str:
@@ -149,16 +161,17 @@ def _sizes(report: Report) -> str:
         (s.type, str(s.tensors), f"{s.weights:,}", f"{s.nbytes:,}", f"{8 * s.nbytes / max(s.weights, 1):.3f}")
         for s in report.sizes
     ]
-    table = _table(("type", "tensors", "weights", "bytes", "bits per weight"), rows)
-    return f"<h2>Size by type</h2>{bar}{table}"
+    shown = table(("type", "tensors", "weights", "bytes", "bits per weight"), rows)
+    return f"<h2>Size by type</h2>{bar}{shown}"
 
 
 def _provenance(report: Report) -> str:
     rows = list(report.provenance.items())
-    return f"<h2>Provenance</h2>{_table(('what', 'value'), rows)}" if rows else ""
+    return f"<h2>Provenance</h2>{table(('what', 'value'), rows)}" if rows else ""
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """An HTML table of plain texts."""
     head = "".join(f"<th>{escape(name)}</th>" for name in heads)
     body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in rows)
     return f"<table><tr>{head}</tr>{body}</table>"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -18,6 +19,7 @@ from dsconvert import charts, report_page, verify, windows
 from dsconvert import report as rp
 from dsconvert.effort import compare_blocks
 from dsconvert.errors import OutputError
+from dsconvert.figures import Estimate
 from dsconvert.thresholds import thresholds_for
 
 pytest.importorskip("torch")
@@ -175,6 +177,22 @@ def test_equal_models_have_a_report() -> None:
     said = " ".join(Page(report_page.as_html(report)).text)
     assert "All 15 values are exactly zero" in said
     assert "no error in any tensor" in said
+
+
+def test_outputs_are_compared_on_one_page(report: rp.Report) -> None:
+    figures = report.comparison.figures
+    assert figures is not None
+    exact = dataclasses.replace(figures, kld=Estimate(0.0, 0.0))
+    outcomes = [rp.Outcome("a<b", 2_000_000, 4.5, figures, True), rp.Outcome("exact", 9, 32, exact, False)]
+    html = report_page.comparison_page("two", outcomes)
+    page = Page(html)
+    assert [tag for tag, _ in page.seen].count("circle") == 2
+    for cell in ("a<b", "2.0", "4.50", f"{figures.kld.value:.5f}", "pass", "FAIL"):
+        assert cell in page.text
+    drawing = re.search(r"<svg.*?</svg>", html, re.S)
+    assert drawing
+    ET.fromstring(drawing[0])
+    assert len(rp.outcome_row(outcomes[0])) == len(rp.OUTCOME_COLUMNS)
 
 
 def test_saving_is_all_or_nothing(tmp_path: Path) -> None:
