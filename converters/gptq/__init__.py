@@ -1,0 +1,1 @@
+"""GPTQ: solver, packing, shape rules, the checkpoint folder and its reader."""

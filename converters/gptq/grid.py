@@ -1,0 +1,106 @@
+"""The grid that weights are rounded to: a scale and a zero point per group of inputs and output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dsconvert.errors import QuantizationError
+
+if TYPE_CHECKING:
+    import torch
+
+HALF_TINY = 2.0**-24  # the smallest positive float16
+# Candidates of the scale search, as fractions of the range. At 2 bits the best one lies near one half.
+SHRINK = tuple(1 - step / 50 for step in range(31))
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What a file's integers mean: `bits` per weight, inputs per group (-1: all in one), sign symmetry."""
+
+    bits: int = 4
+    group_size: int = 128
+    sym: bool = True
+
+    @property
+    def maxq(self) -> int:
+        """The largest code."""
+        return (1 << self.bits) - 1
+
+    def width(self, inputs: int) -> int:
+        """How many inputs share a scale, of `inputs` in all."""
+        return inputs if self.group_size == -1 else self.group_size
+
+    def groups(self, inputs: int) -> int:
+        """How many groups `inputs` make; the last one may be short."""
+        return -(-inputs // self.width(inputs))
+
+
+def find_grid(w: torch.Tensor, scheme: Scheme, mse: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scale and zero point of each group: `w` [..., group] gives two tensors [...] of its dtype.
+
+    Min-max, or with `mse` the range shrunk to the least squared error. Scales are float16 values already,
+    so that codes are chosen for the scale that the file holds. Asymmetric zero points are at least 1: in
+    the v1 format a zero of 0 has no safe encoding. Raises QuantizationError for weights that float16 scales
+    cannot reach.
+    """
+    scale, zero = _grid(*_extremes(w, scheme), scheme)
+    if mse:
+        scale, zero = _search(w, scheme, scale, zero)
+    if not bool(scale.isfinite().all()):
+        raise QuantizationError(
+            "has weights too large for a float16 scale",
+            why=f"The largest magnitude is {float(w.abs().max()):.3g}",
+            hint="Look for a damaged tensor in the checkpoint, or leave this linear in 16 bits",
+        )
+    return scale, zero
+
+
+def to_codes(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, maxq: int) -> torch.Tensor:
+    """The nearest codes 0 ... `maxq` of `w`, in its dtype; ties go to the even multiple of the scale."""
+    return (w / scale).round_().add_(zero).clamp_(0, maxq)
+
+
+def _extremes(w: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
+    """The range to cover; it always holds 0, and is [-1, 1] where all weights are 0."""
+    low, high = w.amin(-1).clamp_(max=0), w.amax(-1).clamp_(min=0)
+    if scheme.sym:
+        high = high.maximum(-low)
+        low = -high
+    empty = low == high
+    return low.masked_fill(empty, -1), high.masked_fill(empty, 1)
+
+
+def _grid(low: torch.Tensor, high: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
+    maxq = scheme.maxq
+    if scheme.sym:
+        scale = _half((high - low) / maxq)
+        return scale, scale.new_full(scale.shape, (maxq + 1) // 2)
+    scale = (high - low) / maxq
+    # A zero point below 1 is raised to 1, which costs the upper end one step: spread it over fewer steps.
+    scale = _half(scale.where((-low / scale).round() >= 1, high / (maxq - 1)))
+    return scale, (-low / scale).round_().clamp_(1, maxq)
+
+
+def _half(scale: torch.Tensor) -> torch.Tensor:
+    return scale.half().to(scale.dtype).clamp_(min=HALF_TINY)
+
+
+def _search(
+    w: torch.Tensor, scheme: Scheme, scale: torch.Tensor, zero: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the shrunk ranges, the one with the least squared error of `w`, group by group."""
+    low, high = _extremes(w, scheme)
+    best = scale.new_full(scale.shape, float("inf"))
+    for p in SHRINK:
+        trial, origin = _grid(low * p, high * p, scheme)
+        s, z = trial.unsqueeze(-1), origin.unsqueeze(-1)
+        error = to_codes(w, s, z, scheme.maxq).sub_(z).mul_(s).sub_(w).square_().sum(-1)
+        better = error < best
+        best, scale, zero = (
+            error.where(better, best),
+            trial.where(better, scale),
+            origin.where(better, zero),
+        )
+    return scale, zero
