@@ -1,0 +1,77 @@
+"""What the k-quant kernels share: rounding, float16, and sub-blocks laid side by side.
+
+A super-block is 256 values in 8 or 16 sub-blocks of 32 or 16; each sub-block has its own scale, found by a
+search that is sequential within the sub-block. LANES sub-blocks are searched at once: `blocks[part, j, lane]`
+holds value j of sub-block `lane`, so that the innermost loop runs over the lanes, and every lane does ggml's
+float32 operations in ggml's order. Each kernel makes `blocks` in one piece and of constant shape: the
+compiler then knows that its parts do not overlap, without which it gives up vectors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numpy import float32, int32, uint16, uint32
+
+from converters.gguf.kernels.compile import inlined
+
+Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
+
+LANES = 64  # sub-blocks searched at once
+SUPER = 256  # values in a super-block
+
+X, W, LEVEL = 0, 1, 2  # the parts of `blocks`: values, their weights, their levels in the try at hand
+
+ZERO = float32(0)
+ONE = float32(1)
+INFINITE = float32(np.inf)
+NOTHING = float32(1e-15)  # ggml's GROUP_MAX_EPS: a sub-block below it counts as all zero
+MAGIC = float32(12582912)  # 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+
+
+@inlined
+def nearest_int(v: Any) -> Any:
+    """The integer nearest to float32 `v`, half to even, as int32; from 2^22 on, ggml's wrapped bits."""
+    bits = float32(v + MAGIC).view(np.int32)
+    return int32(int32(bits & int32(0x007FFFFF)) - int32(0x00400000))
+
+
+@inlined
+def nearest(v: Any) -> Any:
+    """The same as float32, for |v| < 2^22 only."""
+    return float32(v + MAGIC) - MAGIC
+
+
+@inlined
+def clip(level: Any, low: Any, high: Any) -> Any:
+    """`level` held within `low` and `high`."""
+    level = min(high, level)
+    return max(low, level)
+
+
+@inlined
+def half_value(bits: Any) -> Any:
+    """The float32 value of the bits of a float16."""
+    # Moved 13 bits up a float16 is short of 2^112, subnormals too; the product is exact.
+    size = uint32(uint32(uint32(bits) & uint32(0x7FFF)) << uint32(13))
+    value = size.view(np.float32) * uint32(0x77800000).view(np.float32)
+    special = uint32(size | uint32(0x7F800000)).view(np.float32)
+    value = special if size >= uint32(0x0F800000) else value
+    return -value if uint16(bits) >= uint16(0x8000) else value
+
+
+@inlined
+def gather(x: Floats, first: Any, blocks: Floats) -> None:
+    """Lay the sub-blocks from `first` on side by side in blocks[X]; lanes past the end become zeros."""
+    size = blocks.shape[1]
+    count = min(LANES, x.size // size - first)
+    for lane in range(count):
+        start = (first + lane) * size
+        for j in range(size):
+            blocks[X, j, lane] = x[start + j]
+    for lane in range(count, LANES):
+        for j in range(size):
+            blocks[X, j, lane] = ZERO
