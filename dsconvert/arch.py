@@ -23,6 +23,19 @@ Role = Literal["embed", "norm", "qkv", "o", "gate_up", "down", "head", "vision"]
 SOLVE_ORDER: tuple[Role, ...] = ("qkv", "o", "gate_up", "down")
 
 
+class Sizes(Protocol):
+    """What a plan needs to know of a config: ModelConfig for a decoder, VisionConfig for towers."""
+
+    @property
+    def architecture(self) -> str: ...
+
+    @property
+    def tied(self) -> bool: ...
+
+    @property
+    def dims(self) -> Mapping[str, int]: ...
+
+
 class WeightSource(Protocol):
     """A model on disk, whatever its format: gives a tensor by its Hugging Face name."""
 
@@ -48,8 +61,8 @@ class Transform:
     source's. Neither changes a value or a dtype.
     """
 
-    forward: Callable[[Array, ModelConfig], Array]
-    inverse: Callable[[Array, ModelConfig], Array]
+    forward: Callable[[Array, Any], Array]
+    inverse: Callable[[Array, Any], Array]
 
 
 def _interleave(x: Array, heads: int) -> Array:
@@ -62,11 +75,12 @@ def _separate(x: Array, heads: int) -> Array:
     return x.reshape(heads, x.shape[0] // heads // 2, 2, *x.shape[1:]).swapaxes(1, 2)
 
 
-def _same(x: Array, config: ModelConfig) -> Array:
+def _same(x: Array, config: Sizes) -> Array:
     return x
 
 
 IDENTITY = Transform(_same, _same)
+SQUEEZE = Transform(lambda x, c: x[0], lambda x, c: x[None])  # a leading axis of one
 # GGUF's llama rotates adjacent pairs, Hugging Face rotates halves (llama.cpp's convention for this layout).
 ROPE_Q = Transform(lambda x, c: _interleave(x, c.heads), lambda x, c: _separate(x, c.heads))
 ROPE_K = Transform(lambda x, c: _interleave(x, c.kv_heads), lambda x, c: _separate(x, c.kv_heads))
@@ -92,9 +106,11 @@ def rope_factors(config: ModelConfig) -> dict[str, npt.NDArray[np.float32]]:
 class T:
     """A row: Hugging Face name, GGUF name, role, shape in the letters of `ModelConfig.dims`.
 
-    `{i}` in a name stands for the layer, counted by the dimension `depth`. `part=(k, n)` takes the k-th
-    of n equal slices of the source's rows. An `optional` row may be absent. `when` names the config flag
-    without which the row must be absent. `tied_to` names the row whose tensor the runtime uses instead.
+    `{i}` in a name stands for the layer, counted by the dimension `depth`; a dimension "letter.layer" goes
+    before one that all layers share. `part=(k, n)` takes the k-th of n equal slices of the source's rows.
+    `source` is the shape in the checkpoint where that is another. An `optional` row may be absent. `when`
+    names the config flag without which the row must be absent. `tied_to` names the row whose tensor the
+    runtime uses instead.
     """
 
     hf: str
@@ -107,6 +123,7 @@ class T:
     when: str = ""
     tied_to: str = ""
     depth: str = "layers"
+    source: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -126,7 +143,10 @@ class Arch:
 
 @dataclass(frozen=True)
 class Spec:
-    """A row with its layer: one tensor of one model; `shape` is the stored tensor's, rows first."""
+    """A row with its layer: one tensor of one model.
+
+    `shape` is the stored tensor's, rows first, `source` the checkpoint's.
+    """
 
     hf: str
     gguf: str
@@ -134,26 +154,48 @@ class Spec:
     shape: tuple[int, ...]
     layer: int | None
     row: T
+    source: tuple[int, ...] = ()
 
-    def forward(self, source: Array, config: ModelConfig) -> Array:
+    def forward(self, source: Array, config: Sizes) -> Array:
         """The stored layout of the source tensor, as a view; see Transform."""
         k, n = self.row.part
         rows = source.shape[0] // n
         return self.row.transform.forward(source[k * rows : (k + 1) * rows], config)
 
-    def inverse(self, stored: Array, config: ModelConfig) -> Array:
+    def inverse(self, stored: Array, config: Sizes) -> Array:
         """The Hugging Face layout of the stored tensor, contiguous, same shape."""
         return self.row.transform.inverse(stored, config).reshape(stored.shape)
 
 
 def prefixed(table: Iterable[T], prefix: str) -> tuple[T, ...]:
     """The table mounted under `prefix` inside a bigger model."""
-    return tuple(
-        replace(row, hf=prefix + row.hf, tied_to=row.tied_to and prefix + row.tied_to) for row in table
-    )
+    return renamed(table, lambda name: prefix + name)
 
 
-def expand(arch: Arch, config: ModelConfig) -> list[Spec]:
+def renamed(table: Iterable[T], name: Callable[[str], str]) -> tuple[T, ...]:
+    """The table with other names for the same tensors."""
+    return tuple(replace(row, hf=name(row.hf), tied_to=row.tied_to and name(row.tied_to)) for row in table)
+
+
+@dataclass(frozen=True)
+class Inner:
+    """A model inside a bigger one as a WeightSource: `names` maps its own names to the bigger model's."""
+
+    source: WeightSource
+    names: Mapping[str, str]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes = self.source.shapes()
+        return {name: shapes[outer] for name, outer in self.names.items()}
+
+    def dtype(self, name: str) -> str:
+        return self.source.dtype(self.names[name])
+
+    def float32(self, name: str) -> npt.NDArray[np.float32]:
+        return self.source.float32(self.names[name])
+
+
+def expand(arch: Arch, config: Sizes) -> list[Spec]:
     """Every tensor that the table can name for this config: whole-model rows, then layer by layer."""
     dims = config.dims
     single = [row for row in arch.table if "{i}" not in row.hf]
@@ -165,12 +207,17 @@ def expand(arch: Arch, config: ModelConfig) -> list[Spec]:
 
 
 def _spec(row: T, dims: Mapping[str, int], layer: int | None) -> Spec:
-    shape = tuple(dims[letter] if letter in dims else int(letter) for letter in row.shape)
+    def size(letter: str) -> int:
+        return int(dims.get(f"{letter}.{layer}", dims.get(letter, letter)))
+
+    shape = tuple(map(size, row.shape))
+    source = tuple(map(size, row.source)) or (shape[0] * row.part[1], *shape[1:])
     number = "" if layer is None else str(layer)
-    return Spec(row.hf.replace("{i}", number), row.gguf.replace("{i}", number), row.role, shape, layer, row)
+    hf, gguf = (name.replace("{i}", number) for name in (row.hf, row.gguf))
+    return Spec(hf, gguf, row.role, shape, layer, row, source)
 
 
-def plan(arch: Arch, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> list[Spec]:
+def plan(arch: Arch, config: Sizes, shapes: Mapping[str, tuple[int, ...]]) -> list[Spec]:
     """Match table and checkpoint both ways, before any work.
 
     `shapes` are the checkpoint's. Returns the tensors to write, in the table's order.
@@ -202,18 +249,18 @@ def plan(arch: Arch, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]])
     return wanted
 
 
-def plan_stored(arch: Arch, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> list[Spec]:
+def plan_stored(arch: Arch, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> list[Spec]:
     """As `plan`, for a GGUF file: `shapes` are by GGUF name, rows first; errors name the GGUF tensors."""
     stored = replace(
         arch,
-        table=tuple(replace(row, hf=row.gguf, part=(0, 1), tied_to=row.tied_to) for row in arch.table),
+        table=tuple(replace(row, hf=row.gguf, part=(0, 1), source=()) for row in arch.table),
         drop=(*map(re.escape, arch.derived(config)), r"rope_freqs\.weight"),
     )
     originals = {spec.gguf: spec for spec in expand(arch, config)}
     return [originals[spec.gguf] for spec in plan(stored, config, shapes)]
 
 
-def _wanted(spec: Spec, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+def _wanted(spec: Spec, config: Sizes, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     if spec.row.when and not getattr(config, spec.row.when):
         return False
     if spec.row.optional or (spec.row.tied_to and config.tied):
@@ -234,11 +281,9 @@ def _listed(label: str, names: list[str], others: list[str]) -> str:
 
 
 def _check_shape(spec: Spec, shape: tuple[int, ...]) -> None:
-    rows = spec.shape[0] * spec.row.part[1]
-    expected = (rows, *spec.shape[1:])
-    if shape != expected:
+    if shape != spec.source:
         raise PlanError(
-            f"has shape {list(shape)}, config.json asks for {list(expected)}",
+            f"has shape {list(shape)}, config.json asks for {list(spec.source)}",
             where=spec.hf,
             hint="config.json and the weights are not of the same model; fetch both again",
         )

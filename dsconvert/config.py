@@ -24,6 +24,12 @@ LLAMA_DEFAULTS: dict[str, Any] = {
     "mlp_bias": False,
     "tie_word_embeddings": False,
 }
+# Where a model with a vision tower keeps its decoder's config, by class.
+NESTED = {
+    "MultiModalityCausalLM": "language_config",
+    "DeepseekVLForConditionalGeneration": "text_config",
+    "DeepseekVLHybridForConditionalGeneration": "text_config",
+}
 ROPE_TYPES = ("linear", "yarn", "llama3")
 LIMIT = 1 << 31
 LAYERS_LIMIT = 4096  # the plan names every layer's tensors before it compares them
@@ -47,7 +53,10 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The numbers of a Llama-layout decoder; `raw` is config.json as read."""
+    """The numbers of a Llama-layout decoder; `raw` is config.json as read.
+
+    `tied` says that the head may be absent; where the checkpoint has one it counts.
+    """
 
     architecture: str
     hidden_size: int
@@ -116,8 +125,9 @@ def normalise(raw: dict[str, Any], where: object) -> ModelConfig:
 
     Raises CheckpointError for a value of the wrong kind, an impossible size, or an unknown RoPE type.
     """
+    whole, architecture = raw, _architecture(raw, where)
+    raw = _decoder(raw, architecture, where)
     get = _Getter(raw, where)
-    architecture = _architecture(raw, where)
     hidden, heads = get.size("hidden_size"), get.size("num_attention_heads")
     kv_heads = get.size("num_key_value_heads", heads)
     if heads % kv_heads:
@@ -146,8 +156,9 @@ def normalise(raw: dict[str, Any], where: object) -> ModelConfig:
         tied=get.flag("tie_word_embeddings"),
         attention_bias=get.flag("attention_bias"),
         mlp_bias=get.flag("mlp_bias"),
-        explicit_head_dim=raw.get("head_dim") is not None,
-        raw=raw,
+        # transformers 5 writes head_dim into every nested config; only an unusual one says something.
+        explicit_head_dim=raw.get("head_dim") is not None and (raw is whole or head_dim * heads != hidden),
+        raw=whole,
     )
 
 
@@ -169,6 +180,29 @@ def _architecture(raw: dict[str, Any], where: object) -> str:
         why=f'"architectures" is {str(names)[:80]!r}',
         hint='Set it to the class that was saved, for example ["LlamaForCausalLM"]',
     )
+
+
+def _decoder(raw: dict[str, Any], architecture: str, where: object) -> dict[str, Any]:
+    """The decoder's part of a config; absent keys take LlamaConfig's defaults.
+
+    In transformers' layout the whole model's config says whether the head may be absent. It says so by
+    default, also for published files that have one.
+    """
+    key = NESTED.get(architecture)
+    if key is None:
+        return raw
+    part = raw.get(key)
+    if not isinstance(part, dict) or part.get("model_type", "llama") != "llama":
+        found = part.get("model_type") if isinstance(part, dict) else part
+        raise CheckpointError(
+            f"{key!r} holds no Llama decoder",
+            where=where,
+            why=f"It is {str(found)[:80]!r}",
+            hint="Fetch config.json again from where the checkpoint came from",
+        )
+    if key == "text_config":
+        return {**part, "tie_word_embeddings": raw.get("tie_word_embeddings", True)}
+    return part
 
 
 def _rope(raw: dict[str, Any], get: _Getter) -> tuple[float, RopeScaling | None]:
