@@ -74,7 +74,7 @@ def log_histogram(values: Floats, x_label: str, marks: Mapping[str, float], bins
 
 
 def log_scatter(points: Mapping[str, tuple[float, float]], x_label: str, y_label: str) -> str:
-    """Named points (x from 0 on, y above 0 on a logarithmic axis); a y of 0 lies on the lower edge."""
+    """Named points (x from 0 on, y above 0 on a logarithmic axis); a y of 0 lies on the lower edge and says so."""
     positive = [y for _, y in points.values() if y > 0]
     low = math.floor(math.log10(min(positive, default=1e-6)))
     high = max(math.ceil(math.log10(max(positive, default=1e-5))), low + 1)
@@ -88,8 +88,8 @@ def log_scatter(points: Mapping[str, tuple[float, float]], x_label: str, y_label
         parts.append(
             f'<circle class="dot" cx="{at:.1f}" cy="{height:.1f}" r="4"><title>{tip}</title></circle>'
         )
-        near = at > WIDTH - 110
-        parts.append(_text(at + (-8 if near else 8), height + 4, name, "end" if near else "start"))
+        near, label = at > WIDTH - 110, name if y > 0 else f"{name} (0)"
+        parts.append(_text(at + (-8 if near else 8), height + 4, label, "end" if near else "start"))
     return _svg(parts, HEIGHT, f"{y_label} against {x_label}")
 
 

@@ -187,7 +187,7 @@ def test_outputs_are_compared_on_one_page(report: rp.Report) -> None:
     html = report_page.comparison_page("two", outcomes)
     page = Page(html)
     assert [tag for tag, _ in page.seen].count("circle") == 2
-    for cell in ("a<b", "2.0", "4.50", f"{figures.kld.value:.5f}", "pass", "FAIL"):
+    for cell in ("a<b", "2.0", "4.50", f"{figures.kld.value:.5f}", "pass", "FAIL", "exact (0)"):
         assert cell in page.text
     drawing = re.search(r"<svg.*?</svg>", html, re.S)
     assert drawing
