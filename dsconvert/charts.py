@@ -74,7 +74,7 @@ def log_histogram(values: Floats, x_label: str, marks: Mapping[str, float], bins
 
 
 def log_scatter(points: Mapping[str, tuple[float, float]], x_label: str, y_label: str) -> str:
-    """Named points (x from 0 on, y above 0 on a logarithmic axis); a y of 0 lies on the lower edge and says so."""
+    """Named points (x from 0 on, y above 0 on a logarithmic axis); a y of 0 is at the lower edge, marked."""
     positive = [y for _, y in points.values() if y > 0]
     low = math.floor(math.log10(min(positive, default=1e-6)))
     high = max(math.ceil(math.log10(max(positive, default=1e-5))), low + 1)

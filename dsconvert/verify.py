@@ -99,7 +99,8 @@ def compare(
     kind = st.pick_dtype(dtype, place)
     pair = (st.open_decoder(reference, config, place, kind), st.open_decoder(candidate, other, place, kind))
     run = Run(pair, windows, differences(pair), [], [])
-    yield Step(f"comparing {config.layers} blocks over {windows.tokens.size} tokens on {place} in {kind}")
+    name = str(kind).removeprefix("torch.")
+    yield Step(f"comparing {config.layers} blocks over {windows.tokens.size} tokens on {place} in {name}")
     weights = run.read(st.EMBED, st.EMBED)
     hidden = [st.embed(weight, windows.tokens, kind) for weight in weights]
     del weights
