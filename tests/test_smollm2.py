@@ -33,7 +33,7 @@ from dsconvert.text import evaluation_page, evaluation_pages
 pytestmark = pytest.mark.slow
 
 FLOATS = ("f32", "bf16")
-QUANTIZED = ("q8_0", "q4_0")
+QUANTIZED = ("q8_0", "q4_0", "q6_k")
 LENGTH = 512  # tokens per window
 EXACT_WINDOWS, WINDOWS = 2, 4
 THREADS = 2
