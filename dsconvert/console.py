@@ -176,12 +176,14 @@ def _bar() -> Iterator[Callable[[int, int], None]]:
 
 
 def _lines() -> Callable[[int, int], None]:
-    started = last = time.monotonic()
+    started = last = 0.0
 
     def update(done: int, total: int) -> None:
-        nonlocal last
+        nonlocal started, last
         now = time.monotonic()
-        if now - last >= PLAIN_INTERVAL and total:
+        if not started:
+            started = last = now
+        elif now - last >= PLAIN_INTERVAL and total:
             last = now
             rate = done / (now - started)
             left = f"{(total - done) / rate:.0f} s left"
