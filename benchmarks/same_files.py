@@ -1,0 +1,72 @@
+"""Compares whole files with llama-quantize's: every tensor's type and bytes, for every mixture.
+
+    python benchmarks/same_files.py MODEL_PATH... [--quants q4_0,q4_k_m] [--package FOLDER]
+
+For each model (a checkpoint folder, `sample:`) our bf16 GGUF goes through llama_model_quantize, and the
+checkpoint through ours; exit code 1 when any tensor differs. See llama_quantize.py for the libraries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from converters.gguf.convert import convert
+from converters.gguf.job import Options
+from converters.gguf.parse import open_gguf
+from converters.gguf.recipe import FILE_TYPES
+
+QUANTIZE = Path(__file__).with_name("llama_quantize.py")
+
+
+def ours(model: str, quant: str, out: Path) -> None:
+    for _ in convert(Options(model, (quant,), out, verify="off", force=True)):
+        pass
+
+
+def compare(first: Path, second: Path) -> tuple[int, list[str]]:
+    """How many tensors were compared, and the names of those whose type or bytes differ."""
+    a, b = open_gguf(first).tensors, open_gguf(second).tensors
+    different = sorted(set(a) ^ set(b))
+    for name in set(a) & set(b):
+        same = a[name].qtype == b[name].qtype and np.array_equal(a[name].blocks(), b[name].blocks())
+        if not same:
+            different.append(f"{name} ({a[name].qtype.name}, {b[name].qtype.name})")
+    return len(set(a) | set(b)), different
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("models", nargs="+")
+    parser.add_argument("--quants", default=",".join(name for name in FILE_TYPES if name != "f32"))
+    parser.add_argument("--package", help="folder of the unpacked npm package")
+    given = parser.parse_args()
+    package = ["--package", given.package] if given.package else []
+    failed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        source, mine, theirs = (Path(folder) / f"{name}.gguf" for name in ("bf16", "ours", "theirs"))
+        for model in given.models:
+            ours(model, "bf16", source)
+            for quant in given.quants.split(","):
+                ours(model, quant, mine)
+                command = [sys.executable, str(QUANTIZE), str(source), str(theirs), quant, *package]
+                subprocess.run(command, check=True, capture_output=True)
+                count, different = compare(mine, theirs)
+                failed += len(different)
+                print(
+                    f"{model:<40} {quant:<8} {count:4d} tensors, {len(different)} differ",
+                    *different[:3],
+                    flush=True,
+                )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
