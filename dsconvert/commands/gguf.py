@@ -1,0 +1,112 @@
+"""`dsconvert gguf`: a checkpoint to GGUF."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dsconvert.commands.running import run
+
+UNITS = {"K": 1000, "M": 1000**2, "G": 1000**3}
+
+
+def _quants(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
+    from converters.gguf.recipe import FILE_TYPES, canonical
+
+    names = tuple(canonical(name.strip()) for name in value.split(",") if name.strip())
+    unknown = [name for name in names if name not in FILE_TYPES]
+    if unknown or not names:
+        raise click.BadParameter(
+            f"{', '.join(unknown) or 'nothing'} is unknown; known: {', '.join(FILE_TYPES)}"
+        )
+    return names
+
+
+def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """A number of bytes: 4G, 500M, or plain; decimal units, as llama.cpp's split tool takes them."""
+    if value is None:
+        return None
+    text = value.upper().removesuffix("B")
+    scale = UNITS.get(text[-1:], 1)
+    number = text[:-1] if scale > 1 else text
+    if not number.isdigit() or int(number) == 0:
+        raise click.BadParameter(f"{value!r} is no size; write 500M or 4G")
+    return int(number) * scale
+
+
+def _overrides(
+    ctx: click.Context, param: click.Parameter, value: tuple[str, ...]
+) -> tuple[tuple[str, str], ...]:
+    pairs = []
+    for text in value:
+        pattern, equals, kind = text.rpartition("=")
+        if not equals or not pattern:
+            raise click.BadParameter(f"{text!r} is not of the form PATTERN=TYPE")
+        pairs.append((pattern, kind.lower()))
+    return tuple(pairs)
+
+
+@click.command()
+@click.argument("model_path", required=False, default="")
+@click.option(
+    "-o", "--outfile", type=click.Path(path_type=Path), help="Output file; default MODEL-QUANT.gguf here."
+)
+@click.option(
+    "-q",
+    "--quant",
+    "quants",
+    default="q4_0",
+    show_default=True,
+    callback=_quants,
+    help="Type or mixture; several, with commas, are made from one read.",
+)
+@click.option(
+    "--tensor-type",
+    "overrides",
+    multiple=True,
+    metavar="PATTERN=TYPE",
+    callback=_overrides,
+    help="Type for the tensors whose GGUF name the pattern matches; may be repeated.",
+)
+@click.option("--pure", is_flag=True, help="The same type for every matrix, no mixture.")
+@click.option("--pre", metavar="NAME", help="The runtime's pre-tokenizer, when none is proven to fit.")
+@click.option(
+    "--split-max-size",
+    callback=_size,
+    metavar="SIZE",
+    help="Split into files of at most this size (4G, 500M).",
+)
+@click.option("--threads", type=click.IntRange(1, 256), help="Worker threads; default one per core.")
+@click.option(
+    "--verify",
+    type=click.Choice(["off", "quick", "full"]),
+    default="quick",
+    show_default=True,
+    help="How much of the result is proven against the checkpoint.",
+)
+@click.option("--force", is_flag=True, help="Replace an existing output.")
+@click.option(
+    "--allow-nonfinite", is_flag=True, help="Convert weights that hold NaN or infinity all the same."
+)
+@click.option("--dry-run", is_flag=True, help="Show every tensor, type and exact size; write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line for everything that happens.")
+@click.option("--quiet", is_flag=True, help="Only warnings and failures.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def gguf(model_path: str, as_json: bool, quiet: bool, debug: bool, threads: int | None, **asked: Any) -> None:
+    """Convert a checkpoint to GGUF for llama.cpp, in one pass, and prove the result.
+
+    MODEL_PATH is a Hugging Face folder, a .safetensors file, a hub id, or `sample:` (the embedded sample);
+    default: the current folder. Exit code 0: converted and proven, 2: stopped, 3: a check failed.
+    """  # fmt: skip
+
+    def work() -> int:
+        from converters.gguf.convert import convert
+        from converters.gguf.job import Options
+        from dsconvert import console
+
+        options = Options(model=model_path, threads=threads or 0, **asked)
+        return console.render(convert(options), as_json=as_json, quiet=quiet, plan=options.dry_run)
+
+    run(work, as_json=as_json, debug=debug)

@@ -1,0 +1,51 @@
+"""How every command runs: errors become one paragraph, and the exit code says what happened."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from dsconvert.errors import ConversionError
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+
+def run(work: Callable[[], int], *, as_json: bool, debug: bool) -> None:
+    """Run a command's work and leave with its exit code; errors become one paragraph and exit code 2."""
+    from dsconvert import console
+
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = work()
+    except ConversionError as error:
+        if debug:
+            raise
+        code = console.fail(error, as_json)
+    except KeyboardInterrupt:
+        code = console.fail(ConversionError("interrupted", why="No unfinished file was left"), as_json)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = console.STOPPED
+    except Exception as error:
+        if debug:
+            raise
+        code = console.fail(_unexpected(error), as_json)
+    sys.exit(code)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _unexpected(error: Exception) -> ConversionError:
+    from dsconvert.config import short
+
+    return ConversionError(
+        f"stopped by an unexpected {type(error).__name__}: {short(error)}",
+        why="This is a fault of dsconvert",
+        hint="Run the same command with --debug and report what it prints",
+    )
