@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy import float32, int32
+from numpy import float32
 
 from converters.gguf.kernels.compile import inlined
 from converters.gguf.kernels.kq_lanes import (
@@ -21,9 +21,8 @@ from converters.gguf.kernels.kq_lanes import (
     Floats,
     W,
     X,
-    clip,
-    nearest,
-    nearest_int,
+    nearest_level,
+    select,
 )
 
 # The rows of `lanes` [ROWS, LANES]: one number for each sub-block.
@@ -32,10 +31,10 @@ INVERSE, OFFSET = 3, 4  # its levels are those nearest to INVERSE * (x - OFFSET)
 LOWEST, HIGHEST, SUM_W, SUM_WX = 5, 6, 7, 8  # of the values
 TRY_INVERSE, SUM_WL, SUM_WLL, SUM_WLX = 9, 10, 11, 12  # of the try at hand
 TRY_SCALE, TRY_LOW, ERROR = 13, 14, 15
-ROWS = 16
+STEP, LEAST = 16, 17  # what the packed bytes say: a value is STEP * level - LEAST
+ROWS = 18
 
 NOT_A_NUMBER = float32(np.nan)
-IN_RANGE = float32(4e6)  # below it `nearest` is `nearest_int`
 
 
 @inlined
@@ -66,32 +65,36 @@ def weigh_by_mean_and_size(blocks: Floats, lanes: Floats) -> None:
 def search_scale_and_low(
     blocks: Floats, lanes: Floats, top: Any, stretch: Any, step: Any, steps: Any, absolute: Any
 ) -> None:
-    """Find lanes[SCALE] and lanes[LOW] of each sub-block in blocks[X], weighted by blocks[W].
+    """Find lanes[SCALE], lanes[LOW] and blocks[LEVEL] of each sub-block blocks[X], weighted by blocks[W].
 
     `top` is the highest level; try number t of `steps` stretches the levels to top + stretch + step * t;
     the error is the weighted sum of |difference| when `absolute`, else of its square. All but `steps` and
-    `absolute` float32. blocks[LEVEL] is overwritten.
+    `absolute` float32.
     """
     _measure(blocks, lanes)
     _start(blocks, lanes, top, absolute)
     for t in range(steps):
         stretched = stretch + step * float32(t) + top
-        outside = int32(0)
         for i in range(LANES):
             lanes[TRY_INVERSE, i] = stretched / (lanes[HIGHEST, i] - lanes[LOW, i])
-            outside |= int32(0) if _in_range(lanes, i) else int32(1)
         _sum(blocks, lanes, top)
-        if outside != 0:
-            _sum_exactly(blocks, lanes, top)
         _solve(lanes)
         _sum_error(blocks, lanes, absolute)
         _keep_better(lanes)
+    _level(blocks, lanes, top)
 
 
 @inlined
-def level_of(x: Any, lanes: Floats, lane: Any, top: Any) -> Any:
-    """The level (int32) that the search gave to value `x` of a sub-block."""
-    return clip(nearest_int(lanes[INVERSE, lane] * (x - lanes[OFFSET, lane])), int32(0), int32(top))
+def level_anew(blocks: Floats, lanes: Floats, top: Any) -> None:
+    """Level the values as they will be read, as lanes[STEP] * level - lanes[LEAST], into blocks[LEVEL].
+
+    Where a step rounded to 0, the levels of the search stay, as in ggml: they have no meaning, but they are
+    in the file.
+    """
+    for j in range(blocks.shape[1]):
+        for i in range(LANES):
+            level = nearest_level((blocks[X, j, i] + lanes[LEAST, i]) / lanes[STEP, i], ZERO, top)
+            blocks[LEVEL, j, i] = select(lanes[STEP, i] == ZERO, blocks[LEVEL, j, i], level)
 
 
 @inlined
@@ -105,8 +108,8 @@ def _measure(blocks: Floats, lanes: Floats) -> None:
     for j in range(1, blocks.shape[1]):
         for i in range(LANES):
             x = blocks[X, j, i]
-            lanes[LOWEST, i] = x if x < lanes[LOWEST, i] else lanes[LOWEST, i]
-            lanes[HIGHEST, i] = x if x > lanes[HIGHEST, i] else lanes[HIGHEST, i]
+            lanes[LOWEST, i] = select(x < lanes[LOWEST, i], x, lanes[LOWEST, i])
+            lanes[HIGHEST, i] = select(x > lanes[HIGHEST, i], x, lanes[HIGHEST, i])
             lanes[SUM_W, i] += blocks[W, j, i]
             lanes[SUM_WX, i] += blocks[W, j, i] * x
 
@@ -115,34 +118,33 @@ def _measure(blocks: Floats, lanes: Floats) -> None:
 def _start(blocks: Floats, lanes: Floats, top: Any, absolute: Any) -> None:
     """The plain range, from the lowest value (or 0 when all are positive) to the highest, and its error."""
     for i in range(LANES):
-        low = ZERO if lanes[LOWEST, i] > ZERO else lanes[LOWEST, i]
+        low = select(lanes[LOWEST, i] > ZERO, ZERO, lanes[LOWEST, i])
         flat = lanes[HIGHEST, i] == low
         # A flat sub-block has scale 0 and levels 0. Any other range keeps its levels at 0 in every try, and
         # sums of 0 make every try unsolvable.
-        lanes[HIGHEST, i] = ONE if flat else lanes[HIGHEST, i]
-        lanes[SUM_W, i] = ZERO if flat else lanes[SUM_W, i]
-        lanes[SUM_WX, i] = ZERO if flat else lanes[SUM_WX, i]
+        lanes[HIGHEST, i] = select(flat, ONE, lanes[HIGHEST, i])
+        lanes[SUM_W, i] = select(flat, ZERO, lanes[SUM_W, i])
+        lanes[SUM_WX, i] = select(flat, ZERO, lanes[SUM_WX, i])
         inverse = top / (lanes[HIGHEST, i] - low)
         lanes[INVERSE, i] = inverse
         lanes[OFFSET, i] = low
-        lanes[SCALE, i] = ZERO if flat else ONE / inverse
+        lanes[SCALE, i] = select(flat, ZERO, ONE / inverse)
         lanes[LOW, i] = low
         lanes[BEST, i] = ZERO
+    _level(blocks, lanes, top)
     for j in range(blocks.shape[1]):
         for i in range(LANES):
-            x = blocks[X, j, i]
-            level = float32(level_of(x, lanes, i, top))
-            error = lanes[SCALE, i] * level + lanes[LOW, i] - x
-            lanes[BEST, i] += blocks[W, j, i] * (abs(error) if absolute else error * error)
+            error = lanes[SCALE, i] * blocks[LEVEL, j, i] + lanes[LOW, i] - blocks[X, j, i]
+            lanes[BEST, i] += blocks[W, j, i] * select(absolute, abs(error), error * error)
 
 
 @inlined
-def _in_range(lanes: Floats, i: Any) -> Any:
-    """Whether every value levels to less than 2^22 before clipping, so that float32 rounds as ggml does."""
-    inverse, low = lanes[TRY_INVERSE, i], lanes[LOW, i]
-    above = abs(inverse * (lanes[HIGHEST, i] - low))
-    below = abs(inverse * (lanes[LOWEST, i] - low))
-    return (above < IN_RANGE) & (below < IN_RANGE)
+def _level(blocks: Floats, lanes: Floats, top: Any) -> None:
+    """The levels of the best pair so far."""
+    for j in range(blocks.shape[1]):
+        for i in range(LANES):
+            v = lanes[INVERSE, i] * (blocks[X, j, i] - lanes[OFFSET, i])
+            blocks[LEVEL, j, i] = nearest_level(v, ZERO, top)
 
 
 @inlined
@@ -155,31 +157,12 @@ def _sum(blocks: Floats, lanes: Floats, top: Any) -> None:
     for j in range(blocks.shape[1]):
         for i in range(LANES):
             x = blocks[X, j, i]
-            level = clip(nearest(lanes[TRY_INVERSE, i] * (x - lanes[LOW, i])), ZERO, top)
+            level = nearest_level(lanes[TRY_INVERSE, i] * (x - lanes[LOW, i]), ZERO, top)
             blocks[LEVEL, j, i] = level
             weighted = blocks[W, j, i] * level
             lanes[SUM_WL, i] += weighted
             lanes[SUM_WLL, i] += weighted * level
             lanes[SUM_WLX, i] += weighted * x
-
-
-@inlined
-def _sum_exactly(blocks: Floats, lanes: Floats, top: Any) -> None:
-    """The same for the sub-blocks (of denormals, of huge numbers) that float32 cannot level as ggml does."""
-    for i in range(LANES):
-        if _in_range(lanes, i):
-            continue
-        wl = wll = wlx = ZERO
-        for j in range(blocks.shape[1]):
-            x = blocks[X, j, i]
-            v = lanes[TRY_INVERSE, i] * (x - lanes[LOW, i])
-            level = float32(clip(nearest_int(v), int32(0), int32(top)))
-            blocks[LEVEL, j, i] = level
-            weighted = blocks[W, j, i] * level
-            wl += weighted
-            wll += weighted * level
-            wlx += weighted * x
-        lanes[SUM_WL, i], lanes[SUM_WLL, i], lanes[SUM_WLX, i] = wl, wll, wlx
 
 
 @inlined
@@ -191,10 +174,10 @@ def _solve(lanes: Floats) -> None:
         determinant = w * wll - wl * wl
         scale = (w * wlx - wx * wl) / determinant
         low = (wll * wx - wl * wlx) / determinant
-        scale = wlx / wll if low > ZERO else scale
+        scale = select(low > ZERO, wlx / wll, scale)
         # Not solvable: the error becomes NaN, which is less than nothing.
-        lanes[TRY_SCALE, i] = scale if determinant > ZERO else NOT_A_NUMBER
-        lanes[TRY_LOW, i] = ZERO if low > ZERO else low
+        lanes[TRY_SCALE, i] = select(determinant > ZERO, scale, NOT_A_NUMBER)
+        lanes[TRY_LOW, i] = select(low > ZERO, ZERO, low)
 
 
 @inlined
@@ -205,7 +188,7 @@ def _sum_error(blocks: Floats, lanes: Floats, absolute: Any) -> None:
     for j in range(blocks.shape[1]):
         for i in range(LANES):
             error = lanes[TRY_SCALE, i] * blocks[LEVEL, j, i] + lanes[TRY_LOW, i] - blocks[X, j, i]
-            lanes[ERROR, i] += blocks[W, j, i] * (abs(error) if absolute else error * error)
+            lanes[ERROR, i] += blocks[W, j, i] * select(absolute, abs(error), error * error)
 
 
 @inlined
@@ -213,8 +196,8 @@ def _keep_better(lanes: Floats) -> None:
     """Keep the try where its error is the smallest so far; the next try starts from its low."""
     for i in range(LANES):
         better = lanes[ERROR, i] < lanes[BEST, i]
-        lanes[INVERSE, i] = lanes[TRY_INVERSE, i] if better else lanes[INVERSE, i]
-        lanes[OFFSET, i] = lanes[LOW, i] if better else lanes[OFFSET, i]
-        lanes[SCALE, i] = lanes[TRY_SCALE, i] if better else lanes[SCALE, i]
-        lanes[LOW, i] = lanes[TRY_LOW, i] if better else lanes[LOW, i]
-        lanes[BEST, i] = lanes[ERROR, i] if better else lanes[BEST, i]
+        lanes[INVERSE, i] = select(better, lanes[TRY_INVERSE, i], lanes[INVERSE, i])
+        lanes[OFFSET, i] = select(better, lanes[LOW, i], lanes[OFFSET, i])
+        lanes[SCALE, i] = select(better, lanes[TRY_SCALE, i], lanes[SCALE, i])
+        lanes[LOW, i] = select(better, lanes[TRY_LOW, i], lanes[LOW, i])
+        lanes[BEST, i] = select(better, lanes[ERROR, i], lanes[BEST, i])

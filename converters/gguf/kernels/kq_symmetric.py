@@ -22,9 +22,9 @@ from converters.gguf.kernels.kq_lanes import (
     Floats,
     W,
     X,
-    clip,
-    nearest,
-    nearest_int,
+    nearest_level,
+    nearest_level_of_small,
+    select,
 )
 
 # The rows of `lanes` [ROWS, LANES]: one number for each sub-block.
@@ -32,7 +32,10 @@ SCALE, BEST = 0, 1  # the best scale so far, and how well it fits
 INVERSE = 2  # its levels are those nearest to INVERSE * x (q6_k)
 PEAK, SIZE = 3, 4  # the value of the largest magnitude, the first of several; its magnitude
 TRY_INVERSE, SUM_LX, SUM_LL = 5, 6, 7  # of the try at hand; the sums are weighted
-ROWS = 8
+STEP = 8  # what the packed bytes say: a value is STEP * (level - top)
+ROWS = 9
+
+TRIES = (0, -9, -8, -7, -6, -5, -4, -3, -2, -1, 1, 2, 3, 4, 5, 6, 7, 8, 9)  # tenths of a level
 
 
 @inlined
@@ -45,42 +48,31 @@ def weigh_by_square(blocks: Floats) -> None:
 
 @inlined
 def search_scale(blocks: Floats, lanes: Floats, top: Any) -> None:
-    """Find lanes[SCALE] of each sub-block in blocks[X], weighted by blocks[W]; `top` is float32."""
+    """Find lanes[SCALE] and blocks[LEVEL] of each sub-block blocks[X], weighted by blocks[W].
+
+    `top` is float32.
+    """
     _measure(blocks, lanes)
-    for i in range(LANES):
-        lanes[TRY_INVERSE, i] = -top / lanes[PEAK, i]
-    _sum(blocks, lanes, top)
-    for i in range(LANES):
-        lx, ll = lanes[SUM_LX, i], lanes[SUM_LL, i]
-        lanes[INVERSE, i] = lanes[TRY_INVERSE, i]
-        lanes[SCALE, i] = ZERO if ll == ZERO else lx / ll
-        lanes[BEST, i] = lanes[SCALE, i] * lx
-    for t in range(-9, 10):
-        if t == 0:
-            continue
+    for t in TRIES:
         for i in range(LANES):
             lanes[TRY_INVERSE, i] = -(top + float32(0.1) * float32(t)) / lanes[PEAK, i]
         _sum(blocks, lanes, top)
         for i in range(LANES):
             lx, ll = lanes[SUM_LX, i], lanes[SUM_LL, i]
-            better = (ll > ZERO) & (lx * lx > lanes[BEST, i] * ll)
-            scale = lx / ll
-            lanes[INVERSE, i] = lanes[TRY_INVERSE, i] if better else lanes[INVERSE, i]
-            lanes[SCALE, i] = scale if better else lanes[SCALE, i]
-            lanes[BEST, i] = scale * lx if better else lanes[BEST, i]
-
-
-@inlined
-def level_of(x: Any, lanes: Floats, lane: Any, top: Any) -> Any:
-    """The level that `search_scale` gave to value `x`, counted from 0 (int32)."""
-    if lanes[PEAK, lane] == INFINITE:
-        return int32(0)
-    return int32(clip(nearest_int(lanes[INVERSE, lane] * x), int32(-top), int32(top) - 1) + int32(top))
+            scale = select(ll == ZERO, ZERO, lx / ll)
+            better = (t == 0) | ((ll > ZERO) & (lx * lx > lanes[BEST, i] * ll))
+            lanes[INVERSE, i] = select(better, lanes[TRY_INVERSE, i], lanes[INVERSE, i])
+            lanes[SCALE, i] = select(better, scale, lanes[SCALE, i])
+            lanes[BEST, i] = select(better, scale * lx, lanes[BEST, i])
+    for j in range(blocks.shape[1]):
+        for i in range(LANES):
+            v = lanes[INVERSE, i] * blocks[X, j, i]
+            blocks[LEVEL, j, i] = nearest_level_of_small(v, -top, top - ONE)
 
 
 @inlined
 def refine_levels(blocks: Floats, lanes: Floats, top: Any) -> None:
-    """Find lanes[SCALE] and the levels, blocks[LEVEL], of each sub-block in blocks[X]; `top` is float32.
+    """The same for q3_k.
 
     Five rounds at most; in each, a level moves where the other levels' best scale would have it elsewhere
     and the fit, (sum w l x)^2 / sum w l l, improves.
@@ -94,7 +86,21 @@ def refine_levels(blocks: Floats, lanes: Floats, top: Any) -> None:
             break
     for i in range(LANES):
         lx, ll = lanes[SUM_LX, i], lanes[SUM_LL, i]
-        lanes[SCALE, i] = lx / ll if ll > ZERO else ZERO
+        lanes[SCALE, i] = select(ll > ZERO, lx / ll, ZERO)
+
+
+@inlined
+def level_anew(blocks: Floats, lanes: Floats, top: Any) -> None:
+    """Level the values as they will be read, as lanes[STEP] * (level - top), into blocks[LEVEL].
+
+    Where a step rounded to 0, the levels of the search stay, as in ggml, and 0 in an all-zero sub-block:
+    they have no meaning, but they are in the file.
+    """
+    for j in range(blocks.shape[1]):
+        for i in range(LANES):
+            level = nearest_level(blocks[X, j, i] / lanes[STEP, i], -top, top - ONE) + top
+            old = select(lanes[PEAK, i] == INFINITE, ZERO, blocks[LEVEL, j, i] + top)
+            blocks[LEVEL, j, i] = select(lanes[STEP, i] == ZERO, old, level)
 
 
 @inlined
@@ -107,15 +113,15 @@ def _move_levels(blocks: Floats, lanes: Floats, top: Any) -> Any:
             sum_lx, sum_ll = lanes[SUM_LX, i], lanes[SUM_LL, i]
             lx = sum_lx - w * x * level
             ll = sum_ll - w * level * level
-            target = float32(clip(nearest_int(x * ll / lx), int32(-top), int32(top) - 1))
+            target = nearest_level(x * ll / lx, -top, top - ONE)
             worth = (lx > ZERO) & (target != level)
             lx += w * x * target
             ll += w * target * target
             better = worth & (ll > ZERO) & (lx * lx * sum_ll > sum_lx * sum_lx * ll)
-            blocks[LEVEL, j, i] = target if better else level
-            lanes[SUM_LX, i] = lx if better else sum_lx
-            lanes[SUM_LL, i] = ll if better else sum_ll
-            moved |= int32(1) if better else int32(0)
+            blocks[LEVEL, j, i] = select(better, target, level)
+            lanes[SUM_LX, i] = select(better, lx, sum_lx)
+            lanes[SUM_LL, i] = select(better, ll, sum_ll)
+            moved |= select(better, int32(1), int32(0))
     return moved != 0
 
 
@@ -132,10 +138,10 @@ def _measure(blocks: Floats, lanes: Floats) -> None:
         for i in range(LANES):
             x = blocks[X, j, i]
             larger = abs(x) > lanes[SIZE, i]
-            lanes[PEAK, i] = x if larger else lanes[PEAK, i]
-            lanes[SIZE, i] = abs(x) if larger else lanes[SIZE, i]
+            lanes[PEAK, i] = select(larger, x, lanes[PEAK, i])
+            lanes[SIZE, i] = select(larger, abs(x), lanes[SIZE, i])
     for i in range(LANES):
-        lanes[PEAK, i] = INFINITE if lanes[SIZE, i] < NOTHING else lanes[PEAK, i]
+        lanes[PEAK, i] = select(lanes[SIZE, i] < NOTHING, INFINITE, lanes[PEAK, i])
 
 
 @inlined
@@ -147,7 +153,7 @@ def _sum(blocks: Floats, lanes: Floats, top: Any) -> None:
     for j in range(blocks.shape[1]):
         for i in range(LANES):
             x, w = blocks[X, j, i], blocks[W, j, i]
-            level = clip(nearest(lanes[TRY_INVERSE, i] * x), -top, top - ONE)
+            level = nearest_level_of_small(lanes[TRY_INVERSE, i] * x, -top, top - ONE)
             blocks[LEVEL, j, i] = level
             lanes[SUM_LX, i] += w * x * level
             lanes[SUM_LL, i] += w * level * level

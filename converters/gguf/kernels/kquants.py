@@ -29,93 +29,104 @@ from converters.gguf.kernels.kq_lanes import LANES, SUPER, Bytes, Floats, gather
 @kernel
 def quantize_q2_k(x: Floats, out: Bytes) -> None:
     """16 sub-blocks, levels 0..3, scales and mins of 4 bits."""
-    values, packed = x.reshape(-1), out.reshape(-1)
+    values, packed = x.reshape(-1), out.reshape(-1, 84)
     blocks = np.empty((3, 16, LANES), np.float32)
     lanes = np.empty((affine.ROWS, LANES), np.float32)
-    levels = np.empty(SUPER, np.uint8)
-    for first in range(0, values.size // 16, LANES):
-        gather(values, first, blocks)
+    levels = np.empty((LANES // 16, SUPER), np.uint8)
+    for first in range(0, len(packed), LANES // 16):
+        gather(values, first * 16, blocks)
         affine.weigh_by_size(blocks, lanes)
         affine.search_scale_and_low(blocks, lanes, float32(3), float32(-0.5), float32(0.1), 16, True)
-        for lane in range(0, min(LANES, values.size // 16 - first), 16):
-            n = (first + lane) // 16
-            block = packed[84 * n : 84 * n + 84]
-            pack.affine_4_bit(values[SUPER * n : SUPER * n + SUPER], lanes, lane, float32(3), levels, block)
-            pack.pack_2_bits(levels, block[16:80])
+        group = packed[first : first + LANES // 16]
+        for n in range(len(group)):
+            pack.pack_affine_4_bit(lanes, 16 * n, group[n, 0:16], group[n, 80:84])
+        affine.level_anew(blocks, lanes, float32(3))
+        pack.spread(blocks, levels.reshape(-1))
+        for n in range(len(group)):
+            pack.pack_2_bits(levels[n], 0, group[n, 16:80])
 
 
 @kernel
 def quantize_q3_k(x: Floats, out: Bytes) -> None:
     """16 sub-blocks, levels -4..3, scales of 6 bits."""
-    values, packed = x.reshape(-1), out.reshape(-1)
+    values, packed = x.reshape(-1), out.reshape(-1, 110)
     blocks = np.empty((3, 16, LANES), np.float32)
     lanes = np.empty((symmetric.ROWS, LANES), np.float32)
-    levels = np.empty(SUPER, np.uint8)
-    for first in range(0, values.size // 16, LANES):
-        gather(values, first, blocks)
+    levels = np.empty((LANES // 16, SUPER), np.uint8)
+    for first in range(0, len(packed), LANES // 16):
+        gather(values, first * 16, blocks)
         symmetric.weigh_by_square(blocks)
         symmetric.refine_levels(blocks, lanes, float32(4))
-        for lane in range(0, min(LANES, values.size // 16 - first), 16):
-            n = (first + lane) // 16
-            block = packed[110 * n : 110 * n + 110]
-            pack.symmetric_6_bit(values[SUPER * n : SUPER * n + SUPER], blocks, lanes, lane, levels, block)
-            pack.pack_2_bits(levels, block[32:96])
-            pack.pack_high_bit(levels, 2, block[0:32])
+        group = packed[first : first + LANES // 16]
+        for n in range(len(group)):
+            pack.pack_symmetric_6_bit(lanes, 16 * n, group[n, 96:108], group[n, 108:110])
+        symmetric.level_anew(blocks, lanes, float32(4))
+        pack.spread(blocks, levels.reshape(-1))
+        for n in range(len(group)):
+            pack.pack_1_bit(levels[n], 2, group[n, 0:32])
+            pack.pack_2_bits(levels[n], 0, group[n, 32:96])
 
 
 @kernel
 def quantize_q4_k(x: Floats, out: Bytes) -> None:
     """8 sub-blocks, levels 0..15, scales and mins of 6 bits."""
-    values, packed = x.reshape(-1), out.reshape(-1)
+    values, packed = x.reshape(-1), out.reshape(-1, 144)
     blocks = np.empty((3, 32, LANES), np.float32)
     lanes = np.empty((affine.ROWS, LANES), np.float32)
-    levels = np.empty(SUPER, np.uint8)
-    for first in range(0, values.size // 32, LANES):
-        gather(values, first, blocks)
+    levels = np.empty((LANES // 8, SUPER), np.uint8)
+    for first in range(0, len(packed), LANES // 8):
+        gather(values, first * 8, blocks)
         affine.weigh_by_mean_and_size(blocks, lanes)
         affine.search_scale_and_low(blocks, lanes, float32(15), float32(-1), float32(0.1), 21, False)
-        for lane in range(0, min(LANES, values.size // 32 - first), 8):
-            n = (first + lane) // 8
-            block = packed[144 * n : 144 * n + 144]
-            pack.affine_6_bit(values[SUPER * n : SUPER * n + SUPER], lanes, lane, float32(15), levels, block)
-            pack.pack_4_bits(levels, block[16:144])
+        group = packed[first : first + LANES // 8]
+        for n in range(len(group)):
+            pack.pack_affine_6_bit(lanes, 8 * n, group[n, 0:4], group[n, 4:16])
+        affine.level_anew(blocks, lanes, float32(15))
+        pack.spread(blocks, levels.reshape(-1))
+        for n in range(len(group)):
+            pack.pack_low_4_bits(levels[n], group[n, 16:144])
 
 
 @kernel
 def quantize_q5_k(x: Floats, out: Bytes) -> None:
     """8 sub-blocks, levels 0..31, scales and mins of 6 bits."""
-    values, packed = x.reshape(-1), out.reshape(-1)
+    values, packed = x.reshape(-1), out.reshape(-1, 176)
     blocks = np.empty((3, 32, LANES), np.float32)
     lanes = np.empty((affine.ROWS, LANES), np.float32)
-    levels = np.empty(SUPER, np.uint8)
-    for first in range(0, values.size // 32, LANES):
-        gather(values, first, blocks)
+    levels = np.empty((LANES // 8, SUPER), np.uint8)
+    for first in range(0, len(packed), LANES // 8):
+        gather(values, first * 8, blocks)
         affine.weigh_by_mean_and_size(blocks, lanes)
         affine.search_scale_and_low(blocks, lanes, float32(31), float32(-0.5), float32(0.1), 16, False)
-        for lane in range(0, min(LANES, values.size // 32 - first), 8):
-            n = (first + lane) // 8
-            block = packed[176 * n : 176 * n + 176]
-            pack.affine_6_bit(values[SUPER * n : SUPER * n + SUPER], lanes, lane, float32(31), levels, block)
-            pack.pack_high_bit(levels, 4, block[16:48])
-            pack.pack_4_bits(levels, block[48:176])
+        group = packed[first : first + LANES // 8]
+        for n in range(len(group)):
+            pack.pack_affine_6_bit(lanes, 8 * n, group[n, 0:4], group[n, 4:16])
+        affine.level_anew(blocks, lanes, float32(31))
+        pack.spread(blocks, levels.reshape(-1))
+        for n in range(len(group)):
+            pack.pack_1_bit(levels[n], 4, group[n, 16:48])
+            pack.pack_low_4_bits(levels[n], group[n, 48:176])
 
 
 @kernel
 def quantize_q6_k(x: Floats, out: Bytes) -> None:
     """16 sub-blocks, levels -32..31, scales of 8 bits."""
-    values, packed = x.reshape(-1), out.reshape(-1)
+    values, packed = x.reshape(-1), out.reshape(-1, 210)
     blocks = np.empty((3, 16, LANES), np.float32)
     lanes = np.empty((symmetric.ROWS, LANES), np.float32)
-    levels = np.empty(SUPER, np.uint8)
-    for first in range(0, values.size // 16, LANES):
-        gather(values, first, blocks)
+    levels = np.empty((LANES // 16, SUPER), np.uint8)
+    for first in range(0, len(packed), LANES // 16):
+        gather(values, first * 16, blocks)
         symmetric.weigh_by_square(blocks)
         symmetric.search_scale(blocks, lanes, float32(32))
-        for lane in range(0, min(LANES, values.size // 16 - first), 16):
-            n = (first + lane) // 16
-            block = packed[210 * n : 210 * n + 210]
-            pack.symmetric_8_bit(values[SUPER * n : SUPER * n + SUPER], lanes, lane, levels, block)
-            pack.pack_4_and_2_bits(levels, block[0:128], block[128:192])
+        group = packed[first : first + LANES // 16]
+        for n in range(len(group)):
+            pack.pack_symmetric_8_bit(lanes, 16 * n, group[n, 192:208], group[n, 208:210])
+        symmetric.level_anew(blocks, lanes, float32(32))
+        pack.spread(blocks, levels.reshape(-1))
+        for n in range(len(group)):
+            pack.pack_low_4_bits_of_halves(levels[n], group[n, 0:128])
+            pack.pack_2_bits(levels[n], 4, group[n, 128:192])
 
 
 KERNELS: dict[str, Callable[[Floats, Bytes], None]] = {
