@@ -1,10 +1,13 @@
 """A real language model end to end: SmolLM2-135M through `dsconvert gguf`, judged by llama.cpp.
 
 llama.cpp rounds the activations to bf16 for a bf16 file and to 8 bits for a quantized one, as a part of its
-arithmetic. Only for an f32 file can its logits equal a float32 evaluation. Over 6075 predictions, 8-bit
-activations raised the perplexity of this model by 0.35 % (standard error 0.10 %) in llama.cpp and by as
-much when a float32 evaluation of the same q8_0 file rounded its activations so; the difference between
-these two was 0.01 %. Fewer predictions are judged here, hence the margin for the standard error.
+arithmetic. Only for an f32 file can its logits equal a float32 evaluation. Over 6075 predictions the 8 bits
+raised this model's perplexity, against the dequantized weights in float32, by 0.35 % (q8_0), 0.38 % (q4_0)
+and 0.65 % (q6_k, with blocks of 256 activations), each with a standard error of 0.1 %. The float32
+evaluation of the quantized files here rounds its activations in the same way: over the same predictions
+llama.cpp then differs by -0.01 % (q8_0) and 0.09 % (q6_k), standard error 0.1 %. Fewer predictions are
+judged here, hence the margin for the standard error. (Which way each value is rounded hangs on the last bit
+of the ones before, so single predictions of the two do not agree better for it.)
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +32,9 @@ from converters.gguf.parse import open_gguf
 from converters.gguf.reader import open_model
 from dsconvert.engines.llamacpp import Engine
 from dsconvert.text import evaluation_page, evaluation_pages
+
+if TYPE_CHECKING:
+    import torch
 
 pytestmark = pytest.mark.slow
 
@@ -117,7 +123,7 @@ def evaluate(model: Any, ids: npt.NDArray[np.int64]) -> Logits:
 
 
 def read_back(path: Path, model: Any) -> Any:
-    """`model` with the dequantized weights of a GGUF file in the place of its own."""
+    """`model` with a GGUF file's dequantized weights, and activations rounded as llama.cpp does for them."""
     import copy
 
     import torch
@@ -127,7 +133,28 @@ def read_back(path: Path, model: Any) -> Any:
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
     changed = copy.deepcopy(model)
     changed.load_state_dict(state)
+    for name, module in changed.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            kind = source.dtype("model.embed_tokens.weight" if name == "lm_head" else f"{name}.weight")
+            module.register_forward_pre_hook(lambda _, inputs, to=ACTIVATIONS[kind]: (to(inputs[0]),))
     return changed
+
+
+def blocks_of_32(x: torch.Tensor) -> torch.Tensor:
+    """ggml's q8_0: -127 ... 127 times a float16 scale."""
+    blocks = x.reshape(*x.shape[:-1], -1, 32)
+    top = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-30)
+    return ((blocks * (127 / top)).round() * (top / 127).half().float()).reshape(x.shape)
+
+
+def blocks_of_256(x: torch.Tensor) -> torch.Tensor:
+    """ggml's q8_k: the value of largest size becomes -127, the scale is float32."""
+    blocks = x.reshape(*x.shape[:-1], -1, 256)
+    top = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
+    return ((blocks * (-127 / top)).round().clamp(max=127) * (top / -127)).reshape(x.shape)
+
+
+ACTIVATIONS = {"q8_0": blocks_of_32, "q4_0": blocks_of_32, "q6_k": blocks_of_256}
 
 
 def agreement(pairs: Iterator[tuple[npt.NDArray[np.int64], Logits, Logits]]) -> Agreement:
@@ -191,10 +218,10 @@ def test_bf16_logits_are_those_of_transformers(
 
 
 @pytest.mark.parametrize("kind", QUANTIZED)
-def test_quantized_files_run_as_their_dequantized_weights(
+def test_quantized_files_run_as_their_weights_in_the_runtimes_arithmetic(
     kind: str, converted: dict[str, Path], transformers_model: Any, windows: list[npt.NDArray[np.int64]]
 ) -> None:
     found = judged(converted[kind], read_back(converted[kind], transformers_model), windows)
-    # 8-bit activations alone give 0.003 to 0.004 on this model.
-    assert found.kl < 0.008, found
-    assert abs(found.log_ratio) < 0.005 + 3 * found.error, found
+    # Two independent roundings of the activations alone give about 0.004 to 0.006 on this model.
+    assert found.kl < 0.01, found
+    assert abs(found.log_ratio) < 0.005 + 2 * found.error, found
