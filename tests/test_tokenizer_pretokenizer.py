@@ -352,9 +352,11 @@ def test_random_texts_are_the_same_for_a_seed_and_reach_everywhere() -> None:
 
 @pytest.mark.parametrize("row", RUNTIMES, ids=lambda row: row.name)
 def test_known_steps_split_alike_where_they_say_so(row: Runtime) -> None:
-    """What `may_split_otherwise` denies, on random texts; and it must not deny everything."""
+    """The texts that `split_otherwise` leaves out, on random texts; it must not leave out everything."""
     own, other = splitter(row.source, ""), splitter(row.runtime, "")
-    texts = [text for text in parity.random_texts(11, 6000) if not row.may_split_otherwise(text)]
+    everything = [*parity.random_texts(11, 6000), "it's 12", "x\u0663"]
+    texts = set(everything) - set(row.split_otherwise(everything))
     assert len(texts) > 500
+    assert row.source == row.runtime or not {"it's 12", "x\u0663"} & texts
     for text in texts:
         assert own.pre_tokenize_str(text) == other.pre_tokenize_str(text), ascii(text)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from dsconvert.errors import TokenizerError
 from tokenizer_tools import parity
-from tokenizer_tools.library import ids, open_tokenizer, splitter
+from tokenizer_tools.library import ids, splitter
 from tokenizer_tools.load import TokenizerData
 from tokenizer_tools.rebuild import gguf_keys, rebuild
 from tokenizer_tools.runtimes import RUNTIMES, Runtime, by_name
@@ -56,26 +57,25 @@ class Difference:
 
 
 class _Proof:
-    """The model's own ids on the probe texts and on its tokens' texts, and what a runtime's steps give."""
+    """What the runtimes' steps give on the probe texts and on the texts of the model's tokens."""
 
     def __init__(self, data: TokenizerData) -> None:
         self.data = data
-        self.trial = open_tokenizer(data.json, data.source)
         self.tokens = token_texts(data)
+        self.encoded = 0
 
     def difference(self, row: Runtime, texts: Sequence[str]) -> Difference | None:
         """The first text where the runtime's steps give other ids."""
-        self.trial.pre_tokenizer = splitter(row.runtime, self.data.source)
-        self.trial.model.ignore_merges = row.ignore_merges
         own = ids(self.data.tokenizer, texts, self.data.source)
-        other = ids(self.trial, texts, self.data.source)
+        with behaving_as(row, self.data):
+            other = ids(self.data.tokenizer, texts, self.data.source)
         wrong = [n for n in range(len(texts)) if own[n] != other[n]]
         if not wrong:
             return None
         n = wrong[0]
         return Difference(texts[n], own[n], other[n], len(wrong), len(texts))
 
-    def undecided(self, row: Runtime) -> list[str]:
+    def undecided(self, row: Runtime) -> Sequence[str]:
         """The tokens' texts that the runtime may split or merge differently.
 
         All of them, unless the runtime is known to start from the model's very steps: encoding 100,000
@@ -83,18 +83,32 @@ class _Proof:
         """
         if row.source != self.data.spec or row.ignore_merges != self.data.ignore_merges:
             return self.tokens
-        return [text for text in self.tokens if row.may_split_otherwise(text)]
+        return row.split_otherwise(self.tokens)
 
     def failure(self, row: Runtime) -> Difference | None:
         """None when the runtime gives the model's own ids on all texts."""
-        return self.difference(row, parity.PROBES) or self.difference(row, self.undecided(row))
+        texts = self.undecided(row)
+        self.encoded = len(texts)
+        return self.difference(row, parity.PROBES) or self.difference(row, texts)
 
-    def evidence(self, row: Runtime) -> str:
-        tried = len(self.undecided(row))
+    def evidence(self) -> str:
         return (
             f"same ids on {len(parity.PROBES)} probe texts and on the texts of {len(self.tokens):,} tokens "
-            f"({tried:,} encoded, the others split alike)"
+            f"({self.encoded:,} encoded, the others split alike)"
         )
+
+
+@contextmanager
+def behaving_as(row: Runtime, data: TokenizerData) -> Iterator[None]:
+    """The model's tokenizer with the steps of a runtime, for a while (a second one takes long to make)."""
+    own = splitter(data.spec, data.source)
+    try:
+        data.tokenizer.pre_tokenizer = splitter(row.runtime, data.source)
+        data.tokenizer.model.ignore_merges = row.ignore_merges
+        yield
+    finally:
+        data.tokenizer.pre_tokenizer = own
+        data.tokenizer.model.ignore_merges = data.ignore_merges
 
 
 def token_texts(data: TokenizerData) -> list[str]:
@@ -126,16 +140,14 @@ def resolve(data: TokenizerData, override: str | None = None) -> Resolution:
     matching = [row for row in RUNTIMES if row.source == data.spec]
     for row in sorted(matching, key=lambda row: row.ignore_merges != data.ignore_merges):
         if proof.failure(row) is None:
-            return Resolution(row.name, True, f"known steps {data.spec.sha256[:12]}; {proof.evidence(row)}")
+            return Resolution(row.name, True, f"known steps {data.spec.sha256[:12]}; {proof.evidence()}")
     fitting = [row for row in RUNTIMES if proof.difference(row, parity.PROBES) is None]
     for same in (_same_pieces, _same_flag):
         if len(fitting) > 1:
             fitting = [row for row in fitting if same(row, data)] or fitting
-    if len(fitting) == 1 and proof.difference(fitting[0], proof.tokens) is None:
+    if len(fitting) == 1 and proof.failure(fitting[0]) is None:
         name = fitting[0].name
-        evidence = (
-            f"steps {data.spec.sha256[:12]} are not known, those of {name} fit; {proof.evidence(fitting[0])}"
-        )
+        evidence = f"steps {data.spec.sha256[:12]} are not known, those of {name} fit; {proof.evidence()}"
         note = (
             f"the pre-tokenizer's steps are not known; {name} was chosen because it gives the same ids on "
             "every text tried"
@@ -151,7 +163,7 @@ def _overridden(name: str, proof: _Proof) -> Resolution:
         return Resolution(name, False, "named by the user, not known here", (note,))
     failure = proof.failure(row)
     if failure is None:
-        return Resolution(name, True, f"named by the user; {proof.evidence(row)}")
+        return Resolution(name, True, f"named by the user; {proof.evidence()}")
     note = (
         f"the pre-tokenizer {name!r} gives other ids than the checkpoint's own on {failure.count} of "
         f"{failure.total} texts: {failure}"

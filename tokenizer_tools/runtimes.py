@@ -10,6 +10,7 @@ anew changes it (NFC alone turns U+2126, U+212A and U+1F7D into other characters
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tokenizer_tools.steps import GPT2_REGEX, PreTokenizer, Step
@@ -66,17 +67,20 @@ class Runtime:
     ignore_merges: bool = False
     aliases: tuple[str, ...] = ()
 
-    def may_split_otherwise(self, text: str) -> bool:
-        """Whether `source` and `runtime` can split this text differently.
+    def split_otherwise(self, texts: Iterable[str]) -> list[str]:
+        """The texts that `source` and `runtime` may split differently.
 
-        Only where they are not the same steps, and then only at numbers (one digit at a time in one, runs
-        in the other) and at apostrophes (contractions spelled out); all else is the same pattern in both.
-        A character that this Python does not know may be a number to the regex engine.
+        None where they are the same steps; else those with a number (one digit at a time in one, runs in
+        the other) or an apostrophe (contractions spelled out): all else is the same pattern in both. A
+        character that this Python does not know may be a number to the regex engine.
         """
-        return self.source != self.runtime and any(
-            char == "'" or (not char.isalpha() and unicodedata.category(char) in NUMBER_OR_NEW)
-            for char in text
-        )
+        if self.source == self.runtime:
+            return []
+        return [text for text in texts if not text.strip().isalpha() and any(map(_decides, text))]
+
+
+def _decides(char: str) -> bool:
+    return char == "'" or unicodedata.category(char) in NUMBER_OR_NEW
 
 
 def _spec(*steps: str | Step) -> PreTokenizer:

@@ -67,8 +67,12 @@ def padded(size: int) -> int:
 
 
 def encode_string(text: str) -> bytes:
+    return b"".join(_string_parts(text))
+
+
+def _string_parts(text: str) -> tuple[bytes, bytes]:
     data = text.encode("utf-8")
-    return struct.pack("<Q", len(data)) + data
+    return len(data).to_bytes(8, "little"), data
 
 
 def encode_value(kind: str, value: Any) -> bytes:
@@ -78,7 +82,7 @@ def encode_value(kind: str, value: Any) -> bytes:
     if kind == "array":
         head += struct.pack("<IQ", VALUE_TYPES[item][0], len(value))
         if item == "string":
-            return head + b"".join(map(encode_string, value))
+            return head + b"".join([part for text in value for part in _string_parts(text)])
         return head + struct.pack(f"<{len(value)}{VALUE_TYPES[item][1]}", *value)
     if kind == "string":
         return head + encode_string(value)
