@@ -111,9 +111,9 @@ def solve(W: torch.Tensor, H: torch.Tensor, options: Options) -> Solved:
     factor = _factor(H, dead, order.columns, options.damp)
     if factor is None:
         return _plain(rounded, _loss(error, H), "the Hessian is not positive definite at any damping")
-    rtn_loss = _undamped(_damped_loss(error[order.columns], factor), error, factor, H)
+    rtn_loss = _undamped(_damped_loss(error[order.columns], factor), error, factor)
     del error
-    solved = replace(_walk(W, H, factor, order, options, rounded), rtn_loss=rtn_loss)
+    solved = replace(_walk(W, factor, order, options, rounded), rtn_loss=rtn_loss)
     if not solved.loss <= rtn_loss:
         return _plain(rounded, rtn_loss, f"its loss {solved.loss:.4g} is above round-to-nearest's")
     return solved
@@ -208,9 +208,7 @@ def _factor(H: torch.Tensor, dead: torch.Tensor, columns: torch.Tensor, damp: fl
     return None
 
 
-def _walk(
-    W: torch.Tensor, H: torch.Tensor, factor: _Factor, order: _Order, options: Options, rounded: Solved
-) -> Solved:
+def _walk(W: torch.Tensor, factor: _Factor, order: _Order, options: Options, rounded: Solved) -> Solved:
     """The columns in order, in blocks: what came before a block reaches it by one matmul.
 
     Grids that are not found on the way are those of `rounded`, of which the result is a copy.
@@ -243,7 +241,7 @@ def _walk(
             torch.sub(Wt[i], q, out=Err[i])
         total += float((miss.square_().sum(1, dtype=torch.float64) * factor.D[i1:i2]).sum())
     inverse = order.columns.argsort()
-    loss = _undamped(total, Err[inverse], factor, H)
+    loss = _undamped(total, Err, factor)
     g_idx = torch.tensor(order.group, device=W.device)[inverse]
     return replace(
         rounded,
@@ -276,12 +274,11 @@ def _damped_loss(error: torch.Tensor, factor: _Factor) -> float:
     return total
 
 
-def _undamped(total: float, error: torch.Tensor, factor: _Factor, H: torch.Tensor) -> float:
-    """The loss without damping; exact where the damping is nearly all of it, else by subtraction."""
+def _undamped(total: float, error: torch.Tensor, factor: _Factor) -> float:
+    """The loss without damping, given the loss with it."""
     import torch
 
-    loss = total - factor.shift * float(error.square().sum(dtype=torch.float64))
-    return loss if loss > 1e-2 * total else _loss(error, H)
+    return max(total - factor.shift * float(error.square().sum(dtype=torch.float64)), 0.0)
 
 
 def _loss(error: torch.Tensor, H: torch.Tensor) -> float:

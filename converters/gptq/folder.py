@@ -1,0 +1,247 @@
+"""Writes a GPTQ folder: shards with their index, both configs, tokenizer and generation files.
+
+The folder appears under its name only when it is complete: `<out>.part` is written, synced and renamed.
+"""
+
+from __future__ import annotations
+
+import copy
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from converters.gptq.shapes import Layout
+from dsconvert import __version__
+from dsconvert.errors import OutputError
+from dsconvert.safetensors_writer import Piece, write_safetensors
+
+SHARD_BYTES = 4 << 30
+# What travels with the weights, as patterns of file names.
+COMPANIONS = (
+    "tokenizer*.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*.j*",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "LICENSE*",
+)
+NESTED = ("text_config", "language_config")
+# The key that old readers look for in rope_scaling, by its value; both keys at once are refused by some.
+LEGACY_KEY = {"linear": "type", "yarn": "type", "dynamic": "type", "llama3": "rope_type"}
+
+Done = Callable[[str, Piece], None]
+
+
+def write_folder(
+    out: Path,
+    source: Path,
+    config: Mapping[str, Any],
+    pieces: Mapping[str, Piece],
+    settings: Mapping[str, Any],
+    *,
+    force: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    done: Done = lambda name, piece: None,
+) -> int:
+    """Write the folder `out`; gives the bytes of its weights.
+
+    `config` is config.json of the output as the source has it, `settings` from `quantization_settings`,
+    `pieces` every tensor in the order of the shards, `source` the folder whose tokenizer and generation
+    files are copied. Raises OutputError when `out` exists (without `force`), when there is no room, or when
+    the disk refuses; nothing is left then.
+    """
+    with _folder(out, sum(piece.nbytes for piece in pieces.values()), force) as part:
+        nbytes = _write_shards(part, pieces, shard_bytes, done)
+        quantized = quantized_config(config, settings)
+        _write_json(part / "config.json", quantized)
+        _write_json(part / "quantize_config.json", settings)
+        for file in companions(source):
+            shutil.copyfile(file, part / file.name)
+    return nbytes
+
+
+def quantization_settings(layout: Layout, damp: float, lm_head: bool = False) -> dict[str, Any]:
+    """The block that readers need: `quantization_config` of config.json, and quantize_config.json.
+
+    `damp` is the damping asked for, `lm_head` whether the head is quantized too.
+    """
+    scheme = layout.scheme
+    return {
+        "quant_method": "gptq",
+        "bits": scheme.bits,
+        "group_size": scheme.group_size,
+        "desc_act": layout.desc_act,
+        "sym": scheme.sym,
+        "lm_head": lm_head,
+        "checkpoint_format": layout.checkpoint_format,
+        "true_sequential": True,
+        "damp_percent": damp,
+        "meta": {"quantizer": [f"dsconvert:{__version__}"]},
+    }
+
+
+def quantized_config(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with the quantization settings and with RoPE in the new and in the old spelling."""
+    out = with_both_ropes(config)
+    out.pop("_name_or_path", None)
+    for key in NESTED:
+        if isinstance(out.get(key), dict):
+            out[key] = with_both_ropes(out[key])
+    return {**out, "quantization_config": dict(settings)}
+
+
+def with_both_ropes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy with `rope_parameters`, and `rope_theta` and `rope_scaling` that say the same.
+
+    Old readers see the latter only and take theta 10000 and no scaling where they are absent. A part of a
+    config without any RoPE key stays without.
+    """
+    out = copy.deepcopy(dict(config))
+    if not any(out.get(key) is not None for key in ("rope_parameters", "rope_theta", "rope_scaling")):
+        return out
+    both = {**(out.get("rope_scaling") or {}), **(out.get("rope_parameters") or {})}
+    theta = both.pop("rope_theta", None) or out.get("rope_theta") or 10000.0
+    old, new = both.pop("type", None), both.pop("rope_type", None)
+    kind = new or old or "default"
+    out["rope_theta"] = theta
+    out["rope_scaling"] = None if kind == "default" else {LEGACY_KEY.get(kind, "rope_type"): kind, **both}
+    out["rope_parameters"] = {"rope_theta": theta, "rope_type": kind, **both}
+    return out
+
+
+def companions(source: Path) -> list[Path]:
+    """The files of the source folder that travel with the weights, in order of their names."""
+    found = {path for pattern in COMPANIONS for path in source.glob(pattern) if path.is_file()}
+    return sorted(found)
+
+
+def plan_shards(pieces: Mapping[str, Piece], limit: int) -> list[list[str]]:
+    """The tensor names of each shard: in order, at most `limit` bytes or one tensor."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, piece in pieces.items():
+        if shards[-1] and size + piece.nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += piece.nbytes
+    return shards
+
+
+def _write_shards(folder: Path, pieces: Mapping[str, Piece], limit: int, done: Done) -> int:
+    """One model.safetensors, or several with their index; gives the bytes of the tensors."""
+    shards = plan_shards(pieces, limit)
+    total = sum(piece.nbytes for piece in pieces.values())
+    if len(shards) == 1:
+        write_safetensors(folder / "model.safetensors", pieces, done)
+        return total
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(folder / file, {name: pieces[name] for name in names}, done)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    _write_json(folder / "model.safetensors.index.json", index)
+    return total
+
+
+@contextmanager
+def _folder(out: Path, nbytes: int, force: bool) -> Iterator[Path]:
+    """An empty `<out>.part` that becomes `out` on success and is removed on failure."""
+    _check_target(out, nbytes, force)
+    part = out.with_name(out.name + ".part")
+    lock = _claim(part)
+    try:
+        yield part
+        for file in part.iterdir():
+            _sync(file)
+        _sync(part)
+        _publish(part, out)
+    except OSError as error:
+        raise OutputError("cannot be written", where=out, why=error.strerror or str(error)) from error
+    finally:
+        if part.exists():
+            shutil.rmtree(part, ignore_errors=True)
+        os.close(lock)
+
+
+def _check_target(out: Path, nbytes: int, force: bool) -> None:
+    if not out.parent.is_dir():
+        raise OutputError("the folder does not exist", where=out.parent, hint=f"mkdir -p {out.parent}")
+    if out.exists() and not force and not (out.is_dir() and not any(out.iterdir())):
+        raise OutputError("exists already", where=out, hint="Give --force to replace it")
+    # --force replaces a model, not whatever else was named by mistake.
+    if out.exists() and not (out.is_dir() and ((out / "config.json").exists() or not any(out.iterdir()))):
+        raise OutputError("is no model folder", where=out, hint="Give --out another name, or remove it")
+    free = shutil.disk_usage(out.parent).free
+    if nbytes > free:
+        raise OutputError(
+            f"needs {nbytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free",
+            where=out.parent,
+            hint="Free some space, or choose another --out",
+        )
+
+
+def _claim(part: Path) -> int:
+    """Make `part` anew, locked against another process that writes it; gives the lock's descriptor."""
+    try:
+        part.mkdir(exist_ok=True)
+        lock = os.open(part, os.O_RDONLY)
+    except OSError as error:
+        raise OutputError("cannot be written", where=part, why=error.strerror or str(error)) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for left in part.iterdir():  # of a run that was killed
+            left.unlink()
+    except OSError as error:
+        os.close(lock)
+        busy = isinstance(error, BlockingIOError)
+        raise OutputError(
+            "is being written by another process" if busy else "holds something that cannot be removed",
+            where=part,
+            why="" if busy else error.strerror or str(error),
+            hint="Wait for it, or choose another --out" if busy else "Remove it by hand",
+        ) from None
+    return lock
+
+
+def _publish(part: Path, out: Path) -> None:
+    """Rename `part` to `out`; what `out` was is kept aside until then."""
+    aside = out.with_name(out.name + ".part-replaced")
+    shutil.rmtree(aside, ignore_errors=True)
+    if out.exists():
+        os.replace(out, aside)
+    try:
+        os.replace(part, out)
+    except OSError:
+        if aside.exists():
+            os.replace(aside, out)
+        raise
+    _sync(out.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # what file systems say that cannot sync a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", "utf-8")

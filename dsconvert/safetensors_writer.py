@@ -1,0 +1,106 @@
+"""Writes safetensors files in a stream: the header is known first, no tensor is held in memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dsconvert.errors import OutputError
+from dsconvert.safetensors_header import BITS, Stored
+
+CHUNK = 16 << 20
+NAMES = {"uint16": "BF16", "float16": "F16", "float32": "F32", "int32": "I32"}  # bf16 travels as its bits
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A tensor to be written: the format's type name, the shape, and its bytes in chunks, made on demand."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterator[bytes | memoryview]] = field(repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes `chunks` must give."""
+        return math.prod(self.shape) * BITS[self.dtype] // 8
+
+
+def from_array(array: npt.NDArray[Any]) -> Piece:
+    """A piece of an array, uint16 (bf16 bits), float16, float32 or int32; a view is copied row by row."""
+
+    def chunks() -> Iterator[bytes | memoryview]:
+        rows = array.reshape(1) if array.ndim == 0 else array
+        step = max(1, CHUNK * len(rows) // max(array.nbytes, 1))
+        for start in range(0, len(rows), step):
+            part = rows[start : start + step]
+            yield np.ascontiguousarray(part, part.dtype.newbyteorder("<")).reshape(-1).view(np.uint8).data
+
+    return Piece(NAMES[array.dtype.name], array.shape, chunks)
+
+
+def from_stored(stored: Stored) -> Piece:
+    """A piece copied as it is from a weight file."""
+    if stored.offset is None:
+        assert stored.data is not None  # strided tensors are of readable types
+        return from_array(stored.data)
+    offset, nbytes = stored.offset, stored.nbytes
+
+    def chunks() -> Iterator[bytes | memoryview]:
+        left = nbytes
+        with stored.path.open("rb") as file:
+            file.seek(offset)
+            while left:
+                chunk = file.read(min(CHUNK, left))
+                if not chunk:
+                    raise OutputError("ended before its last tensor", where=stored.path, why="It has changed")
+                left -= len(chunk)
+                yield chunk
+
+    return Piece(stored.dtype.upper(), stored.shape, chunks)
+
+
+def write_safetensors(
+    path: Path, pieces: Mapping[str, Piece], done: Callable[[str, Piece], None] = lambda name, piece: None
+) -> int:
+    """Write `pieces` to `path` and sync it; gives its size in bytes.
+
+    Wider types come first, so that every tensor is aligned to its type; the header is padded to 8 bytes
+    (safetensors README). `done` is called after each tensor. Raises OutputError when the disk refuses.
+    """
+    ordered = sorted(pieces.items(), key=lambda item: -BITS[item[1].dtype])
+    header, total = _header(dict(ordered))
+    try:
+        with path.open("wb") as file:
+            file.write(header)
+            for name, piece in ordered:
+                written = sum(file.write(chunk) for chunk in piece.chunks())
+                if written != piece.nbytes:
+                    raise AssertionError(f"{name} gave {written} bytes, {piece.nbytes} were announced")
+                done(name, piece)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OutputError("cannot be written", where=path, why=error.strerror or str(error)) from error
+    return len(header) + total
+
+
+def _header(pieces: Mapping[str, Piece]) -> tuple[bytes, int]:
+    """Length and JSON of the header, and how many bytes of data follow it."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, piece in pieces.items():
+        end = offset + piece.nbytes
+        entries[name] = {"dtype": piece.dtype, "shape": list(piece.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, offset
