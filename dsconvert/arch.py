@@ -51,6 +51,14 @@ class WeightSource(Protocol):
         """The tensor's values in float32, dequantized where need be, in the Hugging Face layout."""
         ...
 
+    def float32_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Rows `start` to `stop` - 1 of a matrix, as `float32` would give them.
+
+        Made for embedding and head, which are read in slices: for them it costs what the rows cost. Where
+        a format stores the rows in another order it may read the whole tensor.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class Transform:
@@ -175,24 +183,6 @@ def prefixed(table: Iterable[T], prefix: str) -> tuple[T, ...]:
 def renamed(table: Iterable[T], name: Callable[[str], str]) -> tuple[T, ...]:
     """The table with other names for the same tensors."""
     return tuple(replace(row, hf=name(row.hf), tied_to=row.tied_to and name(row.tied_to)) for row in table)
-
-
-@dataclass(frozen=True)
-class Inner:
-    """A model inside a bigger one as a WeightSource: `names` maps its own names to the bigger model's."""
-
-    source: WeightSource
-    names: Mapping[str, str]
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        shapes = self.source.shapes()
-        return {name: shapes[outer] for name, outer in self.names.items()}
-
-    def dtype(self, name: str) -> str:
-        return self.source.dtype(self.names[name])
-
-    def float32(self, name: str) -> npt.NDArray[np.float32]:
-        return self.source.float32(self.names[name])
 
 
 def expand(arch: Arch, config: Sizes) -> list[Spec]:

@@ -6,10 +6,11 @@ import time
 from collections.abc import Iterator
 
 from converters.gguf.job import Job, Options, prepare
+from converters.gguf.mmproj import CANNOT
 from converters.gguf.pipeline import write_tensors
 from converters.gguf.proof import prove
 from converters.gguf.writer import part_files
-from dsconvert.events import Event, Finished, Planned, TensorPlan, Warn
+from dsconvert.events import Event, Finished, Planned, Step, TensorPlan, Warn
 
 
 def convert(options: Options) -> Iterator[Event]:
@@ -29,20 +30,24 @@ def convert(options: Options) -> Iterator[Event]:
     for path, size in zip(job.paths, sizes, strict=True):
         yield Finished(str(path), size, time.monotonic() - started)
     yield from prove(job)
+    if job.projector is not None and job.towers is not None and job.towers.vision.sam is not None:
+        yield Warn(CANNOT)
 
 
 def describe(job: Job) -> Iterator[Event]:
     """What will be written, to the byte, and what the user should know before it is."""
     for note in job.notes:
         yield Warn(note)
-    sources = {spec.gguf: spec for spec in job.specs}
-    for output in job.outputs:
+    if job.towers is not None and job.towers.left_out:
+        yield Step(job.towers.left_out)
+    sources = {spec.gguf: spec for spec, _ in job.tensors}
+    for output in job.every_output:
         rows = []
         for tensor in output.tensors.values():
             hf = sources[tensor.name].hf if tensor.name in sources else ""
             kind = job.checkpoint.dtype(hf) if hf else "derived"
             rows.append(TensorPlan(tensor.name, hf, tensor.shape, kind, tensor.qtype.name, tensor.nbytes))
-        files = tuple(str(job.folder / layout.name) for layout in output.layouts)
+        files = tuple(map(str, output.paths))
         sizes = tuple(layout.nbytes for layout in output.layouts)
         yield Planned(files, output.quant, tuple(rows), sizes, job.checkpoint.nbytes, job.pre)
         for change, count in output.fallbacks.items():

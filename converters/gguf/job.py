@@ -9,10 +9,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from converters.gguf import metadata, qtypes, recipe
-from converters.gguf.layout import KeyValues, Layout, Tensor, lay_out_split
+from converters.gguf import metadata, mmproj, qtypes, recipe
+from converters.gguf.layout import KeyValues, Layout, Tensor, lay_out, lay_out_split
+from converters.gguf.towers import Towers, plan_towers, with_template
 from converters.gguf.writer import check_targets
-from dsconvert.arch import Arch, Spec, plan
+from dsconvert.arch import Arch, Sizes, Spec, plan
 from dsconvert.archs import ARCHS
 from dsconvert.checkpoint import Checkpoint, open_checkpoint
 from dsconvert.config import ModelConfig, load_config
@@ -39,16 +40,25 @@ class Options:
     force: bool = False
     dry_run: bool = False
     allow_nonfinite: bool = False
+    mmproj: Path | None = None
+    no_mmproj: bool = False
+    mmproj_quant: str = "f16"
 
 
 @dataclass(frozen=True)
 class Output:
-    """One quantization of the model: its files, and where each tensor lies in them."""
+    """One quantization of the model, or its projector: files, and where each tensor lies in them."""
 
     quant: str
     layouts: tuple[Layout, ...]
     tensors: dict[str, Tensor]
     fallbacks: dict[str, int]  # "wanted -> taken" where rows did not fit, and how often
+    folder: Path
+
+    @property
+    def paths(self) -> list[Path]:
+        """The final name of every file, in the order of `layouts`."""
+        return [self.folder / layout.name for layout in self.layouts]
 
     def place(self, name: str) -> tuple[int, int]:
         """The number of the file that holds a tensor, and the tensor's offset in it."""
@@ -70,24 +80,38 @@ class Job:
     derived: dict[str, Any]
     tokenizer: TokenizerData
     pre: str
-    folder: Path
     outputs: tuple[Output, ...]
     notes: tuple[str, ...]
+    towers: Towers | None = None
+    projector: Output | None = None
+
+    @property
+    def tensors(self) -> list[tuple[Spec, Sizes]]:
+        """What is read, in the order of the files, each with the config that its layout depends on."""
+        found: list[tuple[Spec, Sizes]] = [(spec, self.config) for spec in self.specs]
+        if self.towers is not None and self.projector is not None:
+            found += [(spec, self.towers.vision) for spec in self.towers.specs]
+        return found
 
     @property
     def source_nbytes(self) -> int:
         """Bytes that will be read: of the tensors that are used, each once."""
-        return sum(self.checkpoint.raw(spec.hf).nbytes for spec in self.specs)
+        return sum(self.checkpoint.raw(s.hf).nbytes // s.row.part[1] for s, _ in self.tensors)
+
+    @property
+    def every_output(self) -> tuple[Output, ...]:
+        """All outputs, the projector last."""
+        return self.outputs if self.projector is None else (*self.outputs, self.projector)
 
     @property
     def layouts(self) -> list[Layout]:
         """Every file of every output."""
-        return [layout for output in self.outputs for layout in output.layouts]
+        return [layout for output in self.every_output for layout in output.layouts]
 
     @property
     def paths(self) -> list[Path]:
         """The final name of every file, in the order of `layouts`."""
-        return [self.folder / layout.name for layout in self.layouts]
+        return [path for output in self.every_output for path in output.paths]
 
 
 def prepare(options: Options) -> Job:
@@ -100,17 +124,22 @@ def prepare(options: Options) -> Job:
     derived = arch.derived(config)
     tokenizer = load_tokenizer(checkpoint.folder, config.vocab_size)
     resolution = resolve(tokenizer, options.pre)
+    towers = plan_towers(checkpoint, config, tokenizer)
+    if towers is not None:
+        tokenizer = with_template(tokenizer, towers)
     keys = all_keys(checkpoint, arch, config, specs) | gguf_keys(tokenizer, resolution.name)
+    keys |= towers.keys if towers is not None else {}
     folder, names = output_names(options, config, checkpoint.folder)
     shapes = {spec.gguf: spec.shape for spec in specs} | {name: a.shape for name, a in derived.items()}
     outputs = tuple(
-        plan_output(quant, name, keys, shapes, config, options)
+        plan_output(quant, folder / name, keys, shapes, config, options)
         for quant, name in zip(options.quants, names, strict=True)
     )
-    notes = (*tokenizer.notes, *resolution.notes)
+    projector = plan_projector(options, checkpoint, config, towers, keys, outputs[0])
+    notes = (*tokenizer.notes, *resolution.notes, *(towers.notes if towers is not None else ()))
     job = Job(
-        options, checkpoint, arch, config, specs, derived, tokenizer, resolution.name, folder,
-        outputs, notes,
+        options, checkpoint, arch, config, specs, derived, tokenizer, resolution.name,
+        outputs, notes, towers, projector,
     )  # fmt: skip
     if not options.dry_run:
         check_targets(job.paths, [layout.nbytes for layout in job.layouts], options.force)
@@ -143,7 +172,7 @@ def all_keys(
 
 def plan_output(
     quant: str,
-    name: str,
+    path: Path,
     keys: KeyValues,
     shapes: dict[str, tuple[int, ...]],
     config: ModelConfig,
@@ -156,11 +185,50 @@ def plan_output(
     )  # fmt: skip
     tensors = [Tensor(name, shape, qtypes.QTYPES[choices[name].type]) for name, shape in shapes.items()]
     keys = metadata.with_file_type(keys, recipe.FILE_TYPES[quant])
-    layouts = lay_out_split(name, keys, tensors, options.split_max_size)
+    layouts = lay_out_split(path.name, keys, tensors, options.split_max_size)
     fallbacks = Counter(
         f"{choice.wanted} -> {choice.type}" for choice in choices.values() if choice.fell_back
     )
-    return Output(quant, tuple(layouts), {tensor.name: tensor for tensor in tensors}, dict(fallbacks))
+    named = {tensor.name: tensor for tensor in tensors}
+    return Output(quant, tuple(layouts), named, dict(fallbacks), path.parent)
+
+
+def plan_projector(
+    options: Options,
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    towers: Towers | None,
+    keys: KeyValues,
+    text: Output,
+) -> Output | None:
+    """The projector file beside the text file; None for a model without towers, or when none is wanted."""
+    if towers is None:
+        if options.mmproj is not None:
+            raise UsageError(
+                "--mmproj asks for a projector", why=f"{config.architecture} has no vision tower"
+            )
+        return None
+    if options.no_mmproj:
+        if options.mmproj is not None:
+            raise UsageError("--mmproj and --no-mmproj contradict each other")
+        return None
+    path = (options.mmproj or text.folder / f"mmproj-{projector_stem(options, text)}.gguf").absolute()
+    if path.suffix != ".gguf" or path in text.paths:
+        raise UsageError("the projector should end in .gguf and be a file of its own", where=path)
+    quant, vision = options.mmproj_quant, towers.vision
+    shared = towers.keys | {"dsconvert.pairing_id": keys["dsconvert.pairing_id"]}
+    own = mmproj.all_keys(checkpoint.folder, config, vision, towers.specs, quant, shared)
+    tensors = mmproj.typed(towers.specs, quant, vision)
+    layout = lay_out(path.name, own, tensors)
+    return Output(f"mmproj {quant}", (layout,), {tensor.name: tensor for tensor in tensors}, {}, path.parent)
+
+
+def projector_stem(options: Options, text: Output) -> str:
+    """The text file's name without the type where the run makes several or chose the name itself."""
+    if options.outfile is not None:
+        return options.outfile.name.removesuffix(".gguf")
+    first = text.layouts[0].name.partition(f"-{text.quant}")[0]
+    return f"{first}-{options.mmproj_quant}"
 
 
 def output_names(options: Options, config: ModelConfig, source: Path) -> tuple[Path, list[str]]:

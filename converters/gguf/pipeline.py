@@ -19,6 +19,7 @@ from dsconvert.errors import QuantizationError
 from dsconvert.events import Event, Step, TensorDone, Warn
 
 CHUNK = 1 << 20  # values: 2 MB of bf16 in, well under 4 MB out for every type
+PROJECTOR = ("v.", "mm.")  # how the tensors of a projector file begin
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,14 @@ def write_tensors(job: Job, parts: list[PartFile]) -> Iterator[Event]:
 
 
 def _values(job: Job, name: str) -> int:
-    return int(np.prod(job.outputs[0].tensors[name].shape))
+    output = next(output for output in job.every_output if name in output.tensors)
+    return int(np.prod(output.tensors[name].shape))
 
 
 def _warm(job: Job) -> Iterator[Event]:
     """Compile what is not in the cache yet, before the threads need it, and say so."""
-    qtypes = {tensor.qtype for output in job.outputs for tensor in output.tensors.values()}
-    sources = {job.checkpoint.dtype(spec.hf) for spec in job.specs} | ({"f32"} if job.derived else set())
+    qtypes = {tensor.qtype for output in job.every_output for tensor in output.tensors.values()}
+    sources = {job.checkpoint.dtype(spec.hf) for spec, _ in job.tensors} | ({"f32"} if job.derived else set())
     for source in sorted(sources):
         if not kernels.compiled(qtypes, source):
             names = ", ".join(sorted(qtype.name for qtype in qtypes))
@@ -84,8 +86,8 @@ def _warm(job: Job) -> Iterator[Event]:
 
 def _chunks(job: Job, parts: list[PartFile]) -> Iterator[Chunk]:
     """The whole work in the order of the files, so that reading and writing both run forward."""
-    for spec in job.specs:
-        view = spec.forward(job.checkpoint.raw(spec.hf), job.config)
+    for spec, config in job.tensors:
+        view = spec.forward(job.checkpoint.raw(spec.hf), config)
         yield from _split(spec.gguf, spec.hf, view, _targets(job, parts, spec.gguf))
     for name, values in job.derived.items():
         yield from _split(name, name, values, _targets(job, parts, name))
@@ -93,9 +95,10 @@ def _chunks(job: Job, parts: list[PartFile]) -> Iterator[Chunk]:
 
 def _targets(job: Job, parts: list[PartFile], name: str) -> tuple[Target, ...]:
     targets, first = [], 0
-    for output in job.outputs:
-        number, offset = output.place(name)
-        targets.append(Target(output.tensors[name].qtype, parts[first + number], offset))
+    for output in job.every_output:
+        if name in output.tensors:
+            number, offset = output.place(name)
+            targets.append(Target(output.tensors[name].qtype, parts[first + number], offset))
         first += len(output.layouts)
     return tuple(targets)
 
@@ -130,10 +133,13 @@ def _refuse(chunk: Chunk, flags: int, allow_nonfinite: bool) -> None:
         )
     if flags & kernels.OVERFLOW:
         names = ", ".join(target.qtype.name for target in chunk.targets)
+        option = f"--tensor-type '{chunk.name}=f32' (or bf16)"
+        if chunk.name.startswith(PROJECTOR):
+            option = "--mmproj-quant bf16 or f32"
         raise QuantizationError(
             f"holds values too large for the float16 numbers of type {names}",
             where=chunk.source,
-            hint=f"Keep this tensor in 32 bits: --tensor-type '{chunk.name}=f32' (or bf16)",
+            hint=f"Keep this tensor in 32 bits: {option}",
         )
 
 

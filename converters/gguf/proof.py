@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from converters.gguf import mmproj_check
 from converters.gguf.job import Job, Output
-from converters.gguf.parse import GGUFFile, open_gguf
+from converters.gguf.parse import GGUFFile, StoredTensor, open_gguf
 from converters.gguf.reader import GGUFModel, open_model
+from converters.gguf.towers import Towers
 from dsconvert import text, thresholds, verify, windows
-from dsconvert.arch import Spec
+from dsconvert.arch import Sizes, Spec
 from dsconvert.events import Check, Event, Step
+from dsconvert.inner import language_model
 from tokenizer_tools import parity
 from tokenizer_tools.library import ids as encode
 from tokenizer_tools.rebuild import rebuild
@@ -37,16 +42,19 @@ def prove(job: Job) -> Iterator[Event]:
         yield Step("verification is off: the files were not read back")
         return
     for output in job.outputs:
-        yield from _prove_output(job, output, job.folder / output.layouts[0].name)
+        yield from _prove_output(job, output, output.paths[0])
+    if job.towers is not None and job.projector is not None:
+        for check in _prove_projector(job, job.towers, job.projector):
+            yield replace(check, name="mmproj " + check.name) if isinstance(check, Check) else check
 
 
 def _prove_output(job: Job, output: Output, path: Path) -> Iterator[Event]:
     file = open_gguf(path)
-    yield _check_structure(job, output, file)
+    yield check_structure(job, output, file)
     yield _check_tokens(job, file)
     yield _check_template(job, file)
     model = open_model(file)
-    yield from _check_weights(job, output, model)
+    yield from check_weights(job, output, file, [(spec, job.config) for spec in job.specs])
     parameters = sum(map(prod, model.shapes().values()))
     if job.options.verify == "full" or parameters <= QUICK_PARAMETERS:
         yield from _check_logits(job, output, model)
@@ -56,7 +64,17 @@ def _prove_output(job: Job, output: Output, path: Path) -> Iterator[Event]:
         )
 
 
-def _check_structure(job: Job, output: Output, file: GGUFFile) -> Check:
+def _prove_projector(job: Job, towers: Towers, output: Output) -> Iterator[Event]:
+    """The projector as read back: complete for a runtime, paired, its weights the source's."""
+    file = open_gguf(output.paths[0])
+    yield check_structure(job, output, file)
+    yield from mmproj_check.completeness(file)
+    yield from check_weights(job, output, file, [(spec, towers.vision) for spec in towers.specs])
+    faults = mmproj_check.pair_faults(open_gguf(job.outputs[0].paths[0]), file)
+    yield Check("pair", not faults, "; ".join(faults) or "belongs to the text file")
+
+
+def check_structure(job: Job, output: Output, file: GGUFFile) -> Check:
     """Names, shapes and types of the file as read back are the planned ones, and its numbers the config's."""
     planned = {(t.name, t.shape, t.qtype.name) for t in output.tensors.values()}
     stored = {(t.name, t.shape, t.qtype.name) for t in file.tensors.values()}
@@ -79,16 +97,20 @@ def _check_tokens(job: Job, file: GGUFFile) -> Check:
 def _check_template(job: Job, file: GGUFFile) -> Check:
     stored = file.keys.get("tokenizer.chat_template")
     detail = "none in the checkpoint" if job.tokenizer.chat_template is None else "carried unchanged"
+    if job.towers is not None:
+        detail = "the model's format, for strings and pictures"
     same = stored == job.tokenizer.chat_template
     return Check("chat template", same, detail if same else "differs from the checkpoint's")
 
 
-def _check_weights(job: Job, output: Output, model: GGUFModel) -> Iterator[Check]:
+def check_weights(
+    job: Job, output: Output, file: GGUFFile, specs: Sequence[tuple[Spec, Sizes]]
+) -> Iterator[Check]:
     """Sampled rows of every tensor, dequantized, against the source: the signal to noise of each type."""
     worst: tuple[float, str, str] | None = None
-    for spec in job.specs:
+    for spec, config in specs:
         kind = output.tensors[spec.gguf].qtype.name
-        snr = _sampled_snr(job, model, spec)
+        snr = _sampled_snr(spec.forward(job.checkpoint.raw(spec.hf), config), file.tensors[spec.gguf])
         floor = thresholds.snr_floor(kind)
         if not snr >= floor:
             detail = f"{spec.gguf}: signal to noise {snr:.1f} dB, {kind} should reach {floor:g} dB"
@@ -97,15 +119,13 @@ def _check_weights(job: Job, output: Output, model: GGUFModel) -> Iterator[Check
         if worst is None or snr - floor < worst[0]:
             worst = (snr - floor, spec.gguf, f"{snr:.1f} dB ({kind})")
     if worst:
-        detail = f"{len(job.specs)} tensors sampled; nearest to its floor {worst[1]}, {worst[2]}"
+        detail = f"{len(specs)} tensors sampled; nearest to its floor {worst[1]}, {worst[2]}"
         yield Check("weights", True, detail, worst[0])
 
 
-def _sampled_snr(job: Job, model: GGUFModel, spec: Spec) -> float:
-    """Signal to noise in dB of sampled rows; infinite when they are equal."""
-    stored = model.file.tensors[spec.gguf]
-    view = spec.forward(job.checkpoint.raw(spec.hf), job.config)
-    if len(spec.shape) == 1:
+def _sampled_snr(view: npt.NDArray[Any], stored: StoredTensor) -> float:
+    """Signal to noise in dB of sampled rows against the source's view; infinite when they are equal."""
+    if view.ndim == 1:
         view = view.reshape(1, -1)
     rows = prod(view.shape[:-1])
     length, places = SAMPLED
@@ -133,8 +153,9 @@ def _check_logits(job: Job, output: Output, model: GGUFModel) -> Generator[Event
     (ids,) = encode(job.tokenizer.tokenizer, [text.evaluation_page(PAGE)])
     length = min(WINDOW, job.config.context_length, len(ids))
     chosen = windows.consecutive(np.array(ids, np.int64), length, job.tokenizer.first_id)
+    source, config = language_model(job.checkpoint, job.config)
     comparison = yield from verify.compare(
-        job.checkpoint, model, job.config, windows.whole(chosen.tokens), candidate_config=model.config
+        source, model, config, windows.whole(chosen.tokens), candidate_config=model.config
     )
     verdict = verify.judge(comparison, thresholds.thresholds_for(output.quant))
     yield from verdict.checks

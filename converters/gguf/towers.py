@@ -1,0 +1,120 @@
+"""The vision part of a conversion: towers matched with the table, the picture's token, the chat template."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from converters.gguf import mmproj
+from converters.gguf.mmproj import Keys
+from dsconvert.arch import Spec, plan
+from dsconvert.archs.deepseek_vl import UNUSED, towers
+from dsconvert.checkpoint import Checkpoint
+from dsconvert.config import ModelConfig
+from dsconvert.errors import CheckpointError
+from dsconvert.vision import VisionConfig, has_towers, load_vision
+from tokenizer_tools import chat_template
+from tokenizer_tools.chat_template import ChatTemplates
+from tokenizer_tools.load import TokenizerData
+from tokenizer_tools.vision_template import vision_template
+from tokenizer_tools.vocabulary import CONTROL
+
+MODEL_TEMPLATE = "model"  # the name under which the checkpoint's own template travels
+HALF = (0.5, 0.5, 0.5)
+CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+
+
+@dataclass(frozen=True)
+class Towers:
+    """A checkpoint's towers: their numbers, their tensors, and the token that marks a picture."""
+
+    vision: VisionConfig
+    specs: tuple[Spec, ...]
+    token: str
+    token_id: int
+    unused: tuple[str, ...]  # tensors that no forward pass uses, left out
+
+    @property
+    def keys(self) -> Keys:
+        """The keys that the text file and the projector share."""
+        return mmproj.image_keys(self.vision, self.token, self.token_id)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know before the conversion."""
+        return tuple(f"the processor files {found}" for found in unusual_pixels(self.vision))
+
+    @property
+    def left_out(self) -> str:
+        """One line on the unused tensors; "" when there are none."""
+        groups = Counter(re.sub(r"\.(attn_pool|head)\..*|\.(weight|bias)$", r".\1", n) for n in self.unused)
+        listed = ", ".join(f"{count} of {name.rstrip('.')}" for name, count in groups.items())
+        return f"left out, since no forward pass uses them: {listed}" if groups else ""
+
+
+def plan_towers(checkpoint: Checkpoint, config: ModelConfig, tokenizer: TokenizerData) -> Towers | None:
+    """Match the towers with their table; None for a model without them.
+
+    Raises PlanError for tensors that are missing, unknown or misshapen, CheckpointError for what config,
+    processor files and tokenizer contradict each other in.
+    """
+    if not has_towers(config):
+        return None
+    vision = load_vision(checkpoint.folder, config)
+    shapes = checkpoint.shapes()
+    arch = towers(config.architecture, vision.sam is not None, shapes)
+    specs = tuple(plan(arch, vision, shapes))
+    checkpoint.check_readable(spec.hf for spec in specs)
+    token, token_id = image_token(checkpoint, config, vision, tokenizer)
+    unused = tuple(name for name in shapes if any(re.fullmatch(pattern, name) for pattern in UNUSED))
+    return Towers(vision, specs, token, token_id, unused)
+
+
+def image_token(
+    checkpoint: Checkpoint, config: ModelConfig, vision: VisionConfig, tokenizer: TokenizerData
+) -> tuple[str, int]:
+    """The text and id of the token that stands for a picture: a special one, on which all files agree."""
+    stated, text = config.raw.get("image_token_id"), vision.processor.token
+    known = {token: i for i, token in enumerate(tokenizer.tokens) if tokenizer.types[i] == CONTROL}
+    if text and text not in known:
+        why = f"processor_config.json names {text[:60]!r}, which is no special token of the tokenizer"
+    elif not text and stated not in known.values():
+        why = f"config.json gives the id {stated!r}, which is no special token of the tokenizer"
+    elif text and stated is not None and stated != known[text]:
+        why = f"{text[:60]!r} is token {known[text]}, config.json says {stated!r}"
+    else:
+        token_id = known[text] if text else stated
+        assert isinstance(token_id, int)
+        return tokenizer.tokens[token_id], token_id
+    raise CheckpointError(
+        "the token for pictures cannot be told",
+        where=checkpoint.folder,
+        why=why,
+        hint="Fetch the tokenizer and the processor files of the same model again",
+    )
+
+
+def with_template(tokenizer: TokenizerData, found: Towers) -> TokenizerData:
+    """The tokenizer with a chat template that takes strings and pictures; the own one is kept by name."""
+    special = tokenizer.special
+    names = {f"{n}_token": tokenizer.tokens[special[n]] if n in special else "" for n in ("bos", "eos")}
+    own = chat_template.check(tokenizer.chat, **names)
+    named = dict(tokenizer.chat.named)
+    if tokenizer.chat.default:
+        named[MODEL_TEMPLATE] = tokenizer.chat.default
+    chat = ChatTemplates(vision_template(found.token), named, tokenizer.chat.notes)
+    notes = tuple(note for note in tokenizer.notes if note not in own)
+    return replace(tokenizer, chat=chat, notes=notes)
+
+
+def unusual_pixels(vision: VisionConfig) -> list[str]:
+    """Normalisations that are not those which the towers were trained with: a hint of a wrong file."""
+    found = []
+    for name, tower, usual in (("SigLIP", vision.siglip, (HALF, HALF)), ("SAM", vision.sam, CLIP)):
+        if tower is not None and (tower.pixels.mean, tower.pixels.std) != usual:
+            pixels = f"mean {list(tower.pixels.mean)} and std {list(tower.pixels.std)}"
+            found.append(
+                f"give {name} {pixels}; DeepSeek-VL's was trained with {list(usual[0])}, {list(usual[1])}"
+            )
+    return found
