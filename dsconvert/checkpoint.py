@@ -90,12 +90,11 @@ class Checkpoint:
 
     def float32(self, name: str) -> npt.NDArray[np.float32]:
         """The values in float32, a fresh writable array of the stored shape; raises CheckpointError."""
-        raw = self.raw(name)
-        if raw.dtype != np.uint16:
-            return np.array(raw, np.float32, order="C")
-        bits = np.array(raw, np.uint32, order="C")
-        bits <<= 16
-        return bits.view(np.float32)
+        return _widened(self.raw(name))
+
+    def float32_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Rows `start` to `stop` - 1 in float32; only they are read."""
+        return _widened(self.raw(name)[start:stop])
 
     def check_readable(self, names: Iterable[str]) -> None:
         """Raise CheckpointError for the first of `names` whose stored type `raw` would refuse."""
@@ -109,6 +108,15 @@ class Checkpoint:
             return self.tensors[name]
         except KeyError:
             raise CheckpointError(f"holds no tensor {quoted(name)}", where=self.folder) from None
+
+
+def _widened(raw: Array) -> npt.NDArray[np.float32]:
+    """Stored values as float32, a fresh array."""
+    if raw.dtype != np.uint16:
+        return np.array(raw, np.float32, order="C")
+    bits = np.array(raw, np.uint32, order="C")
+    bits <<= 16
+    return bits.view(np.float32)
 
 
 def open_checkpoint(model: str | Path | None = None) -> Checkpoint:

@@ -156,7 +156,8 @@ def _embedded(run: Run) -> torch.Tensor:
     rows = []
     for decoder in run.pair:
         st.check_ids(run.windows.tokens, decoder.config.vocab_size)
-        rows.append(torch.from_numpy(decoder.source.float32(st.EMBED)[used]))
+        parts = [decoder.source.float32_rows(st.EMBED, i, i + 1) for i in used.tolist()]
+        rows.append(torch.from_numpy(np.concatenate(parts)))
     kind = run.pair[1].source.dtype(st.EMBED)
     run.tensors.append(TensorError(st.EMBED, kind, tuple(rows[1].shape), snr(*rows)))
     base = rows[0].to(run.pair[0].device)

@@ -197,21 +197,40 @@ def update_error(start: torch.Tensor, base: torch.Tensor, candidate: torch.Tenso
     return result
 
 
-def snr(base: torch.Tensor, candidate: torch.Tensor) -> float:
-    """Signal to noise of a tensor in dB: inf when equal, -inf when only noise, nan when not finite."""
-    import torch
+@dataclass
+class Noise:
+    """The sums of base^2 and of (q - base)^2 over a tensor that comes in parts."""
 
-    signal, noise = _energies(base, candidate, torch.float32)
-    if noise == 0.0 and math.isfinite(signal) and torch.equal(base, candidate):
-        return math.inf
-    if not (math.isfinite(signal + noise) and noise > 0 and signal > 0):
-        # Broken, or squares beyond float32's range: float64 is several times slower and tells which.
-        signal, noise = _energies(base, candidate, torch.float64)
-    if not math.isfinite(signal + noise):
-        return math.nan
-    if not noise:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal else -math.inf
+    signal: float = 0.0
+    noise: float = 0.0
+
+    def add(self, base: torch.Tensor, candidate: torch.Tensor) -> None:
+        """Count another part, both of the same shape."""
+        import torch
+
+        signal, noise = _energies(base, candidate, torch.float32)
+        equal = noise == 0.0 and math.isfinite(signal) and torch.equal(base, candidate)
+        if not equal and not (math.isfinite(signal + noise) and noise > 0 and signal > 0):
+            # Broken, or squares beyond float32's range: float64 is several times slower and tells which.
+            signal, noise = _energies(base, candidate, torch.float64)
+        self.signal += signal
+        self.noise += noise
+
+    @property
+    def decibel(self) -> float:
+        """Signal to noise: inf when equal, -inf when only noise, nan when a value was not finite."""
+        if not math.isfinite(self.signal + self.noise):
+            return math.nan
+        if not self.noise:
+            return math.inf
+        return 10 * math.log10(self.signal / self.noise) if self.signal else -math.inf
+
+
+def snr(base: torch.Tensor, candidate: torch.Tensor) -> float:
+    """Signal to noise of a whole tensor in dB; see Noise."""
+    sums = Noise()
+    sums.add(base, candidate)
+    return sums.decibel
 
 
 def _energies(base: torch.Tensor, candidate: torch.Tensor, dtype: torch.dtype) -> tuple[float, float]:

@@ -28,6 +28,7 @@ Observer = Callable[["torch.Tensor"], None]
 DTYPES = ("float32", "bfloat16", "float16")
 BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}  # bounds the MLP's intermediate activations
 LOGITS_AT_ONCE = 1 << 23  # one float64 array of them is 64 MB
+ROWS_AT_ONCE = 1 << 23  # values of embedding or head that are read together: 32 MB in float32
 EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 
@@ -162,11 +163,12 @@ def llama_config(config: ModelConfig) -> Any:
     return llama
 
 
-def read(decoder: Decoder, name: str) -> torch.Tensor:
-    """A tensor in float32 on the decoder's device, in memory that nothing else uses."""
+def read(decoder: Decoder, name: str, rows: slice | None = None) -> torch.Tensor:
+    """A tensor, or `rows` of it, in float32 on the decoder's device, in memory that nothing else uses."""
     import torch
 
-    array = decoder.source.float32(name)
+    source = decoder.source
+    array = source.float32(name) if rows is None else source.float32_rows(name, rows.start, rows.stop)
     # A copy in torch's own alignment: equal weights then give bit-equal products, wherever they came from.
     tensor = torch.empty(array.shape, dtype=torch.float32)
     np.copyto(tensor.numpy(), array)
@@ -265,6 +267,13 @@ def _watching(block: Block, observers: Mapping[str, Observer]) -> Iterator[None]
             handle.remove()
 
 
+def slices(rows: int, columns: int) -> Iterator[slice]:
+    """Rows of a matrix in slices of about ROWS_AT_ONCE values."""
+    step = max(1, ROWS_AT_ONCE // columns)
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
 def chunks(first: int, last: int, vocab: int) -> Iterator[slice]:
     """Positions first ... last - 1 in slices, so that the logits of one are about LOGITS_AT_ONCE values."""
     step = max(1, LOGITS_AT_ONCE // vocab)
@@ -284,13 +293,22 @@ def logits(decoder: Decoder, norm: torch.Tensor, head: torch.Tensor, hidden: tor
     `norm` [d] and `head` [vocab, d] are in the decoder's dtype. The caller chooses how many tokens at once.
     """
     import torch
+
+    with torch.no_grad():
+        return torch.nn.functional.linear(normed(decoder, norm, hidden), head).float()
+
+
+def normed(decoder: Decoder, norm: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """Hidden states [..., d] after the final norm, whose weight is `norm` [d] in the decoder's dtype."""
+    import torch
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
     with torch.device("meta"):
         final = LlamaRMSNorm(decoder.config.hidden_size, eps=decoder.config.norm_eps)
     final.load_state_dict({"weight": norm}, assign=True)
     with torch.no_grad():
-        return torch.nn.functional.linear(final(hidden), head).float()
+        result: torch.Tensor = final(hidden)
+    return result
 
 
 def forward_flops(config: ModelConfig, length: int) -> float:

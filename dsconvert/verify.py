@@ -22,14 +22,14 @@ from dsconvert.figures import (
     BlockError,
     Figures,
     IntArray,
+    Noise,
     TensorError,
     TokenFigures,
     hidden_error,
-    joined,
     snr,
     summary,
-    token_figures,
 )
+from dsconvert.scoring import Scores
 from dsconvert.thresholds import Thresholds, Verdict, judge_blocks, judge_figures, judge_tensors, verdict
 from dsconvert.windows import Windows
 
@@ -101,9 +101,7 @@ def compare(
     run = Run(pair, windows, differences(pair), [], [])
     name = str(kind).removeprefix("torch.")
     yield Step(f"comparing {config.layers} blocks over {windows.tokens.size} tokens on {place} in {name}")
-    weights = run.read(st.EMBED, st.EMBED)
-    hidden = [st.embed(weight, windows.tokens, kind) for weight in weights]
-    del weights
+    hidden = run.embed()
     for index in range(config.layers):
         hidden = run.apply(index, hidden)
         if broken := run.broken(hidden, f"after block {index}"):
@@ -206,31 +204,56 @@ class Run:
         self.blocks.append(BlockError(index, relative, cosine))
         return self.blocks[-1]
 
-    def score(self, hidden: list[torch.Tensor]) -> tuple[TokenFigures | None, str]:
-        """The figures of every scored prediction, or who broke."""
+    def embed(self) -> list[torch.Tensor]:
+        """The windows' hidden states before the first block; both tables are read and compared in slices."""
         import torch
 
-        norms = self.read(st.NORM, st.NORM)
-        heads = self.head()
-        vocab = self.pair[0].config.vocab_size
-        parts: list[dict[str, Any]] = []
-        for window, first in enumerate(self.windows.first.tolist()):
-            for rows in st.chunks(first, self.windows.length - 1, vocab):
-                both = [
-                    st.logits(decoder, norm, head, states[window, rows])
-                    for decoder, norm, head, states in zip(self.pair, norms, heads, hidden, strict=True)
-                ]
-                if broken := self.broken(both, f"as logits in window {window}"):
-                    return None, broken
-                targets = torch.as_tensor(self.windows.targets(window, rows)).to(both[0].device)
-                part = token_figures(both[0], both[1], targets)
-                parts.append(part | self.windows.places(window, rows))
-        return joined(parts), ""
+        used, places = np.unique(self.windows.tokens, return_inverse=True)
+        places = places.reshape(self.windows.tokens.shape)
+        config, noise = self.pair[0].config, Noise()
+        st.check_ids(self.windows.tokens, config.vocab_size)
+        parts: tuple[list[torch.Tensor], ...] = ([], [])
+        for rows in st.slices(config.vocab_size, config.hidden_size):
+            both = [st.read(decoder, st.EMBED, rows) for decoder in self.pair]
+            noise.add(*both)
+            wanted = torch.from_numpy(used[(used >= rows.start) & (used < rows.stop)] - rows.start)
+            for part, table in zip(parts, both, strict=True):
+                part.append(table[wanted.to(table.device)])
+        self.note(st.EMBED, noise)
+        return [st.embed(torch.cat(part), places, self.pair[0].dtype) for part in parts]
 
-    def head(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The heads of both; a tied pair's error is the embedding's, noted already."""
+    def note(self, name: str, noise: Noise) -> None:
+        """Keep the error of a tensor that was read in slices."""
+        source = self.pair[1].source
+        self.tensors.append(TensorError(name, source.dtype(name), source.shapes()[name], noise.decibel))
+
+    def score(self, hidden: list[torch.Tensor]) -> tuple[TokenFigures | None, str]:
+        """The figures of every scored prediction, or who broke; `hidden` is emptied.
+
+        Both heads go by in slices. A tied pair's error is the embedding's, noted already.
+        """
+        import torch
+
+        places: dict[str, Any] = self.windows.all_places()
+        device = hidden[0].device
+        at = torch.from_numpy(places["window"]).to(device), torch.from_numpy(places["position"]).to(device)
+        norms = self.read(st.NORM, st.NORM)
+        states = [
+            st.normed(decoder, norm, hidden.pop(0)[at])
+            for decoder, norm in zip(self.pair, norms, strict=True)
+        ]
+        config, noise = self.pair[0].config, Noise()
+        scores = Scores(torch.from_numpy(places["target"]).to(device), config.vocab_size)
+        for part in st.slices(config.vocab_size, config.hidden_size):
+            heads = [st.read(decoder, decoder.head, part) for decoder in self.pair]
+            noise.add(*heads)
+            heads = [head.to(self.pair[0].dtype) for head in heads]
+            for rows in st.chunks(0, len(states[0]), len(heads[0])):
+                both = [(x[rows] @ head.T).float() for x, head in zip(states, heads, strict=True)]
+                if broken := self.broken(both, f"as logits in window {places['window'][rows.start]}"):
+                    return None, broken
+                scores.add(rows, part.start, both[0], both[1])
         names = [decoder.head for decoder in self.pair]
-        if names == [st.EMBED, st.EMBED]:
-            base, candidate = (st.read(d, st.EMBED).to(d.dtype) for d in self.pair)
-            return base, candidate
-        return self.read(*names)
+        if names != [st.EMBED, st.EMBED]:
+            self.note(names[1], noise)
+        return TokenFigures(**places, **scores.columns()), ""

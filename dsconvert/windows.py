@@ -40,6 +40,14 @@ class Windows:
         target = self.targets(window, rows)
         return {"window": np.full_like(position, window), "position": position, "target": target}
 
+    def all_places(self) -> dict[str, IntArray]:
+        """The columns of `places` for every scored prediction, in order."""
+        parts = [
+            self.places(window, slice(first, self.length - 1))
+            for window, first in enumerate(self.first.tolist())
+        ]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
 
 def whole(tokens: IntArray) -> Windows:
     """Score every prediction of every window."""

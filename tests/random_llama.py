@@ -42,6 +42,9 @@ class Memory:
     def float32(self, name: str) -> npt.NDArray[np.float32]:
         return self.tensors[name]
 
+    def float32_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
+        return self.tensors[name][start:stop]
+
     def changed(self, **arrays: npt.NDArray[np.float32]) -> Memory:
         """With other arrays under names that the model has; dots are written as double underscores."""
         new = {name.replace("__", "."): array for name, array in arrays.items()}

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from converters.gguf.parse import GGUFFile
-from dsconvert.arch import Arch, Spec, plan_stored
+from dsconvert.arch import IDENTITY, Arch, Spec, plan_stored
 from dsconvert.archs import BY_GGUF_NAME
 from dsconvert.config import ModelConfig, RopeScaling
 from dsconvert.errors import CheckpointError
@@ -35,6 +35,12 @@ class GGUFModel:
         spec = self.specs[name]
         stored = self.file.tensors[spec.gguf].float32()
         return np.ascontiguousarray(spec.inverse(stored, self.config))
+
+    def float32_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
+        spec = self.specs[name]
+        if spec.row.transform is not IDENTITY:  # its rows lie elsewhere in the file
+            return self.float32(name)[start:stop]
+        return self.file.tensors[spec.gguf].float32_rows(start, stop)
 
 
 def open_model(file: GGUFFile) -> GGUFModel:
