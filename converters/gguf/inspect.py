@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from converters.gguf.mmproj import is_projector
+from converters.gguf.mmproj_check import completeness, is_known, pair_faults
 from converters.gguf.parse import GGUFFile
+from dsconvert.events import Check
 
 LONG = 8  # items of an array that are shown
 
@@ -34,6 +38,16 @@ def summary(file: GGUFFile) -> dict[str, Any]:
             for t in file.tensors.values()
         ],
     }
+
+
+def judge(files: Sequence[GGUFFile]) -> Iterator[Check]:
+    """What is wrong: with each projector on its own, with a model and a projector as a pair."""
+    for file in files:
+        if is_known(file):
+            yield from completeness(file)
+    if len(files) == 2 and any(map(is_projector, files)):
+        faults = pair_faults(files[0], files[1])
+        yield Check("pair", not faults, "not a pair, because " + "; ".join(faults) if faults else "pair")
 
 
 def shorten(value: Any) -> Any:

@@ -78,6 +78,17 @@ def _overrides(
     metavar="SIZE",
     help="Split into files of at most this size (4G, 500M).",
 )
+@click.option(
+    "--mmproj", type=click.Path(path_type=Path), help="Projector file of a model with a vision tower."
+)
+@click.option("--no-mmproj", is_flag=True, help="Convert the language model alone.")
+@click.option(
+    "--mmproj-quant",
+    type=click.Choice(["f16", "bf16", "f32", "q8_0"]),
+    default="f16",
+    show_default=True,
+    help="Type of the projector's matrices.",
+)
 @click.option("--threads", type=click.IntRange(1, 256), help="Worker threads; default one per core.")
 @click.option(
     "--verify",

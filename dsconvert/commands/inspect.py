@@ -1,4 +1,4 @@
-"""`dsconvert inspect`: what a GGUF file holds."""
+"""`dsconvert inspect`: what a GGUF file holds, and whether two files belong together."""
 
 from __future__ import annotations
 
@@ -15,16 +15,21 @@ from dsconvert.commands.running import run
 @click.option("--json", "as_json", is_flag=True, help="Everything as one JSON object a file.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def inspect(files: tuple[Path, ...], tensors: bool, as_json: bool, debug: bool) -> None:
-    """Show what GGUF files hold: keys, types, sizes, the tokenizer's regex spec, the pairing id."""
+    """Show what GGUF files hold: keys, types, sizes, the tokenizer's regex spec, the pairing id.
+
+    A DeepSeek-VL projector is checked for what a runtime needs and does not ask for. Of two files it is
+    said whether they are a pair. Exit code 3: something is missing, or the two are no pair.
+    """
 
     def work() -> int:
-        from converters.gguf.inspect import summary
+        from converters.gguf.inspect import judge, summary
         from converters.gguf.parse import open_gguf
         from dsconvert import console
 
-        for path in files:
-            found = summary(open_gguf(path))
+        opened = [open_gguf(path) for path in files]
+        for file in opened:
+            found = summary(file)
             (console.say_json(found) if as_json else console.show_summary(found, tensors))
-        return console.PASSED
+        return console.render(judge(opened), as_json=as_json)
 
     run(work, as_json=as_json, debug=debug)
