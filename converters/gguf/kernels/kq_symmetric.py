@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from numpy import float32, int32
 
 from converters.gguf.kernels.compile import inlined
@@ -36,6 +37,8 @@ STEP = 8  # what the packed bytes say: a value is STEP * (level - top)
 ROWS = 9
 
 TRIES = (0, -9, -8, -7, -6, -5, -4, -3, -2, -1, 1, 2, 3, 4, 5, 6, 7, 8, 9)  # tenths of a level
+FEW = 16  # sub-blocks that are looked at together for levels to move
+NONE_YET = float32(-np.inf)  # as BEST: the first try is kept, whatever it is
 
 
 @inlined
@@ -53,6 +56,8 @@ def search_scale(blocks: Floats, lanes: Floats, top: Any) -> None:
     `top` is float32.
     """
     _measure(blocks, lanes)
+    for i in range(LANES):
+        lanes[BEST, i] = NONE_YET
     for t in TRIES:
         for i in range(LANES):
             lanes[TRY_INVERSE, i] = -(top + float32(0.1) * float32(t)) / lanes[PEAK, i]
@@ -60,7 +65,8 @@ def search_scale(blocks: Floats, lanes: Floats, top: Any) -> None:
         for i in range(LANES):
             lx, ll = lanes[SUM_LX, i], lanes[SUM_LL, i]
             scale = select(ll == ZERO, ZERO, lx / ll)
-            better = (t == 0) | ((ll > ZERO) & (lx * lx > lanes[BEST, i] * ll))
+            better = (ll > ZERO) & (lx * lx > lanes[BEST, i] * ll)
+            better |= lanes[BEST, i] == NONE_YET
             lanes[INVERSE, i] = select(better, lanes[TRY_INVERSE, i], lanes[INVERSE, i])
             lanes[SCALE, i] = select(better, scale, lanes[SCALE, i])
             lanes[BEST, i] = select(better, scale * lx, lanes[BEST, i])
@@ -108,21 +114,36 @@ def _move_levels(blocks: Floats, lanes: Floats, top: Any) -> Any:
     """Move each level where it pays; gives whether any moved."""
     moved = int32(0)
     for j in range(blocks.shape[1]):
-        for i in range(LANES):
-            x, w, level = blocks[X, j, i], blocks[W, j, i], blocks[LEVEL, j, i]
-            sum_lx, sum_ll = lanes[SUM_LX, i], lanes[SUM_LL, i]
-            lx = sum_lx - w * x * level
-            ll = sum_ll - w * level * level
-            target = nearest_level(x * ll / lx, -top, top - ONE)
-            worth = (lx > ZERO) & (target != level)
-            lx += w * x * target
-            ll += w * target * target
-            better = worth & (ll > ZERO) & (lx * lx * sum_ll > sum_lx * sum_lx * ll)
-            blocks[LEVEL, j, i] = select(better, target, level)
-            lanes[SUM_LX, i] = select(better, lx, sum_lx)
-            lanes[SUM_LL, i] = select(better, ll, sum_ll)
-            moved |= select(better, int32(1), int32(0))
+        for start in range(0, LANES, FEW):
+            # Few levels want to move, in the later rounds hardly any: most of the work is to see that.
+            restless = int32(0)
+            for i in range(start, start + FEW):
+                lx, ll, target = _target(blocks, lanes, j, i, top)
+                restless |= select((lx > ZERO) & (target != blocks[LEVEL, j, i]), int32(1), int32(0))
+            if restless == 0:
+                continue
+            for i in range(start, start + FEW):
+                x, w, level = blocks[X, j, i], blocks[W, j, i], blocks[LEVEL, j, i]
+                sum_lx, sum_ll = lanes[SUM_LX, i], lanes[SUM_LL, i]
+                lx, ll, target = _target(blocks, lanes, j, i, top)
+                worth = (lx > ZERO) & (target != level)
+                lx += w * x * target
+                ll += w * target * target
+                better = worth & (ll > ZERO) & (lx * lx * sum_ll > sum_lx * sum_lx * ll)
+                blocks[LEVEL, j, i] = select(better, target, level)
+                lanes[SUM_LX, i] = select(better, lx, sum_lx)
+                lanes[SUM_LL, i] = select(better, ll, sum_ll)
+                moved |= select(better, int32(1), int32(0))
     return moved != 0
+
+
+@inlined
+def _target(blocks: Floats, lanes: Floats, j: Any, i: Any, top: Any) -> Any:
+    """The sums without value j, and the level that their best scale gives it."""
+    x, w, level = blocks[X, j, i], blocks[W, j, i], blocks[LEVEL, j, i]
+    lx = lanes[SUM_LX, i] - w * x * level
+    ll = lanes[SUM_LL, i] - w * level * level
+    return lx, ll, nearest_level(x * ll / lx, -top, top - ONE)
 
 
 @inlined
