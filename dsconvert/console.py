@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from dsconvert.errors import ConversionError
-from dsconvert.events import Check, Event, Finished, Planned, Step, TensorDone, Warn
+from dsconvert.events import BlockCompared, Check, Event, Finished, Planned, Step, TensorDone, Warn
 
+if TYPE_CHECKING:
+    from dsconvert.report import Report
+
+Result = TypeVar("Result")
 PASSED, FAILED, STOPPED = 0, 3, 2
 HIDDEN = ("dsconvert.pre_tokenizer.",)  # shown as a table of steps
+BLOCK_INTERVAL = 5.0
 PLAIN_INTERVAL = 2.0  # seconds between progress lines where there is no terminal
 
 
@@ -66,6 +71,17 @@ def table(
         say(line.rstrip())
 
 
+def follow(events: Generator[Event, None, Result], quiet: bool = False) -> Result:
+    """Show a stream of events while it runs, as `render` does, and give what it returns."""
+    found: list[Result] = []
+
+    def stream() -> Iterator[Event]:
+        found.append((yield from events))
+
+    render(stream(), quiet=quiet)
+    return found[0]
+
+
 def render(events: Iterable[Event], *, as_json: bool = False, quiet: bool = False, plan: bool = False) -> int:
     """Show a stream of events while it runs and give the exit code: 0, or 3 when a check failed.
 
@@ -90,7 +106,7 @@ class _Shown:
     progress: Callable[[int, int], None]
     quiet: bool
     plan: bool
-    outputs: list[str] = field(default_factory=list)
+    last: float = field(default_factory=time.monotonic)
 
     def show(self, event: Event) -> None:
         match event:
@@ -106,10 +122,36 @@ class _Shown:
                 note(text)
             case TensorDone():
                 self.progress(event.done, event.total)
+            case BlockCompared(index, layers):
+                self.show_block(index, layers)
             case Finished(path, nbytes, seconds):
                 say(f"wrote {path} ({size(nbytes)}) in {seconds:.1f} s")
             case _:
                 pass
+
+    def show_block(self, index: int, layers: int) -> None:
+        """A line now and then while blocks are compared."""
+        now = time.monotonic()
+        if now - self.last >= BLOCK_INTERVAL:
+            self.last = now
+            note(f"block {index + 1} of {layers}")
+
+
+def show_proof(report: Report, quiet: bool = False) -> None:
+    """The figures of a verified output under llama.cpp's names, and the verdict with its reasons."""
+    from dsconvert.report_page import figure_rows
+
+    figures = report.comparison.figures
+    if figures is not None and not quiet:
+        say()
+        heads = ("figure", "value", "error", "limit")
+        table(figure_rows(figures, report.limits), heads, frozenset({1, 2}))
+        say()
+    said = report.verdict
+    if said.passed and not quiet:
+        say(f"PASS  {report.title}")
+    if not said.passed:
+        note(f"FAIL  {report.title}: {'; '.join(said.reasons)}")
 
 
 def show_plan(event: Planned, every_tensor: bool) -> None:

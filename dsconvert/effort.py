@@ -11,10 +11,10 @@ import numpy as np
 from dsconvert import streaming as st
 from dsconvert.arch import WeightSource
 from dsconvert.config import ModelConfig
-from dsconvert.events import Event, Step
+from dsconvert.events import BlockCompared, Event, Step
 from dsconvert.figures import BlockError, IntArray, TensorError, hidden_error, snr, update_error
 from dsconvert.thresholds import Thresholds, Verdict
-from dsconvert.verify import BlockCompared, Comparison, Run, check_sizes, compare, differences, judge
+from dsconvert.verify import Comparison, Run, check_sizes, compare, differences, judge
 from dsconvert.windows import Windows
 
 if TYPE_CHECKING:
@@ -103,14 +103,27 @@ def check(
     """
     yield Step("verifying " + effort.text)
     where: dict[str, Any] = {"candidate_config": candidate_config, "device": device, "dtype": dtype}
-    if effort.blocks is None:
-        run = compare(reference, candidate, config, effort.windows, token_bytes=token_bytes, **where)
-    else:
-        run = compare_blocks(reference, candidate, config, effort.windows, effort.blocks, **where)
-    comparison = yield from run
+    comparison = yield from run(reference, candidate, config, effort, token_bytes=token_bytes, **where)
     said = judge(comparison, limits)
     yield from said.checks
     return comparison, said
+
+
+def run(
+    reference: WeightSource,
+    candidate: WeightSource,
+    config: ModelConfig,
+    effort: Effort,
+    *,
+    token_bytes: IntArray | None = None,
+    **where: Any,
+) -> Generator[Event, None, Comparison]:
+    """Run the chosen effort: `verify.compare` or `compare_blocks`, whose options `where` are."""
+    if effort.blocks is None:
+        return (
+            yield from compare(reference, candidate, config, effort.windows, token_bytes=token_bytes, **where)
+        )
+    return (yield from compare_blocks(reference, candidate, config, effort.windows, effort.blocks, **where))
 
 
 def compare_blocks(

@@ -74,6 +74,16 @@ class Finished(Event):
 
 
 @dataclass(frozen=True)
+class BlockCompared(Event):
+    """One decoder block of both models has run; `index` counts from 0 to `layers` - 1."""
+
+    index: int
+    layers: int
+    relative: float
+    cosine: float
+
+
+@dataclass(frozen=True)
 class Check(Event):
     """One line of the proof: what was compared, whether it held, and the figure."""
 

@@ -102,6 +102,7 @@ def open_decoder(
     Raises PlanError when tensors are missing, unknown or misshapen, CheckpointError when transformers
     does not accept the config.
     """
+    import torch
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     arch = ARCHS.get(config.architecture)
@@ -116,6 +117,8 @@ def open_decoder(
             blocks[spec.layer][spec.hf.split(f".{spec.layer}.", 1)[1]] = spec.hf
     llama = llama_config(config)
     rotary = LlamaRotaryEmbedding(config=llama).to(device)  # inv_freq stays float32
+    if config.rope_scaling is not None and config.rope_scaling.factors:
+        rotary.inv_freq /= torch.tensor(config.rope_scaling.factors, device=device)
     head = HEAD if HEAD in names else EMBED
     return Decoder(source, config, device, dtype, tuple(blocks), head, llama, rotary)
 
@@ -128,8 +131,8 @@ def llama_config(config: ModelConfig) -> Any:
     import transformers
 
     rope: dict[str, Any] = {"rope_type": "default"}
-    if config.rope_scaling is not None:
-        scaling = config.rope_scaling
+    scaling = config.rope_scaling
+    if scaling is not None and not scaling.factors:  # factors are applied to the angles made without them
         rope = {"rope_type": scaling.type, "factor": scaling.factor}
         if scaling.type != "linear":
             rope["original_max_position_embeddings"] = scaling.original_context or config.context_length
@@ -140,7 +143,7 @@ def llama_config(config: ModelConfig) -> Any:
     if int(transformers.__version__.split(".")[0]) >= 5:
         keys: dict[str, Any] = {"rope_parameters": {**rope, "rope_theta": config.rope_theta}}
     else:
-        keys = {"rope_theta": config.rope_theta, "rope_scaling": rope if config.rope_scaling else None}
+        keys = {"rope_theta": config.rope_theta, "rope_scaling": None if rope["rope_type"] == "default" else rope}
     try:
         llama = transformers.LlamaConfig(
             vocab_size=config.vocab_size,

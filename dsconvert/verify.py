@@ -17,7 +17,7 @@ from dsconvert import streaming as st
 from dsconvert.arch import WeightSource
 from dsconvert.config import ModelConfig
 from dsconvert.errors import CheckpointError
-from dsconvert.events import Check, Event, Step
+from dsconvert.events import BlockCompared, Check, Event, Step
 from dsconvert.figures import (
     BlockError,
     Figures,
@@ -37,16 +37,6 @@ if TYPE_CHECKING:
     import torch
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class BlockCompared(Event):
-    """One block of both models has run; `index` counts from 0 to `layers` - 1."""
-
-    index: int
-    layers: int
-    relative: float
-    cosine: float
 
 
 @dataclass(frozen=True)
@@ -116,9 +106,9 @@ def compare(
 
 
 def differences(pair: tuple[st.Decoder, st.Decoder]) -> tuple[str, ...]:
-    """The numbers that change what a decoder computes and that differ; floats as float32 can hold them."""
+    """The numbers that a runtime goes by and that differ; floats as float32 can hold them."""
     reference, candidate = pair[0].config, pair[1].config
-    names = ("norm_eps", "heads", "kv_heads", "head_dim")
+    names = ("norm_eps", "heads", "kv_heads", "head_dim", "context_length")
     found = [text] if (text := st.rope_difference(*pair)) else []
     for name in names:
         a, b = getattr(reference, name), getattr(candidate, name)

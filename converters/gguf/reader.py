@@ -84,7 +84,7 @@ def stored_config(file: GGUFFile) -> ModelConfig:
         context_length=need("context_length"),
         norm_eps=need("attention.layer_norm_rms_epsilon"),
         rope_theta=need("rope.freq_base", 10000.0),
-        rope_scaling=_stored_scaling(file, prefix),
+        rope_scaling=_stored_scaling(file, prefix) or _stored_factors(file),
         tied="output.weight" not in file.tensors,
         attention_bias="blk.0.attn_q.bias" in file.tensors,
         mlp_bias="blk.0.ffn_up.bias" in file.tensors,
@@ -101,3 +101,11 @@ def _stored_scaling(file: GGUFFile, prefix: str) -> RopeScaling | None:
     attention = keys.get(prefix + "rope.scaling.attn_factor")
     factor = keys.get(prefix + "rope.scaling.factor", 1.0)
     return RopeScaling(str(kind), float(factor), original, attention_factor=attention)
+
+
+def _stored_factors(file: GGUFFile) -> RopeScaling | None:
+    """The divisors of Llama 3's RoPE frequencies, which a file holds as a tensor and not as keys."""
+    tensor = file.tensors.get("rope_freqs.weight")
+    if tensor is None:
+        return None
+    return RopeScaling("factors", 1.0, factors=tuple(tensor.float32().tolist()))

@@ -54,6 +54,12 @@ class GPTQModel:
             return dequantize(packed, self.bits, self.checkpoint_format)
         return self.checkpoint.float32(name)
 
+    def float32_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Rows `start` to `stop` - 1; a quantized linear is unpacked whole for them."""
+        if name.endswith(".weight") and name.removesuffix(".weight") in self.linears:
+            return self.float32(name)[start:stop]
+        return self.checkpoint.float32_rows(name, start, stop)
+
     def packed(self, linear: str) -> Packed:
         """The stored tensors of a quantized linear (named without ".weight"), checked; CheckpointError."""
         tensors = self.checkpoint.tensors

@@ -1,0 +1,77 @@
+"""`dsconvert compare`: several outputs of one model in one table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dsconvert.commands.running import run
+from dsconvert.commands.verify import proof_options
+from dsconvert.errors import ConversionError
+
+if TYPE_CHECKING:
+    from dsconvert.commands.proving import Proof
+    from dsconvert.report import Outcome
+
+
+@click.command()
+@click.argument("outputs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@proof_options
+def compare(
+    outputs: tuple[Path, ...], against: str, json_file: str | None, report: Path | None, **asked: Any
+) -> None:
+    """Compare several outputs of one model: size, bits per weight, perplexity, KL divergence, top token.
+
+    Each is verified as `dsconvert verify` does. --report draws size against KL divergence. Exit code 3: one
+    failed.
+    """  # fmt: skip
+    quiet, debug = asked.pop("quiet"), asked.pop("debug")
+    machine = json_file == "-"
+
+    def work() -> int:
+        from dsconvert import console, report_page
+        from dsconvert import report as reports
+        from dsconvert.commands.proving import Asked, prove
+        from dsconvert.commands.sources import open_reference
+
+        reference = open_reference(against)
+        proofs = [
+            console.follow(prove(path, reference, Asked(**asked)), quiet or machine) for path in outputs
+        ]
+        outcomes = [outcome(proof) for proof in proofs]
+        title = f"Outputs of {reference.folder.resolve().name}"
+        if report is not None:
+            reports.save(report, report_page.comparison_page(title, outcomes))
+        found = {"title": title, "outputs": [row | {"path": str(p.opened.path)} | reports.as_dict(p.report)
+                 for row, p in zip(map(as_row, outcomes), proofs, strict=True)]}  # fmt: skip
+        if machine:
+            console.say_json(found)
+        elif json_file is not None:
+            reports.save(Path(json_file), json.dumps(found, indent=1, allow_nan=False) + "\n")
+        if not machine:
+            rows = [reports.outcome_row(row) for row in outcomes]
+            console.table(
+                rows, reports.OUTCOME_COLUMNS, frozenset(range(1, len(reports.OUTCOME_COLUMNS) - 1))
+            )
+        return console.PASSED if all(row.passed for row in outcomes) else console.FAILED
+
+    run(work, as_json=machine, debug=debug)
+
+
+def as_row(outcome: Outcome) -> dict[str, Any]:
+    """What the table adds to a report, for machines."""
+    return {"name": outcome.name, "nbytes": outcome.nbytes, "bits_per_weight": outcome.bits}
+
+
+def outcome(proof: Proof) -> Outcome:
+    """The row of an output; raises ConversionError when it broke and has no figures."""
+    from dsconvert.report import Outcome
+
+    found, opened = proof.report.comparison, proof.opened
+    if found.figures is None:
+        raise ConversionError("has no figures to compare", where=opened.path, why=found.broken)
+    passed = proof.report.verdict.passed
+    return Outcome(opened.path.name, opened.nbytes, opened.bits, found.figures, passed)

@@ -1,0 +1,262 @@
+"""The proof of one output against its checkpoint: text, weights, blocks, logits, the real runtime."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import dsconvert
+from dsconvert import effort, kld_base, text, verify
+from dsconvert.calibration import evaluation_windows
+from dsconvert.commands.sources import Opened, Reference, limits_name, open_output
+from dsconvert.errors import UsageError
+from dsconvert.events import Check, Event, Step
+from dsconvert.figures import IntArray
+from dsconvert.report import Report
+from dsconvert.textdata import BUILTIN, load_text
+from dsconvert.thresholds import Thresholds, thresholds_for, verdict
+from dsconvert.verify import Comparison
+from dsconvert.windows import Windows, consecutive, strided
+from tokenizer_tools import identity, parity
+from tokenizer_tools.library import ids as encode
+from tokenizer_tools.vocabulary import NORMAL
+
+if TYPE_CHECKING:
+    from dsconvert.engines.llamacpp import Engine
+
+PAGE = 20_000  # characters of text on which tokenizers are compared, besides the probes
+RUNTIME_LENGTH = 512  # tokens: the window of llama.cpp's perplexity tool
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How an output is to be verified; `length` 0 stands for 2048, or llama.cpp's own window."""
+
+    text: str = BUILTIN
+    windows: int = 8
+    length: int = 0
+    stride: int = 512
+    device: str = "auto"
+    dtype: str | None = None
+    max_kld: float | None = None
+    max_ppl_ratio: float | None = None
+    min_top1: float | None = None
+    kld_base: Path | None = None
+    engine: str | None = None
+    effort: str = "full"
+
+
+@dataclass(frozen=True)
+class Text:
+    """The windows that are scored, and the pages on which tokenizers are compared."""
+
+    windows: Windows
+    pages: tuple[str, ...]
+    source: str
+
+
+@dataclass(frozen=True)
+class Proof:
+    """An output with its report."""
+
+    opened: Opened
+    report: Report
+
+
+def prove(path: Path, reference: Reference, asked: Asked) -> Generator[Event, None, Proof]:
+    """Verify one output: yields steps and Checks, returns the report with the verdict over all of them.
+
+    Raises ConversionError when something cannot be compared at all: a file that cannot be read, another
+    model, text that is too short. What can be compared and is wrong is a failed Check.
+    """
+    opened = open_output(path)
+    if opened.kind != "GGUF" and asked.engine:
+        raise UsageError("--engine llama.cpp runs GGUF files", where=path, why=f"this is a {opened.kind}")
+    verify.check_sizes(reference.config, opened.config)
+    changes = {"max_kld": asked.max_kld, "max_ppl_ratio": asked.max_ppl_ratio, "min_top1": asked.min_top1}
+    limits = thresholds_for(limits_name(opened), **changes)
+    chosen_text = yield from choose_text(reference, asked)
+    yield Step(f"{path}: {opened.kind} {opened.quant}, {opened.bits:.2f} bits per weight")
+    checks = check_text(opened, reference, chosen_text.pages)
+    yield from checks
+    if asked.engine:
+        with open_engine(path, chosen_text.windows.length) as engine:
+            comparison, found = yield from check_all(opened, reference, chosen_text, limits, asked, engine)
+    else:
+        comparison, found = yield from check_all(opened, reference, chosen_text, limits, asked, None)
+    said = verdict([*checks, *found])
+    report = Report(
+        title=f"{path.name} against {reference.folder.resolve().name}",
+        comparison=comparison,
+        verdict=said,
+        limits=limits,
+        windows=chosen_text.windows,
+        sizes=opened.sizes,
+        provenance=provenance(opened, reference, chosen_text, asked, comparison),
+        decode=lambda ids: str(reference.tokenizer.tokenizer.decode(list(ids), skip_special_tokens=False)),
+    )
+    return Proof(opened, report)
+
+
+def choose_text(reference: Reference, asked: Asked) -> Generator[Event, None, Text]:
+    """The windows to score, cut as asked from the text that is named; raises UsageError, CheckpointError."""
+    tokenizer, bos = reference.tokenizer.tokenizer, reference.tokenizer.first_id
+    runtime = asked.kld_base is not None or asked.engine is not None
+    length = min(asked.length or (RUNTIME_LENGTH if runtime else 2048), reference.config.context_length)
+    stride = min(asked.stride, length)
+    if asked.kld_base is not None and asked.kld_base.exists():
+        base = kld_base.open_base(asked.kld_base)
+        return Text(base.windows, pages_of(text.evaluation_page(PAGE)), str(asked.kld_base))
+    if asked.text == BUILTIN:
+        count = length + (asked.windows - 1) * (length if asked.kld_base else stride)
+        page = builtin_page(tokenizer, count)
+        ids = np.array(encode(tokenizer, [page])[0][:count], np.int64)
+        if asked.kld_base is not None:
+            return Text(consecutive(ids, length, bos), pages_of(page), BUILTIN)
+        return Text(strided(ids, length, stride, bos), pages_of(page), BUILTIN)
+    found = yield from load_text(asked.text, "evaluation")
+    if asked.kld_base is not None:
+        stride = length
+    windows = evaluation_windows(
+        found, lambda texts: encode(tokenizer, texts), length=length, stride=stride, count=asked.windows,
+        bos=bos,
+    )  # fmt: skip
+    if asked.kld_base is not None:
+        windows = Windows(windows.tokens, np.full(len(windows.tokens), length // 2, np.int64))
+    return Text(windows, pages_of(found.documents[0]), f"{found.name} {found.provenance}")
+
+
+def builtin_page(tokenizer: Any, tokens: int) -> str:
+    """A page of the built-in evaluation text (prose, code, some Chinese) of at least so many tokens."""
+    chars = 4 * tokens
+    while True:
+        page = text.evaluation_page(chars)
+        found = len(encode(tokenizer, [page])[0])
+        if found >= tokens:
+            return page
+        chars = max(chars + 1000, chars * tokens // max(found, 1))
+
+
+def pages_of(page: str) -> tuple[str, ...]:
+    """The probes, and the beginning of a text in pieces that every runtime takes."""
+    pieces = [page[at : at + 4000] for at in range(0, min(len(page), PAGE), 4000)]
+    return (*parity.PROBES, *pieces)
+
+
+def check_text(opened: Opened, reference: Reference, pages: Sequence[str]) -> list[Check]:
+    """Tokenizer, special tokens and chat template, from the output's own files."""
+    own = handling(reference, opened.text.template)
+    found = identity.findings(own, opened.text, pages)
+    if opened.keys:
+        found.append(identity.same_runtime(own, opened.keys, pages))
+    return [Check(f.name, f.same, f.detail, f.count) for f in found]
+
+
+def handling(reference: Reference, template: str) -> identity.TextHandling:
+    """How the checkpoint handles text; of the templates that an output may carry, `template` if it is one."""
+    own = identity.of_data(reference.tokenizer)
+    known = template if template in reference.templates else reference.templates[-1]
+    return identity.TextHandling(own.tokenizer, own.special, own.add_bos, own.add_eos, known)
+
+
+def check_all(
+    opened: Opened,
+    reference: Reference,
+    chosen_text: Text,
+    limits: Thresholds,
+    asked: Asked,
+    engine: Engine | None,
+) -> Generator[Event, None, tuple[Comparison, list[Check]]]:
+    """Weights, blocks and logits, then the same through the engine; yields each Check as it is known."""
+    where: dict[str, Any] = {"device": asked.device, "dtype": asked.dtype}
+    lengths = token_bytes(reference)
+    comparison = yield from compare(opened, reference, chosen_text, asked, lengths, where)
+    checks = list(verify.judge(comparison, limits).checks)
+    yield from checks
+    if engine is None or comparison.tokens is None:
+        return comparison, checks
+    from dsconvert.engines import parity as runtime
+
+    own = handling(reference, opened.text.template)
+    pages = chosen_text.pages
+    found = runtime.check_engine_text(
+        engine, pages, encode(own.tokenizer, pages), reference.tokenizer.first_id, own.template
+    )
+    windows = chosen_text.windows
+    tokens = yield from runtime.engine_figures(engine, reference.source, reference.config, windows, **where)
+    found += runtime.judge_engine(tokens, comparison.tokens, limits)
+    yield from found
+    return comparison, [*checks, *found]
+
+
+def compare(
+    opened: Opened,
+    reference: Reference,
+    chosen_text: Text,
+    asked: Asked,
+    lengths: IntArray,
+    where: dict[str, Any],
+) -> Generator[Event, None, Comparison]:
+    """Both models over the windows, or the output against a file of the base's log-probabilities."""
+    config, windows = reference.config, chosen_text.windows
+    if asked.kld_base is not None:
+        if asked.kld_base.exists():
+            base = kld_base.open_base(asked.kld_base)
+            return (
+                yield from kld_base.compare_base(
+                    base, opened.source, opened.config, token_bytes=lengths, **where
+                )
+            )
+        yield from kld_base.write_base(asked.kld_base, reference.source, config, windows, **where)
+        yield Step(f"wrote {asked.kld_base}")
+    mode: Any = "quick" if asked.effort == "quick" and not asked.engine else "full"
+    chosen = effort.choose(config, windows, mode, asked.device)
+    yield Step("verifying " + chosen.text)
+    return (
+        yield from effort.run(
+            reference.source, opened.source, config, chosen, candidate_config=opened.config,
+            token_bytes=lengths, **where,
+        )
+    )  # fmt: skip
+
+
+def token_bytes(reference: Reference) -> IntArray:
+    """The length in bytes of every token: a byte-level token has a character for each byte."""
+    data = reference.tokenizer
+    lengths = [
+        len(token) if kind == NORMAL else len(token.encode())
+        for token, kind in zip(data.tokens, data.types, strict=True)
+    ]
+    return np.array(lengths, np.int64)
+
+
+def open_engine(path: Path, length: int) -> Engine:
+    """llama.cpp with the file loaded; raises ConversionError where that cannot be."""
+    from dsconvert.engines.llamacpp import Engine
+
+    return Engine(path, n_ctx=length, threads=len(os.sched_getaffinity(0)))
+
+
+def provenance(
+    opened: Opened, reference: Reference, chosen_text: Text, asked: Asked, comparison: Comparison
+) -> dict[str, str]:
+    """What was compared with what, on which text, by which versions."""
+    import torch
+    import transformers
+
+    scored = 0 if comparison.figures is None else comparison.figures.tokens
+    return {
+        "output": str(opened.path),
+        "kind": f"{opened.kind} {opened.quant}, {opened.bits:.3f} bits per weight, {opened.nbytes} bytes",
+        "reference": str(reference.folder),
+        "text": f"{chosen_text.source}; windows of {chosen_text.windows.length} tokens, "
+        f"{scored} predictions scored",
+        "arithmetic": f"device {asked.device}, type {asked.dtype or 'of the device'}",
+        "versions": f"dsconvert {dsconvert.__version__}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}",
+    }

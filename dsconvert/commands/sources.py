@@ -1,0 +1,186 @@
+"""Opens what the user names as a model to compare: the reference, and outputs of every known kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsconvert.arch import WeightSource
+from dsconvert.checkpoint import Checkpoint, open_checkpoint
+from dsconvert.config import ModelConfig, load_config, load_json
+from dsconvert.errors import CheckpointError, UsageError
+from dsconvert.inner import language_model
+from dsconvert.report import TypeSize, sizes_by_type
+from tokenizer_tools.identity import TextHandling, of_data, of_metadata
+from tokenizer_tools.load import TokenizerData, load_tokenizer
+
+if TYPE_CHECKING:
+    from converters.gguf.parse import GGUFFile
+
+NESTED = ("text_config", "language_config")
+# The mixture whose limits a stranger's type has to keep, by its bits per weight.
+BY_BITS = ((12.0, "bf16"), (7.5, "q8_0"), (6.0, "q6_k"), (4.8, "q5"), (3.8, "q4_0"), (2.8, "q3"), (0.0, "q2"))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The checkpoint that outputs are held against; its decoder under Llama's own names."""
+
+    folder: Path
+    source: WeightSource
+    config: ModelConfig
+    tokenizer: TokenizerData = field(repr=False)
+    templates: tuple[str, ...] = field(repr=False)  # the chat templates that an output may carry
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An output as a weight source, with what its files say of text, types and sizes.
+
+    `quant` is the type or mixture that it says it is, `limits` the name of the thresholds for it. `nbytes`
+    counts the files, `sizes` the tensors.
+    """
+
+    path: Path
+    kind: str
+    quant: str
+    limits: str
+    source: WeightSource
+    config: ModelConfig
+    text: TextHandling
+    sizes: tuple[TypeSize, ...]
+    nbytes: int
+    keys: Mapping[str, Any] = field(default_factory=dict, repr=False)  # a GGUF file's
+
+    @property
+    def bits(self) -> float:
+        """Bits per weight over all tensors."""
+        return 8 * sum(s.nbytes for s in self.sizes) / max(1, sum(s.weights for s in self.sizes))
+
+
+def open_reference(model: str) -> Reference:
+    """The 16-bit checkpoint that `model` names; raises ConversionError of every kind that opening has."""
+    from converters.gguf.job import find_arch
+    from converters.gguf.towers import plan_towers, with_template
+
+    checkpoint = open_checkpoint(model)
+    config = load_config(checkpoint.folder)
+    find_arch(config, checkpoint.folder)
+    tokenizer = load_tokenizer(checkpoint.folder, config.vocab_size)
+    towers = plan_towers(checkpoint, config, tokenizer)
+    templates = [tokenizer.chat.default]
+    if towers is not None:  # a GGUF file of it gets a template that takes pictures
+        templates.append(with_template(tokenizer, towers).chat.default)
+    source, config = language_model(checkpoint, config)
+    return Reference(checkpoint.folder, source, config, tokenizer, tuple(templates))
+
+
+def open_output(path: Path) -> Opened:
+    """Recognise an output by what it is: a GGUF file, or a folder by its quantization_config.
+
+    Raises UsageError for what is neither, and what the format's reader raises.
+    """
+    if path.is_file():
+        return _open_gguf(path)
+    if not path.is_dir():
+        raise UsageError(
+            "there is no such file or folder", where=path, hint="Give a GGUF file or a model folder"
+        )
+    config = load_json(path / "config.json")
+    parts = [config, *(config.get(key) for key in NESTED)]
+    stated = [p["quantization_config"] for p in parts if isinstance(p, dict) and p.get("quantization_config")]
+    if not stated:
+        return _open_checkpoint(path)
+    method = str(stated[0].get("quant_method")) if isinstance(stated[0], dict) else "unnamed"
+    if method not in OPENERS:
+        raise UsageError(
+            f"is quantized by a method that is not read here, {method[:40]!r}",
+            where=path,
+            why=f"known: GGUF files, 16-bit folders, {', '.join(OPENERS)}",
+        )
+    return OPENERS[method](path)
+
+
+def _open_gguf(path: Path) -> Opened:
+    from converters.gguf.parse import open_gguf
+    from converters.gguf.reader import open_model
+
+    file = open_gguf(path)
+    model = open_model(file)
+    sizes = sizes_by_type((t.qtype.name, t.values, t.nbytes) for t in file.tensors.values())
+    quant = stated_quant(file, sizes)
+    nbytes = sum(part.stat().st_size for part in file.paths)
+    text = of_metadata(file.keys, path)
+    return Opened(path, "GGUF", quant, quant, model, model.config, text, sizes, nbytes, file.keys)
+
+
+def stated_quant(file: GGUFFile, sizes: tuple[TypeSize, ...]) -> str:
+    """The mixture that the file says it is; where it says none that is known, its commonest type."""
+    from converters.gguf.recipe import FILE_TYPES
+
+    names = {number: name for name, number in FILE_TYPES.items()}
+    return names.get(file.keys.get("general.file_type", -1), _commonest(sizes))
+
+
+def _open_checkpoint(path: Path) -> Opened:
+    checkpoint = open_checkpoint(path)
+    config = load_config(checkpoint.folder)
+    sizes = _stored_sizes(checkpoint)
+    source, decoder = language_model(checkpoint, config)
+    quant = _commonest(sizes)
+    text = of_data(load_tokenizer(checkpoint.folder, config.vocab_size))
+    return Opened(path, "checkpoint", quant, quant, source, decoder, text, sizes, checkpoint.nbytes)
+
+
+def _open_gptq(path: Path) -> Opened:
+    from converters.gptq.reader import open_model
+
+    model = open_model(path)
+    config = load_config(path)
+    source, decoder = language_model(model, config)
+    bits = {f"{name}.weight": model.bits for name in model.linears}
+    sizes = sizes_by_type(
+        (model.dtype(name), prod(shape), _gptq_nbytes(model.checkpoint, name, name in bits))
+        for name, shape in model.shapes().items()
+    )
+    quant = f"gptq-{model.bits}bit" + (f"-{model.group_size}g" if model.group_size > 0 else "")
+    text = of_data(load_tokenizer(path, config.vocab_size))
+    limits = {8: "q8_0", 4: "q4_0", 3: "q3", 2: "q2"}[model.bits]
+    return Opened(path, "GPTQ", quant, limits, source, decoder, text, sizes, model.checkpoint.nbytes)
+
+
+def _gptq_nbytes(checkpoint: Checkpoint, name: str, quantized: bool) -> int:
+    """Bytes of a tensor as it is stored, scales and zeros included."""
+    if not quantized:
+        return checkpoint.tensors[name].nbytes
+    stem = name.removesuffix("weight")
+    parts = (stem + part for part in ("qweight", "qzeros", "scales", "g_idx"))
+    return sum(checkpoint.tensors[part].nbytes for part in parts if part in checkpoint.tensors)
+
+
+# How folders are opened, by the quant_method of their quantization_config.
+OPENERS: dict[str, Callable[[Path], Opened]] = {"gptq": _open_gptq}
+
+
+def limits_name(opened: Opened) -> str:
+    """The name under which thresholds for this output are shipped; a stranger's type goes by its bits."""
+    from dsconvert.thresholds import thresholds_for
+
+    try:
+        thresholds_for(opened.limits)
+    except UsageError:
+        return next(name for least, name in BY_BITS if opened.bits >= least)
+    return opened.limits
+
+
+def _stored_sizes(checkpoint: Checkpoint) -> tuple[TypeSize, ...]:
+    return sizes_by_type((t.dtype, prod(t.shape), t.nbytes) for t in checkpoint.tensors.values())
+
+
+def _commonest(sizes: tuple[TypeSize, ...]) -> str:
+    if not sizes:
+        raise CheckpointError("holds no tensors")
+    return max(sizes, key=lambda size: size.weights).type

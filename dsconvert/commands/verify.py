@@ -1,0 +1,127 @@
+"""`dsconvert verify`: the proof of any output against the checkpoint that it was made from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from dsconvert.commands.running import run
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def proof_options(command: Command) -> Command:
+    """The options that say on what, where and how strictly outputs are compared."""
+    for option in reversed(PROOF_OPTIONS):
+        command = option(command)
+    return command
+
+
+PROOF_OPTIONS = (
+    click.option(
+        "--against",
+        required=True,
+        metavar="MODEL_PATH",
+        help="The 16-bit checkpoint: a folder, a hub id, sample:.",
+    ),
+    click.option(
+        "--text",
+        default="builtin",
+        show_default=True,
+        metavar="builtin|wikitext2|c4|FILE",
+        help="Evaluation text.",
+    ),
+    click.option(
+        "--windows", type=click.IntRange(1), default=8, show_default=True, help="Windows of text, at most."
+    ),
+    click.option(
+        "--length",
+        type=click.IntRange(0),
+        default=0,
+        help="Tokens in a window; default 2048, or 512 as llama.cpp takes with --kld-base and --engine.",
+    ),
+    click.option(
+        "--stride",
+        type=click.IntRange(1),
+        default=512,
+        show_default=True,
+        help="Tokens from one window to the next; each is scored on what the one before did not see.",
+    ),
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+    click.option(
+        "--dtype",
+        type=click.Choice(["float32", "bfloat16", "float16"]),
+        help="Arithmetic; default float32 on a CPU, bfloat16 on CUDA.",
+    ),
+    click.option(
+        "--max-kld", type=float, metavar="NATS", help="Largest mean KL divergence; default by type."
+    ),
+    click.option(
+        "--max-ppl-ratio", type=float, metavar="RATIO", help="Largest PPL(Q)/PPL(base); default by type."
+    ),
+    click.option(
+        "--min-top1", type=float, metavar="SHARE", help="Least share of equal top tokens; default by type."
+    ),
+    click.option(
+        "--engine",
+        type=click.Choice(["llama.cpp"]),
+        help="Also run the file in this runtime: token ids, logits, perplexity (needs xllamacpp).",
+    ),
+    click.option(
+        "--json", "json_file", metavar="FILE", help="Everything as JSON into FILE; - is standard output."
+    ),
+    click.option(
+        "--report", type=click.Path(path_type=Path), metavar="FILE.html", help="The report as a page."
+    ),
+    click.option("--quiet", is_flag=True, help="Only warnings and failures."),
+    click.option("--debug", is_flag=True, help="Show the traceback of an error."),
+)
+
+
+@click.command()
+@click.argument("output", type=click.Path(path_type=Path))
+@proof_options
+@click.option(
+    "--kld-base",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="llama.cpp's file of base log-probabilities: read in the checkpoint's stead, or written when new.",
+)
+@click.option(
+    "--verify",
+    "effort",
+    type=click.Choice(["quick", "full"]),
+    default="full",
+    show_default=True,
+    help="quick: what takes some 20 seconds, for big models a sample of blocks.",
+)
+def verify(output: Path, against: str, json_file: str | None, report: Path | None, **asked: Any) -> None:
+    """Prove an output against its checkpoint: token ids, chat template, weights, blocks, perplexity, KL.
+
+    OUTPUT is a GGUF file of any maker, a GPTQ folder or a 16-bit folder. The figures are named and defined
+    as in llama.cpp's perplexity tool. Exit code 0: passed, 2: could not be compared, 3: a check failed.
+    """  # fmt: skip
+    quiet, debug = asked.pop("quiet"), asked.pop("debug")
+    machine = json_file == "-"
+
+    def work() -> int:
+        from dsconvert import console, report_page
+        from dsconvert import report as reports
+        from dsconvert.commands.proving import Asked, prove
+        from dsconvert.commands.sources import open_reference
+
+        found = console.follow(prove(output, open_reference(against), Asked(**asked)), quiet or machine)
+        if report is not None:
+            reports.save(report, report_page.as_html(found.report))
+        if machine:
+            console.say_json(reports.as_dict(found.report))
+        elif json_file is not None:
+            reports.save(Path(json_file), reports.as_json(found.report))
+        if not machine:
+            console.show_proof(found.report, quiet)
+        return console.PASSED if found.report.verdict.passed else console.FAILED
+
+    run(work, as_json=machine, debug=debug)

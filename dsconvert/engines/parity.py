@@ -1,0 +1,111 @@
+"""The same windows through llama.cpp: what it makes of a file, against the reference's own logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dsconvert import streaming as st
+from dsconvert.arch import WeightSource
+from dsconvert.config import ModelConfig
+from dsconvert.engines.llamacpp import Engine
+from dsconvert.events import Check, Event, Step
+from dsconvert.figures import TokenFigures, joined, mean, summary, token_figures
+from dsconvert.thresholds import Thresholds
+from dsconvert.windows import Windows
+
+if TYPE_CHECKING:
+    import torch
+
+# llama.cpp rounds activations to 8 bits for quantized types and to bf16 for bf16: on SmolLM2-135M that alone
+# gives a mean KLD of .003 and .3 % of perplexity. A wrong RoPE, tokenizer or key gives far more.
+KLD_FLOOR = 0.01
+PPL_MARGIN = 0.01
+
+
+def engine_figures(
+    engine: Engine,
+    reference: WeightSource,
+    config: ModelConfig,
+    windows: Windows,
+    *,
+    device: str = "auto",
+    dtype: str | None = None,
+) -> Generator[Event, None, TokenFigures]:
+    """Run the reference block by block and the engine window by window over the same tokens.
+
+    Yields Steps. Holds the reference's head and one window's logits. Raises what both raise.
+    """
+    place = st.pick_device(device)
+    decoder = st.open_decoder(reference, config, place, st.pick_dtype(dtype, place))
+    hidden = st.embed(st.read(decoder, st.EMBED), windows.tokens, decoder.dtype)
+    for index in range(config.layers):
+        hidden = st.run_block(decoder, st.load_block(decoder, index), hidden)
+    norm, head = st.head_weights(decoder)
+    parts = []
+    for window, first in enumerate(windows.first.tolist()):
+        yield Step(f"llama.cpp: window {window + 1} of {len(windows.first)}")
+        theirs = engine.logits(windows.tokens[window])
+        for rows in st.chunks(first, windows.length - 1, config.vocab_size):
+            own = st.logits(decoder, norm, head, hidden[window, rows])
+            other = _tensor(theirs[rows, : config.vocab_size], own)
+            targets = _tensor(windows.targets(window, rows), own)
+            parts.append(token_figures(own, other, targets) | windows.places(window, rows))
+    return joined(parts)
+
+
+def _tensor(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]], like: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return torch.as_tensor(array).to(like.device)
+
+
+def judge_engine(engine: TokenFigures, own: TokenFigures, limits: Thresholds) -> list[Check]:
+    """The runtime's divergence from the reference, and its perplexity beside that of the file's weights.
+
+    `own` are the figures of the file as read here, over the same predictions.
+    """
+    found, weights = summary(engine), summary(own)
+    ratio = mean(engine.nll - own.nll)
+    margin = PPL_MARGIN + 3 * ratio.error
+    limit = limits.max_kld + KLD_FLOOR
+    return [
+        Check(
+            "engine PPL",
+            abs(ratio.value) <= margin,
+            f"llama.cpp's perplexity {found.ppl.value:.4f}, of the file's weights {weights.ppl.value:.4f} "
+            f"({math.expm1(ratio.value):+.2%}, limit {margin:.2%})",
+            found.ppl.value,
+        ),
+        Check(
+            "engine KLD",
+            found.kld.value <= limit,
+            f"llama.cpp's mean KLD {found.kld.value:.3g}, of the file's weights {weights.kld.value:.3g}, "
+            f"limit {limit:g}",
+            found.kld.value,
+        ),
+    ]
+
+
+def check_engine_text(
+    engine: Engine, texts: Sequence[str], ids: Sequence[Sequence[int]], bos: int | None, template: str
+) -> list[Check]:
+    """The runtime's token ids on the texts, its BOS (an id, or None where none is added), its template."""
+    own = [engine.tokenize(text, parse_special=True) for text in texts]
+    wrong = [text for text, a, b in zip(texts, own, ids, strict=True) if a != list(b)]
+    detail = f"same ids on {len(texts)} texts ({sum(map(len, texts)):,} characters)"
+    if wrong:
+        detail = f"llama.cpp's token ids differ on {len(wrong)} texts, for example {wrong[0][:40]!a}"
+    special = engine.special
+    found = special["bos"] if special["add_bos"] else None
+    same = engine.chat_template() == (template or None)
+    return [
+        Check("engine ids", not wrong, detail, len(wrong)),
+        Check("engine BOS", found == bos, f"llama.cpp adds BOS {found}, the checkpoint {bos}"),
+        Check(
+            "engine template", same, "as in the checkpoint" if same else "llama.cpp has another chat template"
+        ),
+    ]

@@ -1,0 +1,123 @@
+"""Whether an output handles text as the checkpoint does: token ids, special tokens, chat templates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from dsconvert.errors import TokenizerError
+from tokenizer_tools.library import ids
+from tokenizer_tools.load import TokenizerData
+from tokenizer_tools.rebuild import GGML, ID_KEYS, rebuild
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+# Pre-tokenizer names under which llama.cpp puts BOS before a text unless the file says otherwise
+# (src/llama-vocab.cpp); under every other name of this kind it does not.
+BOS_BY_DEFAULT = frozenset(
+    ["llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"]
+)
+
+
+@dataclass(frozen=True)
+class TextHandling:
+    """A tokenizer with what surrounds it; `template` is "" where there is none."""
+
+    tokenizer: Tokenizer = field(repr=False, compare=False)
+    special: Mapping[str, int]
+    add_bos: bool
+    add_eos: bool
+    template: str = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing compared, whether it is the same, a sentence about it, how many texts or ids differ."""
+
+    name: str
+    same: bool
+    detail: str
+    count: int
+
+
+def of_data(data: TokenizerData) -> TextHandling:
+    """A checkpoint folder's."""
+    return TextHandling(data.tokenizer, data.special, data.add_bos, data.add_eos, data.chat.default)
+
+
+def of_metadata(keys: Mapping[str, Any], where: object = "") -> TextHandling:
+    """What a GGUF file's keys alone make a runtime do; raises TokenizerError."""
+    special = {name: int(keys[key]) for name, key in ID_KEYS.items() if isinstance(keys.get(key), int)}
+    by_default = keys.get(GGML + "pre") in BOS_BY_DEFAULT
+    template = keys.get("tokenizer.chat_template", "")
+    return TextHandling(
+        rebuild(keys, where),
+        special,
+        bool(keys.get(GGML + "add_bos_token", by_default)),
+        bool(keys.get(GGML + "add_eos_token", False)),
+        template if isinstance(template, str) else "",
+    )
+
+
+def findings(reference: TextHandling, other: TextHandling, texts: Sequence[str]) -> list[Finding]:
+    """What `other` does with the texts, around them and in a chat, against the reference."""
+    return [
+        same_ids(reference, other, texts),
+        same_special(reference, other),
+        same_template(reference, other),
+    ]
+
+
+def same_ids(reference: TextHandling, other: TextHandling, texts: Sequence[str]) -> Finding:
+    """The token ids of every text."""
+    own, found = ids(reference.tokenizer, texts), ids(other.tokenizer, texts)
+    wrong = [text for text, a, b in zip(texts, own, found, strict=True) if a != b]
+    detail = f"same ids on {len(texts)} texts ({sum(map(len, texts)):,} characters)"
+    if wrong:
+        shortest = min(wrong, key=len)
+        detail = f"token ids differ on {len(wrong)} of {len(texts)} texts, for example {shortest[:40]!a}"
+    return Finding("token ids", not wrong, detail, len(wrong))
+
+
+def same_special(reference: TextHandling, other: TextHandling) -> Finding:
+    """BOS and EOS: their ids, and whether they are put around a text."""
+    wrong = []
+    for name in ("bos", "eos"):
+        own, found = reference.special.get(name), other.special.get(name)
+        if own != found:
+            wrong.append(f"{name.upper()} is {found}, the checkpoint has {own}")
+        own_flag, flag = getattr(reference, f"add_{name}"), getattr(other, f"add_{name}")
+        if own_flag != flag:
+            wrong.append(f"{name.upper()} is {'' if flag else 'not '}added, the checkpoint says otherwise")
+    added = [name.upper() for name in ("bos", "eos") if getattr(reference, f"add_{name}")]
+    detail = f"BOS and EOS are the checkpoint's; added: {', '.join(added) or 'none'}"
+    return Finding("special tokens", not wrong, "; ".join(wrong) or detail, len(wrong))
+
+
+def same_template(reference: TextHandling, other: TextHandling) -> Finding:
+    """The default chat template, to the character."""
+    if reference.template == other.template:
+        detail = "carried unchanged" if reference.template else "none in the checkpoint"
+        return Finding("chat template", True, detail, 0)
+    if not other.template:
+        return Finding("chat template", False, "the chat template is missing", 1)
+    detail = "the chat template differs from the checkpoint's"
+    if not reference.template:
+        detail = "has a chat template, the checkpoint has none"
+    return Finding("chat template", False, detail, 1)
+
+
+def same_runtime(reference: TextHandling, keys: Mapping[str, Any], texts: Sequence[str]) -> Finding:
+    """What llama.cpp does under the name in `tokenizer.ggml.pre`, whatever else the file carries."""
+    standard = {key: value for key, value in keys.items() if key.startswith((GGML, "tokenizer.chat"))}
+    name = str(keys.get(GGML + "pre"))
+    try:
+        found = same_ids(reference, of_metadata(standard), texts)
+    except TokenizerError:
+        return Finding("pre-tokenizer", False, f"llama.cpp's pre-tokenizer {name!r} is not known here", 1)
+    detail = f"llama.cpp's {name!r} gives the {found.detail}"
+    if not found.same:
+        detail = f"under the name {name!r} llama.cpp's {found.detail}"
+    return Finding("pre-tokenizer", found.same, detail, found.count)
