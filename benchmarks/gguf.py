@@ -178,8 +178,12 @@ def main() -> None:
         return median([measure(list(command)) for _ in range(given.runs)])
 
     print(f"{'':<44} {'wall':>9}  {'CPU':>13}  {'anonymous':>9}")
-    convert = several(sys.executable, str(given.converter), str(model), "--outtype", "bf16", "--outfile",
-                      str(given.work / "theirs.gguf")) if given.converter else None  # fmt: skip
+    convert = None
+    if given.converter:
+        script = str(HERE / "llama_convert.py")
+        convert = several(
+            sys.executable, script, str(given.converter), str(model), str(given.work / "theirs.gguf")
+        )
     if convert:
         show("llama.cpp convert_hf_to_gguf.py", convert)
     bf16 = given.work / "bf16.gguf"
