@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from dsconvert.drawing import Ask, Drawn, Encode, IntArray, draw, joined
+from dsconvert.drawing import Ask, Drawn, draw, joined
+from dsconvert.encoding import Encode, IntArray, encode_long
 from dsconvert.errors import UsageError
 from dsconvert.events import Warn
 from dsconvert.textdata import Method, Split, TextSet
@@ -196,6 +197,6 @@ def evaluation_windows(
     if text.method == "documents":
         ask = Ask(count or EVALUATION_WINDOWS, length, seed, bos)
         return whole(draw(text, encode, ask).windows)
-    ids = np.asarray(encode([joined(text)])[0], np.int64)
+    ids = encode_long(encode, joined(text))
     windows = strided(ids, length, min(stride, length), bos)
     return Windows(windows.tokens[:count], windows.first[:count])

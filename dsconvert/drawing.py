@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from dsconvert.encoding import Encode, IntArray, encode_long
 from dsconvert.errors import UsageError
 from dsconvert.textdata import TextSet
 
-IntArray = npt.NDArray[np.int64]
-Encode = Callable[[Sequence[str]], list[list[int]]]
 PAGE = 1 << 14  # characters; a longer document is packed in pages, so that all of it can be met
 BATCH = 32  # documents that are encoded at once
 
@@ -106,8 +104,9 @@ class _LongDocuments:
                 self.ids[index] = ids
                 return index, ids
             self.short.add(index)
-        longest = f"The longest of {len(self.text.documents)} has "
-        longest += f"{self.longest} tokens" if self.longest else f"fewer than {self.bytes_needed} bytes"
+        longest = f"The longest of {len(self.text.documents)} has fewer than {self.bytes_needed} bytes"
+        if self.candidates:
+            longest = f"Those of {self.bytes_needed} bytes and more have {self.longest} tokens at the most"
         option = " with --calib-len" if self.text.split == "calibration" else ""
         raise UsageError(
             f"no document of {self.text.name} is longer than {self.ask.length} tokens",
@@ -117,7 +116,7 @@ class _LongDocuments:
 
 
 def _ids(encode: Encode, document: str, bos: int | None) -> IntArray:
-    ids = np.asarray(encode([document])[0], np.int64)
+    ids = encode_long(encode, document)
     return ids if bos is None or ids[:1] == bos else np.concatenate([[bos], ids])
 
 
