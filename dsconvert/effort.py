@@ -52,7 +52,7 @@ def choose(
     rate = CUDA_FLOPS if place.type == "cuda" else CPU_FLOPS_PER_CORE * torch.get_num_threads()
     n, length = windows.tokens.shape
     reading = 2 * weights(config) / READ_RATE
-    window = 2 * length * st.forward_flops(config, length) / rate
+    window = 2 * length * forward_flops(config, length) / rate
     fit = n if mode == "full" else min(n, int((seconds - reading) / window))
     if fit >= min(LEAST_WINDOWS, n):
         total = reading + fit * window
@@ -71,6 +71,13 @@ def choose(
     return Effort(
         Windows(windows.tokens[:1, :short], windows.first[:1]), blocks, tables + len(blocks) * block, text
     )
+
+
+def forward_flops(config: ModelConfig, length: int) -> float:
+    """Floating-point operations per token of one forward pass over windows of `length` tokens."""
+    dims = config.dims
+    block = dims["d"] * (2 * dims["q"] + 2 * dims["kv"] + 3 * dims["ff"]) + dims["q"] * length
+    return 2.0 * (config.layers * block + dims["d"] * dims["v"])
 
 
 def weights(config: ModelConfig) -> int:

@@ -143,7 +143,10 @@ def llama_config(config: ModelConfig) -> Any:
     if int(transformers.__version__.split(".")[0]) >= 5:
         keys: dict[str, Any] = {"rope_parameters": {**rope, "rope_theta": config.rope_theta}}
     else:
-        keys = {"rope_theta": config.rope_theta, "rope_scaling": None if rope["rope_type"] == "default" else rope}
+        keys = {
+            "rope_theta": config.rope_theta,
+            "rope_scaling": None if rope["rope_type"] == "default" else rope,
+        }
     try:
         llama = transformers.LlamaConfig(
             vocab_size=config.vocab_size,
@@ -312,26 +315,6 @@ def normed(decoder: Decoder, norm: torch.Tensor, hidden: torch.Tensor) -> torch.
     with torch.no_grad():
         result: torch.Tensor = final(hidden)
     return result
-
-
-def forward_flops(config: ModelConfig, length: int) -> float:
-    """Floating-point operations per token of one forward pass over windows of `length` tokens."""
-    dims = config.dims
-    block = dims["d"] * (2 * dims["q"] + 2 * dims["kv"] + 3 * dims["ff"]) + dims["q"] * length
-    return 2.0 * (config.layers * block + dims["d"] * dims["v"])
-
-
-def rope_difference(a: Decoder, b: Decoder) -> str:
-    """What differs in the two decoders' RoPE angles, or nothing."""
-    import torch
-
-    same = torch.allclose(a.rotary.inv_freq, b.rotary.inv_freq, rtol=1e-5, atol=0.0)
-    if same and math.isclose(a.rotary.attention_scaling, b.rotary.attention_scaling, rel_tol=1e-5):
-        return ""
-    one, other = a.config, b.config
-    if one.rope_theta != other.rope_theta:
-        return f"rope_theta is {other.rope_theta}, the reference has {one.rope_theta}"
-    return f"RoPE scaling is {other.rope_scaling}, the reference has {one.rope_scaling}"
 
 
 def finite(hidden: torch.Tensor) -> bool:

@@ -145,7 +145,9 @@ def judge_blocks(blocks: tuple[BlockError, ...], limits: Thresholds) -> list[Che
 
 
 def judge_tensors(tensors: tuple[TensorError, ...]) -> list[Check]:
-    """One check per tensor below its type's floor, or one that says that none is."""
+    """One check per tensor below its type's floor, or one that says that none is; none without tensors."""
+    if not tensors:
+        return []
     bad = [t for t in tensors if not t.snr >= snr_floor(t.type)]  # a NaN is below every floor
     if not bad:
         worst = min(tensors, key=lambda t: t.snr - snr_floor(t.type))

@@ -109,7 +109,7 @@ def differences(pair: tuple[st.Decoder, st.Decoder]) -> tuple[str, ...]:
     """The numbers that a runtime goes by and that differ; floats as float32 can hold them."""
     reference, candidate = pair[0].config, pair[1].config
     names = ("norm_eps", "heads", "kv_heads", "head_dim", "context_length")
-    found = [text] if (text := st.rope_difference(*pair)) else []
+    found = [text] if (text := rope_difference(*pair)) else []
     for name in names:
         a, b = getattr(reference, name), getattr(candidate, name)
         if isinstance(a, float) and isinstance(b, float) and math.isclose(a, b, rel_tol=1e-6):
@@ -117,6 +117,19 @@ def differences(pair: tuple[st.Decoder, st.Decoder]) -> tuple[str, ...]:
         if a != b:
             found.append(f"{name} is {b}, the reference has {a}")
     return tuple(found)
+
+
+def rope_difference(a: st.Decoder, b: st.Decoder) -> str:
+    """What differs in the two decoders' RoPE angles, or nothing."""
+    import torch
+
+    same = torch.allclose(a.rotary.inv_freq, b.rotary.inv_freq, rtol=1e-5, atol=0.0)
+    if same and math.isclose(a.rotary.attention_scaling, b.rotary.attention_scaling, rel_tol=1e-5):
+        return ""
+    one, other = a.config, b.config
+    if one.rope_theta != other.rope_theta:
+        return f"rope_theta is {other.rope_theta}, the reference has {one.rope_theta}"
+    return f"RoPE scaling is {other.rope_scaling}, the reference has {one.rope_scaling}"
 
 
 def judge(comparison: Comparison, limits: Thresholds) -> Verdict:
