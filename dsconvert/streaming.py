@@ -140,13 +140,9 @@ def llama_config(config: ModelConfig) -> Any:
             rope |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
         if scaling.attention_factor is not None:
             rope["attention_factor"] = scaling.attention_factor
+    keys = {"rope_theta": config.rope_theta, "rope_scaling": rope if "factor" in rope else None}
     if int(transformers.__version__.split(".")[0]) >= 5:
-        keys: dict[str, Any] = {"rope_parameters": {**rope, "rope_theta": config.rope_theta}}
-    else:
-        keys = {
-            "rope_theta": config.rope_theta,
-            "rope_scaling": None if rope["rope_type"] == "default" else rope,
-        }
+        keys = {"rope_parameters": {**rope, "rope_theta": config.rope_theta}}
     try:
         llama = transformers.LlamaConfig(
             vocab_size=config.vocab_size,
@@ -289,8 +285,7 @@ def chunks(first: int, last: int, vocab: int) -> Iterator[slice]:
 
 def head_weights(decoder: Decoder) -> tuple[torch.Tensor, torch.Tensor]:
     """The final norm [d] and the head [vocab, d] in the decoder's dtype."""
-    norm, head = (read(decoder, name).to(decoder.dtype) for name in (NORM, decoder.head))
-    return norm, head
+    return read(decoder, NORM).to(decoder.dtype), read(decoder, decoder.head).to(decoder.dtype)
 
 
 def logits(decoder: Decoder, norm: torch.Tensor, head: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
