@@ -13,16 +13,16 @@ import numpy.typing as npt
 
 from converters.gguf import mmproj_check
 from converters.gguf.job import Job, Output
+from converters.gguf.mmproj import IMAGE_LIMITS, stored_vision
 from converters.gguf.parse import GGUFFile, StoredTensor, open_gguf
 from converters.gguf.reader import GGUFModel, open_model
 from converters.gguf.towers import Towers
-from dsconvert import text, thresholds, verify, windows
+from dsconvert import text, thresholds, vision_runner, windows
 from dsconvert.arch import Sizes, Spec
 from dsconvert.events import Check, Event, Step
 from dsconvert.inner import language_model
 from tokenizer_tools import parity
 from tokenizer_tools.library import ids as encode
-from tokenizer_tools.rebuild import rebuild
 
 # Weights above which the logits are compared only when asked (`--verify full`): a forward pass of a bigger
 # model takes longer on a CPU than its conversion.
@@ -72,6 +72,24 @@ def _prove_projector(job: Job, towers: Towers, output: Output) -> Iterator[Event
     yield from check_weights(job, output, file, [(spec, towers.vision) for spec in towers.specs])
     faults = mmproj_check.pair_faults(open_gguf(job.outputs[0].paths[0]), file)
     yield Check("pair", not faults, "; ".join(faults) or "belongs to the text file")
+    parameters = sum(prod(spec.shape) for spec in towers.specs)
+    if job.options.verify == "full" or parameters <= QUICK_PARAMETERS:
+        yield _check_images(job, towers, file)
+    else:
+        yield Step("image embeddings were not compared; --verify full does it")
+
+
+def _check_images(job: Job, towers: Towers, file: GGUFFile) -> Check:
+    """The embeddings of a picture, from the projector alone against the checkpoint's."""
+    vision = towers.vision
+    reference = vision_runner.checkpoint_weights(job.checkpoint, towers.specs, vision)
+    pictures = vision_runner.exact_pictures(vision, vision_runner.synthetic_picture(vision))
+    sides = ((reference, vision), (lambda name: file.tensors[name].float32(), stored_vision(file)))
+    wanted, found = (vision_runner.embed(vision_runner.load_towers(*side), pictures) for side in sides)
+    error = vision_runner.embedding_error(wanted, found)
+    limit = IMAGE_LIMITS[job.options.mmproj_quant]
+    detail = f"relative error {error.relative:.2g}, limit {limit:g}; worst token's cosine {error.cosine:.7f}"
+    return Check("images", error.relative <= limit, detail, error.relative)
 
 
 def check_structure(job: Job, output: Output, file: GGUFFile) -> Check:
@@ -82,25 +100,15 @@ def check_structure(job: Job, output: Output, file: GGUFFile) -> Check:
     return Check("structure", good, f"{len(stored)} tensors, {len(file.typed)} keys", len(planned ^ stored))
 
 
-def _check_tokens(job: Job, file: GGUFFile) -> Check:
-    """The tokenizer rebuilt from the file alone gives the checkpoint's ids."""
+def check_text(job: Job, file: GGUFFile) -> Iterator[Check]:
+    """Token ids, special tokens and chat template of the file alone are the checkpoint's."""
     pages = [*parity.PROBES, text.evaluation_page(PAGE)]
-    own, rebuilt = encode(job.tokenizer.tokenizer, pages), encode(rebuild(file.keys, file.path), pages)
-    wrong = [page for page, a, b in zip(pages, own, rebuilt, strict=True) if a != b]
-    count = sum(len(page) for page in pages)
-    detail = f"same ids on {len(pages)} texts ({count:,} characters)"
-    if wrong:
-        detail = f"ids differ on {len(wrong)} of {len(pages)} texts, first on {wrong[0][:40]!r}"
-    return Check("token ids", not wrong, detail, len(wrong))
-
-
-def _check_template(job: Job, file: GGUFFile) -> Check:
-    stored = file.keys.get("tokenizer.chat_template")
-    detail = "none in the checkpoint" if job.tokenizer.chat_template is None else "carried unchanged"
-    if job.towers is not None:
-        detail = "the model's format, for strings and pictures"
-    same = stored == job.tokenizer.chat_template
-    return Check("chat template", same, detail if same else "differs from the checkpoint's")
+    own = identity.of_data(job.tokenizer)
+    for found in identity.findings(own, identity.of_metadata(file.keys, file.path), pages):
+        detail = found.detail
+        if found.same and found.name == "chat template" and job.towers is not None:
+            detail = "the model's format, for strings and pictures"
+        yield Check(found.name, found.same, detail, found.count)
 
 
 def check_weights(
@@ -148,20 +156,38 @@ def _widened(raw: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
     return raw.astype(np.float32)
 
 
-def _check_logits(job: Job, output: Output, model: GGUFModel) -> Generator[Event, None, None]:
-    """KL divergence of the file's logits from the checkpoint's own over a page of held-out text."""
+def _check_logits(job: Job, output: Output, model: GGUFModel, seconds: float) -> Generator[Event, None, None]:
+    """The file's blocks and logits against the checkpoint's on a page of held-out text, as far as chosen."""
     (ids,) = encode(job.tokenizer.tokenizer, [text.evaluation_page(PAGE)])
     length = min(WINDOW, job.config.context_length, len(ids))
-    chosen = windows.consecutive(np.array(ids, np.int64), length, job.tokenizer.first_id)
+    page = windows.consecutive(np.array(ids, np.int64), length, job.tokenizer.first_id)
     source, config = language_model(job.checkpoint, job.config)
-    comparison = yield from verify.compare(
-        source, model, config, windows.whole(chosen.tokens), candidate_config=model.config
+    full, needed, free = (
+        job.options.verify == "full",
+        BLOCK_BYTES * effort.block_weights(config),
+        free_memory(),
     )
-    verdict = verify.judge(comparison, thresholds.thresholds_for(output.quant))
-    yield from verdict.checks
+    if not full and needed > free / 2:
+        short = f"two decoder blocks need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+        yield Step(f"no blocks were run and no logits compared: {short}; --verify full does it all the same")
+        return
+    chosen = effort.choose(config, windows.whole(page.tokens), "full" if full else "quick", "auto", seconds)
+    limits = thresholds.thresholds_for(output.quant)
+    comparison, _ = yield from effort.check(
+        source, model, config, chosen, limits, candidate_config=model.config
+    )
     figures = comparison.figures
     if figures is not None:
         yield Step(
             f"perplexity {figures.ppl.value:.3f}, of the checkpoint {figures.ppl_base.value:.3f}, "
             f"over {figures.tokens} predictions"
         )
+
+
+def free_memory() -> float:
+    """Bytes that can be taken without swapping; half of all memory where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
