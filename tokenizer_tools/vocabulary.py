@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,16 +51,16 @@ def read_vocab(model: Mapping[str, Any], path: Path) -> dict[str, int]:
 
 def read_merges(model: Mapping[str, Any], path: Path) -> tuple[str, ...]:
     """The merges as "left right"; both forms of the file; a space inside a part becomes U+0120."""
-    merges = []
-    for entry in model.get("merges") or ():
-        if isinstance(entry, str):
-            if not entry.startswith("#version"):
-                merges.append(entry)
-        elif isinstance(entry, list) and [type(part) for part in entry] == [str, str]:
-            merges.append(f"{entry[0].replace(' ', SPACE)} {entry[1].replace(' ', SPACE)}")
-        else:
-            raise TokenizerError("has a merge that is not a pair of texts", where=path)
-    return tuple(merges)
+    entries = model.get("merges") or ()
+    kinds = set(map(type, entries))
+    if kinds <= {str}:
+        return tuple(entry for entry in entries if not entry.startswith("#version"))
+    if kinds == {list} and set(map(len, entries)) == {2} and set(map(type, chain(*entries))) == {str}:
+        pairs = tuple(f"{left} {right}" for left, right in entries)
+        if "".join(pairs).count(" ") == len(pairs):
+            return pairs
+        return tuple(f"{left.replace(' ', SPACE)} {right.replace(' ', SPACE)}" for left, right in entries)
+    raise TokenizerError("has a merge that is not a pair of texts", where=path)
 
 
 def added_tokens(

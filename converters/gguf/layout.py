@@ -67,12 +67,8 @@ def padded(size: int) -> int:
 
 
 def encode_string(text: str) -> bytes:
-    return b"".join(_string_parts(text))
-
-
-def _string_parts(text: str) -> tuple[bytes, bytes]:
     data = text.encode("utf-8")
-    return len(data).to_bytes(8, "little"), data
+    return len(data).to_bytes(8, "little") + data
 
 
 def encode_value(kind: str, value: Any) -> bytes:
@@ -82,7 +78,9 @@ def encode_value(kind: str, value: Any) -> bytes:
     if kind == "array":
         head += struct.pack("<IQ", VALUE_TYPES[item][0], len(value))
         if item == "string":
-            return head + b"".join([part for text in value for part in _string_parts(text)])
+            # A vocabulary has 100,000 of them: written out here, a call each would take longer.
+            encoded = [text.encode("utf-8") for text in value]
+            return head + b"".join([x for data in encoded for x in (len(data).to_bytes(8, "little"), data)])
         return head + struct.pack(f"<{len(value)}{VALUE_TYPES[item][1]}", *value)
     if kind == "string":
         return head + encode_string(value)
