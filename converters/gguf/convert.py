@@ -29,7 +29,7 @@ def convert(options: Options) -> Iterator[Event]:
         yield from write_tensors(job, parts)
     for path, size in zip(job.paths, sizes, strict=True):
         yield Finished(str(path), size, time.monotonic() - started)
-    yield from prove(job)
+    yield from prove(job, time.monotonic() - started)
     if job.projector is not None and job.towers is not None and job.towers.vision.sam is not None:
         yield Warn(CANNOT)
 
