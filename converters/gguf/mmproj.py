@@ -17,12 +17,13 @@ from converters.gguf import metadata, recipe
 from converters.gguf.layout import Tensor
 from converters.gguf.parse import GGUFFile
 from converters.gguf.qtypes import QTYPES
-from dsconvert.arch import Arch, Spec
+from dsconvert.arch import Arch, Spec, plan_stored
 from dsconvert.archs.deepseek_vl import HYBRID, TOWERS, VL
 from dsconvert.config import ModelConfig
 from dsconvert.errors import CheckpointError
 from dsconvert.processor import Pixels, Processor
 from dsconvert.vision import Sam, Tower, VisionConfig
+from dsconvert.vision_runner import Weights
 
 Keys = dict[str, tuple[str, Any]]
 # The relative error of image embeddings that each type may bring; measured: 0, 5e-4, 5e-3, 1.5e-2.
@@ -125,6 +126,16 @@ def is_projector(file: GGUFFile) -> bool:
 def table(hybrid: bool) -> Arch:
     """The table that a projector file is read back through: transformers' names."""
     return TOWERS[(HYBRID, True) if hybrid else (VL, False)]
+
+
+def open_projector(file: GGUFFile) -> tuple[Weights, VisionConfig]:
+    """The towers' weights by GGUF name, and their numbers, from the file alone.
+
+    Raises CheckpointError for a missing or wrong key, PlanError for missing, unknown or misshapen tensors.
+    """
+    vision = stored_vision(file)
+    plan_stored(table(vision.sam is not None), vision, {t.name: t.shape for t in file.tensors.values()})
+    return (lambda name: file.tensors[name].float32()), vision
 
 
 def stored_vision(file: GGUFFile) -> VisionConfig:
