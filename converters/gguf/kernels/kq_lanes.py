@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numba import types
+from numba.extending import intrinsic
 from numpy import float32, int32, uint16, uint32
 
 from converters.gguf.kernels.compile import inlined
@@ -56,10 +58,14 @@ def nearest_level_of_small(v: Any, low: Any, high: Any) -> Any:
     return clip(float32(v + MAGIC) - MAGIC, low, high)
 
 
-@inlined
-def select(condition: Any, chosen: Any, other: Any) -> Any:
-    """`chosen` if `condition` else `other`, both computed: a blend of vectors and not a branch."""
-    return chosen if condition else other
+@intrinsic
+def select(context: Any, condition: Any, chosen: Any, other: Any) -> Any:
+    """`chosen` if `condition` else `other`: a blend of vectors, where Python's own would be a branch."""
+
+    def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        return builder.select(*values)
+
+    return chosen(types.boolean, chosen, chosen), emit
 
 
 @inlined

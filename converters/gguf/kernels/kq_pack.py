@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from numpy import float32, int8, int32, uint8
 
 from converters.gguf.kernels import kq_affine as affine
@@ -21,6 +22,7 @@ from converters.gguf.kernels.kq_lanes import (
     ZERO,
     Bytes,
     Floats,
+    W,
     clip,
     half_value,
     nearest_int,
@@ -137,11 +139,21 @@ def pack_symmetric_8_bit(lanes: Floats, lane: Any, scales: Bytes, d_bytes: Bytes
 
 @inlined
 def spread(blocks: Floats, levels: Bytes) -> None:
-    """blocks[LEVEL] to uint8, sub-block after sub-block: the opposite of `gather`."""
+    """blocks[LEVEL] to uint8, sub-block after sub-block: the opposite of `gather`. Overwrites blocks[W].
+
+    Four levels travel as one word, made in the lanes.
+    """
     size = blocks.shape[1]
+    words = blocks.view(np.int32)
+    for j in range(0, size, 4):
+        for i in range(LANES):
+            first, second = int32(blocks[LEVEL, j, i]), int32(blocks[LEVEL, j + 1, i])
+            third, fourth = int32(blocks[LEVEL, j + 2, i]), int32(blocks[LEVEL, j + 3, i])
+            words[W, j, i] = int32(first | second << 8 | third << 16 | fourth << 24)
+    target = levels.view(np.int32)
     for lane in range(LANES):
-        for j in range(size):
-            levels[lane * size + j] = uint8(blocks[LEVEL, j, lane])
+        for j in range(0, size, 4):
+            target[(lane * size + j) // 4] = words[W, j, lane]
 
 
 @inlined

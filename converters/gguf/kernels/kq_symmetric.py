@@ -30,7 +30,7 @@ from converters.gguf.kernels.kq_lanes import (
 
 # The rows of `lanes` [ROWS, LANES]: one number for each sub-block.
 SCALE, BEST = 0, 1  # the best scale so far, and how well it fits
-INVERSE = 2  # its levels are those nearest to INVERSE * x (q6_k)
+INVERSE = 2  # its levels are those nearest to INVERSE * x
 PEAK, SIZE = 3, 4  # the value of the largest magnitude, the first of several; its magnitude
 TRY_INVERSE, SUM_LX, SUM_LL = 5, 6, 7  # of the try at hand; the sums are weighted
 STEP = 8  # what the packed bytes say: a value is STEP * (level - top)
@@ -70,10 +70,7 @@ def search_scale(blocks: Floats, lanes: Floats, top: Any) -> None:
             lanes[INVERSE, i] = select(better, lanes[TRY_INVERSE, i], lanes[INVERSE, i])
             lanes[SCALE, i] = select(better, scale, lanes[SCALE, i])
             lanes[BEST, i] = select(better, scale * lx, lanes[BEST, i])
-    for j in range(blocks.shape[1]):
-        for i in range(LANES):
-            v = lanes[INVERSE, i] * blocks[X, j, i]
-            blocks[LEVEL, j, i] = nearest_level_of_small(v, -top, top - ONE)
+    _level(blocks, lanes, top)
 
 
 @inlined
@@ -86,7 +83,9 @@ def refine_levels(blocks: Floats, lanes: Floats, top: Any) -> None:
     _measure(blocks, lanes)
     for i in range(LANES):
         lanes[TRY_INVERSE, i] = -top / lanes[PEAK, i]
+        lanes[INVERSE, i] = lanes[TRY_INVERSE, i]
     _sum(blocks, lanes, top)
+    _level(blocks, lanes, top)
     for _ in range(5):
         if not _move_levels(blocks, lanes, top):
             break
@@ -167,7 +166,7 @@ def _measure(blocks: Floats, lanes: Floats) -> None:
 
 @inlined
 def _sum(blocks: Floats, lanes: Floats, top: Any) -> None:
-    """Level the values, and sum w l x and w l l."""
+    """Sum w l x and w l l over the levels of the try."""
     for i in range(LANES):
         lanes[SUM_LX, i] = ZERO
         lanes[SUM_LL, i] = ZERO
@@ -175,6 +174,14 @@ def _sum(blocks: Floats, lanes: Floats, top: Any) -> None:
         for i in range(LANES):
             x, w = blocks[X, j, i], blocks[W, j, i]
             level = nearest_level_of_small(lanes[TRY_INVERSE, i] * x, -top, top - ONE)
-            blocks[LEVEL, j, i] = level
             lanes[SUM_LX, i] += w * x * level
             lanes[SUM_LL, i] += w * level * level
+
+
+@inlined
+def _level(blocks: Floats, lanes: Floats, top: Any) -> None:
+    """The levels of the best try, or of the first."""
+    for j in range(blocks.shape[1]):
+        for i in range(LANES):
+            v = lanes[INVERSE, i] * blocks[X, j, i]
+            blocks[LEVEL, j, i] = nearest_level_of_small(v, -top, top - ONE)
