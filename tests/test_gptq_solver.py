@@ -121,7 +121,7 @@ def test_codes_are_those_of_the_naive_formula(options: Options) -> None:
     assert solved.dequantized().shape == W.shape
 
 
-@pytest.mark.parametrize("damp", [0.001, 0.05])
+@pytest.mark.parametrize("damp", [0.0, 0.001, 0.05])
 def test_damping_and_dead_columns_are_those_of_the_naive_formula(damp: float) -> None:
     W, H = problem(6, 160, seed=5)
     dead = [0, 33, 159]
@@ -257,8 +257,8 @@ def test_a_run_repeats() -> None:
 def test_grids_suit_float16_and_the_v1_format(bits: int, sym: bool, mse: bool) -> None:
     generator = torch.Generator().manual_seed(bits)
     w = torch.randn(40, 64, generator=generator) * torch.logspace(-7, 3, 40)[:, None]
-    w[:8].abs_()
-    w[8:16].abs_().neg_()
+    w[::3].abs_()
+    w[1::6].abs_().neg_()
     w[16] = 0
     scheme = Scheme(bits, 64, sym)
     scale, zero = find_grid(w, scheme, mse)
