@@ -247,7 +247,7 @@ def photographs(side: int, count: int) -> npt.NDArray[np.uint8]:
 @pytest.fixture(scope="module")
 def full(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
     hybrid = bool(request.param)
-    root, o = tmp_path_factory.mktemp("full"), tiny_vl.full(hybrid=hybrid)
+    root, o = tmp_path_factory.mktemp("full"), tiny_vl.full(hybrid=hybrid, dtype="f32")
     yield Model(tiny_vl.vl_checkpoint(root / "m", o), root / "text.gguf", o)
     reference.cache_clear()
     for path in (*root.glob("*.gguf"), root / "m" / "model.safetensors"):
