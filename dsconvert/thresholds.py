@@ -131,17 +131,19 @@ def judge_figures(figures: Figures, limits: Thresholds) -> list[Check]:
 
 
 def judge_blocks(blocks: tuple[BlockError, ...], limits: Thresholds) -> list[Check]:
-    """One check per block that ran on the reference's own input."""
-    return [
-        Check(
-            f"block {block.index}",
-            block.update <= limits.max_update,
-            f"block {block.index}: error of its output {block.update:.3g}, limit {limits.max_update:g}",
-            block.update,
-        )
-        for block in blocks
-        if block.update is not None
+    """One check per block that ran on the reference's own input and is wrong, or one for all of them."""
+    ran = {block.index: block.update for block in blocks if block.update is not None}
+    limit = f"limit {limits.max_update:g}"
+    checks = [
+        Check(f"block {i}", False, f"block {i}: error of its output {update:.3g}, {limit}", update)
+        for i, update in ran.items()
+        if not update <= limits.max_update
     ]
+    if ran and not checks:
+        worst = max(ran, key=lambda i: ran[i])
+        detail = f"{len(ran)} blocks; largest error of an output {ran[worst]:.3g} (block {worst}), {limit}"
+        checks.append(Check("blocks", True, detail, ran[worst]))
+    return checks
 
 
 def judge_tensors(tensors: tuple[TensorError, ...]) -> list[Check]:

@@ -25,11 +25,12 @@ from dsconvert.inner import language_model
 from tokenizer_tools import identity, parity
 from tokenizer_tools.library import ids as encode
 
+QUICK_PARAMETERS = 50_000_000  # of towers whose embeddings a quick check compares
 QUICK_SHARE = 0.2  # of the conversion's time, for running blocks in a quick check
 QUICK_SECONDS = 5.0  # and at least so many: two blocks are always run
 BLOCK_BYTES = 12  # of memory per weight of a block: two models in float32, and a tensor being read
 PAGE = 8_000  # characters of held-out text whose logits are compared
-WINDOW = 256  # tokens
+WINDOW = 128  # tokens; short, so that two windows fit where time is scarce
 SAMPLED = (8, 4)  # rows in a row, places: how much of every tensor is compared with its source
 
 
