@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -141,3 +145,64 @@ def test_the_file_carries_it_and_keeps_the_models_own_by_name(written: tuple[Pat
     assert keys["tokenizer.chat_template"] == TEMPLATE
     assert keys["tokenizer.chat_template.model"] == LIST_ONLY
     assert keys["tokenizer.chat_templates"] == ["model"]
+
+
+# llama.cpp's server, in a process of its own: it logs, and it can abort.
+SERVER = '''
+import base64, json, struct, sys, urllib.request, zlib
+import xllamacpp
+
+def png(side):
+    rows = b"".join(b"\\0" + bytes([128, 64, 200]) * side for _ in range(side))
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    return b"\\x89PNG\\r\\n\\x1a\\n" + head + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+params = xllamacpp.CommonParams()
+params.model.path, params.mmproj.path = sys.argv[1:3]
+params.n_ctx, params.n_parallel, params.n_gpu_layers = 512, 1, 0
+params.warmup = params.mmproj_use_gpu = params.fit_params = False
+params.use_jinja = True
+server = xllamacpp.Server(params)
+
+def post(path, body):
+    data, head = json.dumps(body).encode(), {"Content-Type": "application/json"}
+    request = urllib.request.Request(server.listening_address + path, data, head)
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.loads(answer.read())
+
+url = "data:image/png;base64," + base64.b64encode(png(64)).decode()
+picture = {"type": "image_url", "image_url": {"url": url}}
+question = {"type": "text", "text": "What is this?"}
+found = []
+for content in ("What is this?", [question], [picture, question]):
+    turns = [("user", "Hi"), ("assistant", " Hello."), ("user", content)]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    answer = post("/v1/chat/completions", {"messages": messages, "max_tokens": 1, "temperature": 0})
+    prompt = post("/apply-template", {"messages": messages})["prompt"]
+    found.append([prompt, answer["usage"]["prompt_tokens"]])
+print("FOUND" + json.dumps(found))
+'''  # fmt: skip
+
+
+def test_llama_server_renders_it_and_takes_pictures(written: tuple[Path, Path]) -> None:
+    from tokenizers import Tokenizer
+
+    done = subprocess.run(
+        [sys.executable, "-c", SERVER, *map(str, written)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("FOUND")]
+    string, part, picture = json.loads(line.removeprefix("FOUND"))
+    dialogue = [("User", "Hi"), ("Assistant", "Hello."), ("User", "What is this?"), ("Assistant", "")]
+    assert string[0] == part[0] == own_prompt(dialogue)
+    tokenizer = Tokenizer.from_str(open_gguf(written[0]).keys["tokenizer.huggingface.json"])
+    ids = tokenizer.encode(string[0], add_special_tokens=False).ids
+    assert string[1] == part[1] == len(ids) + 1  # BOS
+    assert re.fullmatch(re.escape(string[0]).replace("What", "<__media[^>]*>What"), picture[0])
+    assert picture[1] == string[1] + VL().tokens
