@@ -14,7 +14,7 @@ import dsconvert
 from dsconvert import effort, kld_base, text, verify
 from dsconvert.calibration import evaluation_windows
 from dsconvert.commands.sources import Opened, Reference, limits_name, open_output
-from dsconvert.errors import UsageError
+from dsconvert.errors import TokenizerError, UsageError
 from dsconvert.events import Check, Event, Step
 from dsconvert.figures import IntArray
 from dsconvert.report import Report
@@ -150,16 +150,19 @@ def pages_of(page: str) -> tuple[str, ...]:
 
 def check_text(opened: Opened, reference: Reference, pages: Sequence[str]) -> list[Check]:
     """Tokenizer, special tokens and chat template, from the output's own files."""
-    own = handling(reference, opened.text.template)
+    if isinstance(opened.text, TokenizerError):
+        return [Check("token ids", False, str(opened.text))]
+    own = handling(reference, opened)
     found = identity.findings(own, opened.text, pages)
     if opened.keys:
         found.append(identity.same_runtime(own, opened.keys, pages))
     return [Check(f.name, f.same, f.detail, f.count) for f in found]
 
 
-def handling(reference: Reference, template: str) -> identity.TextHandling:
-    """How the checkpoint handles text; of the templates that an output may carry, `template` if it is one."""
+def handling(reference: Reference, opened: Opened) -> identity.TextHandling:
+    """How the checkpoint handles text; of the templates that an output may carry the one that it does."""
     own = identity.of_data(reference.tokenizer)
+    template = "" if isinstance(opened.text, TokenizerError) else opened.text.template
     known = template if template in reference.templates else reference.templates[-1]
     return identity.TextHandling(own.tokenizer, own.special, own.add_bos, own.add_eos, known)
 
@@ -182,7 +185,7 @@ def check_all(
         return comparison, checks
     from dsconvert.engines import parity as runtime
 
-    own = handling(reference, opened.text.template)
+    own = handling(reference, opened)
     pages = chosen_text.pages
     found = runtime.check_engine_text(
         engine, pages, encode(own.tokenizer, pages), reference.tokenizer.first_id, own.template

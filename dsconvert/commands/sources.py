@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dsconvert.arch import WeightSource
 from dsconvert.checkpoint import Checkpoint, open_checkpoint
 from dsconvert.config import ModelConfig, load_config, load_json
-from dsconvert.errors import CheckpointError, UsageError
+from dsconvert.errors import CheckpointError, TokenizerError, UsageError
 from dsconvert.inner import language_model
 from dsconvert.report import TypeSize, sizes_by_type
 from tokenizer_tools.identity import TextHandling, of_data, of_metadata
@@ -50,7 +50,7 @@ class Opened:
     limits: str
     source: WeightSource
     config: ModelConfig
-    text: TextHandling
+    text: TextHandling | TokenizerError  # the error where the files give no tokenizer
     sizes: tuple[TypeSize, ...]
     nbytes: int
     keys: Mapping[str, Any] = field(default_factory=dict, repr=False)  # a GGUF file's
@@ -113,8 +113,16 @@ def _open_gguf(path: Path) -> Opened:
     sizes = sizes_by_type((t.qtype.name, t.values, t.nbytes) for t in file.tensors.values())
     quant = stated_quant(file, sizes)
     nbytes = sum(part.stat().st_size for part in file.paths)
-    text = of_metadata(file.keys, path)
+    text = _handling(lambda: of_metadata(file.keys))
     return Opened(path, "GGUF", quant, quant, model, model.config, text, sizes, nbytes, file.keys)
+
+
+def _handling(opened: Callable[[], TextHandling]) -> TextHandling | TokenizerError:
+    """What `opened` gives, or its error: an output without a usable tokenizer fails, it is no accident."""
+    try:
+        return opened()
+    except TokenizerError as error:
+        return error
 
 
 def stated_quant(file: GGUFFile, sizes: tuple[TypeSize, ...]) -> str:
@@ -131,7 +139,7 @@ def _open_checkpoint(path: Path) -> Opened:
     sizes = _stored_sizes(checkpoint)
     source, decoder = language_model(checkpoint, config)
     quant = _commonest(sizes)
-    text = of_data(load_tokenizer(checkpoint.folder, config.vocab_size))
+    text = _handling(lambda: of_data(load_tokenizer(checkpoint.folder, config.vocab_size)))
     return Opened(path, "checkpoint", quant, quant, source, decoder, text, sizes, checkpoint.nbytes)
 
 
@@ -147,7 +155,7 @@ def _open_gptq(path: Path) -> Opened:
         for name, shape in model.shapes().items()
     )
     quant = f"gptq-{model.bits}bit" + (f"-{model.group_size}g" if model.group_size > 0 else "")
-    text = of_data(load_tokenizer(path, config.vocab_size))
+    text = _handling(lambda: of_data(load_tokenizer(path, config.vocab_size)))
     limits = {8: "q8_0", 4: "q4_0", 3: "q3", 2: "q2"}[model.bits]
     return Opened(path, "GPTQ", quant, limits, source, decoder, text, sizes, model.checkpoint.nbytes)
 
