@@ -37,8 +37,8 @@ SOURCES: dict[str, np.dtype[Any]] = {
     "f16": np.dtype(np.float16),
     "f32": np.dtype(np.float32),
 }
-# Values that are widened at a time where a kernel takes float32 only: 256 KiB, which stays in a core's cache.
-SLAB = 1 << 16
+# Values that are widened at a time where a kernel takes float32 only: 512 KiB, which stays in a core's cache.
+SLAB = 1 << 17
 # Where the float16 scales lie in a block of the k-quants, and its bytes (ggml-common.h).
 SCALES: dict[str, tuple[int, ...]] = {
     "q2_k": (80, 82),

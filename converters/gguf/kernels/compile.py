@@ -27,8 +27,12 @@ _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": F
 
 
 def inlined(function: Function) -> Function:
-    """Compile a helper that kernels call; its code goes into theirs, so nothing is cached for it."""
-    return numba.njit(forceinline=True, **_OPTIONS)(function)  # type: ignore[no-any-return]
+    """Compile a helper that kernels call; its code goes into theirs, so nothing is cached for it.
+
+    It cannot be called from Python: the wrappers for that would take a third of the time to compile.
+    """
+    wrappers = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    return numba.njit(forceinline=True, **wrappers, **_OPTIONS)(function)  # type: ignore[no-any-return]
 
 
 def kernel(function: Function) -> Function:
