@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from dsconvert.config import load_json, short
 from dsconvert.errors import CheckpointError
-from dsconvert.locate import locate
+from dsconvert.locate import SAMPLE, SAMPLE_VL, locate
 from dsconvert.safetensors_header import READABLE, Array, Stored, quoted, read_safetensors, unique_keys
 from dsconvert.torch_pickle import read_torch
 
@@ -120,7 +120,7 @@ def _widened(raw: Array) -> npt.NDArray[np.float32]:
 
 
 def open_checkpoint(model: str | Path | None = None) -> Checkpoint:
-    """Open what the user named: a folder, a weight file, "sample:", a hub id, or by default this folder.
+    """Open what the user named: a folder, a weight file, "sample:" or "sample-vl:", a hub id, or this folder.
 
     Maps every weight file and checks headers, index and shards against each other; reads no weights.
     Raises UsageError when `model` names nothing, CheckpointError for what is missing, damaged,
@@ -134,6 +134,10 @@ def open_checkpoint(model: str | Path | None = None) -> Checkpoint:
     else:
         kind = TORCH if path.suffix == TORCH.suffix else SAFETENSORS
         files, tensors = (path,), kind.read(path)
+    if model == SAMPLE_VL:  # it holds the towers; its decoder is the other sample's
+        (shared,), decoder = _open_folder(locate(SAMPLE))
+        files = (*files, shared)
+        tensors |= {re.sub(r"^model\.", "model.language_model.", name): t for name, t in decoder.items()}
     _refuse_quantized(folder, config, tensors)
     return Checkpoint(folder, files, tensors)
 

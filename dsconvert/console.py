@@ -113,7 +113,7 @@ class _Shown:
             case Warn(text):
                 note(f"warning: {text}")
             case Check(name, passed, detail) if not (self.quiet and passed):
-                (say if passed else note)(f"{'ok  ' if passed else 'FAIL'}  {name:<14} {detail}")
+                (say if passed else note)(f"{'ok  ' if passed else 'FAIL'}  {name:<16} {detail}")
             case _ if self.quiet:
                 pass
             case Planned():
@@ -182,10 +182,9 @@ def show_plan(event: Planned, every_tensor: bool) -> None:
         if len(event.outputs) == 1
         else f"{event.outputs[0]} and {len(event.outputs) - 1} more"
     )
-    say(
-        f"{event.quant}: {size(event.source_nbytes)} -> {size(total)} ({total:,} bytes), {summary}, "
-        f"pre-tokenizer {event.pre_tokenizer} -> {files}"
-    )
+    pre = f", pre-tokenizer {event.pre_tokenizer}" if event.pre_tokenizer else ""
+    sizes = f"{size(event.source_nbytes)} -> {size(total)} ({total:,} bytes)"
+    say(f"{event.quant}: {sizes}, {summary}{pre} -> {files}")
 
 
 @contextmanager

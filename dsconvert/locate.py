@@ -10,7 +10,8 @@ from dsconvert.config import short
 from dsconvert.errors import CheckpointError, UsageError
 from dsconvert.safetensors_header import quoted
 
-SAMPLE = "sample:"
+SAMPLE, SAMPLE_VL = "sample:", "sample-vl:"
+SAMPLES = {SAMPLE: "sample", SAMPLE_VL: "sample_vl"}  # folders of this package
 WEIGHTS = (".safetensors", ".bin")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 # What a model needs from the hub; the weights of one kind come with it.
@@ -21,8 +22,8 @@ HUB_IGNORE = ("*/*", "adapter*", "consolidated*", "optimizer*", "training*")
 def locate(model: str | Path | None) -> Path:
     """The existing folder or weight file that `model` stands for.
 
-    A path, "sample:", a hub id when no such folder exists, or nothing for a current folder that holds a
-    config.json. Raises UsageError, and CheckpointError for what the hub cannot give.
+    A path, "sample:" or "sample-vl:", a hub id when no such folder exists, or nothing for a current folder
+    that holds a config.json. Raises UsageError, and CheckpointError for what the hub cannot give.
     """
     if not model:
         if Path("config.json").is_file():
@@ -31,8 +32,8 @@ def locate(model: str | Path | None) -> Path:
             "No model is given and this folder holds no config.json",
             hint='Give a model folder, a .safetensors file, a hub id or "sample:"',
         )
-    if model == SAMPLE:
-        return _sample()
+    if model in SAMPLES:
+        return _sample(SAMPLES[str(model)])
     path = Path(model)
     try:
         if path.is_dir():
@@ -58,8 +59,8 @@ def locate(model: str | Path | None) -> Path:
     )
 
 
-def _sample() -> Path:
-    folder = Path(str(importlib.resources.files("dsconvert") / "sample"))
+def _sample(name: str) -> Path:
+    folder = Path(str(importlib.resources.files("dsconvert") / name))
     if not (folder / "config.json").is_file():
         raise CheckpointError(
             "The embedded sample is not installed", where=folder, hint="Install dsconvert again"

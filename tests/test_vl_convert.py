@@ -22,7 +22,7 @@ from converters.gguf.layout import Tensor, lay_out
 from converters.gguf.parse import GGUFFile, open_gguf
 from converters.gguf.reader import open_model
 from dsconvert import vision
-from dsconvert.arch import plan
+from dsconvert.arch import expand, plan
 from dsconvert.archs import deepseek_vl
 from dsconvert.checkpoint import open_checkpoint
 from dsconvert.cli import cli
@@ -576,3 +576,72 @@ def test_progress_counts_fused_tensors_once(models: Any, tmp_path: Path) -> None
 
     done = [e for e in run(models[True, "original"], tmp_path / "out.gguf") if isinstance(e, TensorDone)]
     assert done[-1].done == done[-1].total
+
+
+def test_the_embedded_sample_with_pictures(tmp_path: Path) -> None:
+    events = list(convert(Options("sample-vl:", ("q8_0",), tmp_path / "s.gguf", verify="quick")))
+    checks = {e.name: e for e in events if isinstance(e, Check)}
+    assert all(check.passed for check in checks.values())
+    assert {"mean KLD", "mmproj images", "mmproj pair"} <= set(checks)
+    run(Path("sample:"), tmp_path / "plain.gguf", quants=("q8_0",))
+    ours, plain = open_gguf(tmp_path / "s.gguf"), open_gguf(tmp_path / "plain.gguf")
+    for name, tensor in plain.tensors.items():
+        assert np.array_equal(tensor.blocks(), ours.tensors[name].blocks()), name
+    tokens = [file.keys["tokenizer.ggml.tokens"] for file in (ours, plain)]
+    changed = [i for i, (a, b) in enumerate(zip(*tokens, strict=True)) if a != b]
+    assert changed == [ours.keys["dsconvert.image.token_id"]] == [2015]
+
+
+# The numbers of the published configs, of which the decoder's part is partial.
+
+PUBLISHED = {
+    False: ("1.3B", (2048, 5632, 24, 16, 102400, 16384), {"hidden_size": 2048, "intermediate_size": 5632,
+            "num_attention_heads": 16, "num_hidden_layers": 24, "num_key_value_heads": 16}),
+    True: ("7B", (4096, 11008, 30, 32, 102400, 16384), {"num_hidden_layers": 30}),
+}  # fmt: skip
+
+
+@SIZES
+def test_published_configs(hybrid: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # the real towers
+    _, numbers, language = PUBLISHED[hybrid]
+    o = tiny_vl.full(hybrid=hybrid, d=numbers[0])
+    files = tiny_vl.original_files(o)
+    common = {
+        "max_position_embeddings": 16384,
+        "model_type": "llama",
+        "torch_dtype": "float16",
+        "vocab_size": 102400,
+    }
+    files["config.json"]["language_config"] = language | common
+    for name, value in files.items():
+        tiny.write_json(tmp_path / name, value)
+    config = load_config(tmp_path)
+    found = (config.hidden_size, config.intermediate_size, config.layers, config.heads, config.vocab_size)
+    assert (*found, config.context_length) == numbers
+    assert (config.kv_heads, config.norm_eps, config.rope_theta, config.tied) == (
+        config.heads,
+        1e-6,
+        1e4,
+        False,
+    )
+    view = vision.load_vision(tmp_path, config)
+    low = view.siglip
+    assert (low.width, low.mlp, low.layers, low.heads, low.patch_size) == (1024, 4096, 24, 16, 16)
+    assert (low.image_size, low.eps, view.tokens, view.projection) == (384, 1e-6, 576, numbers[0])
+    assert low.pixels.mean == low.pixels.std == (0.5, 0.5, 0.5)
+    if hybrid:
+        high = view.sam
+        assert high is not None
+        assert (high.width, high.mlp, high.layers, high.heads, high.window) == (768, 3072, 12, 12, 14)
+        assert (high.image_size, high.global_layers, high.channels) == (1024, (2, 5, 8, 11), 256)
+        assert high.pixels.mean == tuple(tiny_vl.CLIP_MEAN)
+        assert view.processor.pad == (122, 116, 104)
+        dims = view.dims
+        assert [dims[f"rel.{i}"] for i in high.global_layers] == [127] * 4
+        assert dims["rel"] == 27
+    else:
+        assert view.sam is None
+        assert view.processor.pad == (127, 127, 127)
+    arch = deepseek_vl.towers(config.architecture, hybrid, ())
+    assert len(expand(arch, view)) == (581 if hybrid else 393)

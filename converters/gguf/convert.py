@@ -41,6 +41,8 @@ def describe(job: Job) -> Iterator[Event]:
     if job.towers is not None and job.towers.left_out:
         yield Step(job.towers.left_out)
     sources = {spec.gguf: spec for spec, _ in job.tensors}
+    names = {spec.hf for spec in job.towers.specs} if job.towers is not None else set()
+    tower_nbytes = sum(job.checkpoint.raw(name).nbytes for name in names)
     for output in job.every_output:
         rows = []
         for tensor in output.tensors.values():
@@ -49,7 +51,9 @@ def describe(job: Job) -> Iterator[Event]:
             rows.append(TensorPlan(tensor.name, hf, tensor.shape, kind, tensor.qtype.name, tensor.nbytes))
         files = tuple(map(str, output.paths))
         sizes = tuple(layout.nbytes for layout in output.layouts)
-        yield Planned(files, output.quant, tuple(rows), sizes, job.checkpoint.nbytes, job.pre)
+        source = job.checkpoint.nbytes - tower_nbytes if output in job.outputs else tower_nbytes
+        pre = job.pre if output in job.outputs else ""
+        yield Planned(files, output.quant, tuple(rows), sizes, source, pre)
         for change, count in output.fallbacks.items():
             why = f"({change}): their rows are no multiple of its block"
             yield Warn(f"{count} tensors of {output.quant} take another type {why}")

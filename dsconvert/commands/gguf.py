@@ -108,8 +108,9 @@ def _overrides(
 def gguf(model_path: str, as_json: bool, quiet: bool, debug: bool, threads: int | None, **asked: Any) -> None:
     """Convert a checkpoint to GGUF for llama.cpp, in one pass, and prove the result.
 
-    MODEL_PATH is a Hugging Face folder, a .safetensors file, a hub id, or `sample:` (the embedded sample);
-    default: the current folder. Exit code 0: converted and proven, 2: stopped, 3: a check failed.
+    MODEL_PATH is a Hugging Face folder, a .safetensors file, a hub id, or an embedded sample: `sample:`, or
+    `sample-vl:` with a vision tower; default: the current folder. Exit code 0: converted and proven,
+    2: stopped, 3: a check failed.
     """  # fmt: skip
 
     def work() -> int:
