@@ -15,7 +15,7 @@ import tiny_vl
 from click.testing import CliRunner
 from tiny_vl import VL
 
-from converters.gguf import mmproj, mmproj_check
+from converters.gguf import image_proof, mmproj, mmproj_check
 from converters.gguf.convert import convert
 from converters.gguf.job import Options
 from converters.gguf.layout import Tensor, lay_out
@@ -277,7 +277,7 @@ def test_the_proof_passes_and_covers_the_projector(hybrid: bool, models: Any, tm
     checks = {e.name: e for e in events if isinstance(e, Check)}
     assert all(check.passed for check in checks.values())
     assert {"mean KLD", "mmproj structure", "mmproj tensors", "mmproj weights", "mmproj pair"} <= set(checks)
-    assert "mmproj images" in checks
+    assert {"mmproj images", "mmproj question"} <= set(checks)
 
 
 def test_text_file_is_the_plain_llama_model_inside(models: Any, tmp_path: Path) -> None:
@@ -333,6 +333,27 @@ def test_both_files_appear_or_none(models: Any, tmp_path: Path) -> None:
         run(folder, tmp_path / "out.gguf")
     assert not list(tmp_path.glob("*.gguf*"))
     run(folder, tmp_path / "out.gguf", mmproj_quant="bf16", quants=("bf16",))
+
+
+def test_the_proof_fails_on_another_projector(models: Any, tmp_path: Path) -> None:
+    """Held against another checkpoint's towers, or with another number of heads, the same check must fail."""
+    run(models[False, "original"], tmp_path / "out.gguf", mmproj_quant="f32")
+    text, projector = tmp_path / "out.gguf", tmp_path / "mmproj-out.gguf"
+
+    def proof(model: Path, projector: Path) -> dict[str, bool]:
+        events = image_proof.prove_projector(str(model), projector, text, "f16")
+        return {e.name: e.passed for e in events if isinstance(e, Check)}
+
+    assert all(proof(models[False, "transformers"], projector).values())
+    other = tiny_vl.vl_checkpoint(tmp_path / "other", VL(seed=1))
+    failed = {name for name, passed in proof(other, projector).items() if not passed}
+    assert failed == {"images", "question"}
+    good = open_gguf(projector)
+    shifted = edited(good, tmp_path / "bad.gguf", {"clip.vision.attention.head_count": ("uint32", 1)})
+    failed = {name for name, passed in proof(models[False, "original"], shifted).items() if not passed}
+    assert "images" in failed
+    with pytest.raises(UsageError, match="no vision tower"):
+        list(image_proof.prove_projector("sample:", projector))
 
 
 # Contradictions and missing files.

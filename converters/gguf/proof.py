@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from converters.gguf import mmproj_check
+from converters.gguf import image_proof, mmproj_check
 from converters.gguf.job import Job, Output
-from converters.gguf.mmproj import IMAGE_LIMITS, open_projector
 from converters.gguf.parse import GGUFFile, StoredTensor, open_gguf
 from converters.gguf.reader import GGUFModel, open_model
 from converters.gguf.towers import Towers
-from dsconvert import effort, text, thresholds, vision_runner, windows
+from dsconvert import effort, text, thresholds, windows
 from dsconvert.arch import Sizes, Spec
 from dsconvert.events import Check, Event, Step
 from dsconvert.inner import language_model
@@ -72,22 +71,16 @@ def _prove_projector(job: Job, towers: Towers, output: Output) -> Iterator[Event
     yield Check("pair", not faults, "; ".join(faults) or "belongs to the text file")
     parameters = sum(prod(spec.shape) for spec in towers.specs)
     if job.options.verify == "full" or parameters <= QUICK_PARAMETERS:
-        yield _check_images(job, towers, file)
+        both = image_proof.embeddings(job.checkpoint, towers, file)
+        yield image_proof.check_embeddings(*both, job.options.mmproj_quant)
+        for text_output in job.outputs:
+            limit = image_proof.limit_of(text_output.quant, job.options.mmproj_quant)
+            written = open_gguf(text_output.paths[0])
+            yield image_proof.check_question(
+                job.checkpoint, job.config, job.tokenizer, towers, written, limit, both
+            )
     else:
         yield Step("image embeddings were not compared; --verify full does it")
-
-
-def _check_images(job: Job, towers: Towers, file: GGUFFile) -> Check:
-    """The embeddings of a picture, from the projector alone against the checkpoint's."""
-    vision = towers.vision
-    reference = vision_runner.checkpoint_weights(job.checkpoint, towers.specs, vision)
-    pictures = vision_runner.exact_pictures(vision, vision_runner.synthetic_picture(vision))
-    sides = ((reference, vision), open_projector(file))
-    wanted, found = (vision_runner.embed(vision_runner.load_towers(*side), pictures) for side in sides)
-    error = vision_runner.embedding_error(wanted, found)
-    limit = IMAGE_LIMITS[job.options.mmproj_quant]
-    detail = f"relative error {error.relative:.2g}, limit {limit:g}; worst token's cosine {error.cosine:.7f}"
-    return Check("images", error.relative <= limit, detail, error.relative)
 
 
 def check_structure(job: Job, output: Output, file: GGUFFile) -> Check:
