@@ -536,10 +536,14 @@ def test_silent_failures_are_found(name: str, models: Any, tmp_path: Path) -> No
     run(models[False, "original"], tmp_path / "out.gguf")
     good = open_gguf(tmp_path / "mmproj-out.gguf")
     assert all(c.passed for c in mmproj_check.completeness(good))
+    command = ["verify", str(good.path), "--against", str(models[False, "original"])]
+    assert CliRunner().invoke(cli, command).exit_code == 0
     bad = edited(good, tmp_path / "bad.gguf", keys, drop)
     assert check in {c.name for c in mmproj_check.completeness(open_gguf(bad)) if not c.passed}
-    result = CliRunner().invoke(cli, ["inspect", str(bad)])
-    assert result.exit_code == 3, result.output
+    for command in (["inspect", str(bad)], ["verify", str(bad), "--against", str(models[False, "original"])]):
+        result = CliRunner().invoke(cli, command)
+        assert result.exit_code == 3, result.output
+        assert "FAIL" in result.output
 
 
 @pytest.mark.parametrize(

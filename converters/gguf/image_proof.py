@@ -89,7 +89,10 @@ def prove_projector(model: str, path: Path, text: Path | None = None, quant: str
     if towers is None:
         raise UsageError("the checkpoint has no vision tower", where=checkpoint.folder)
     file = open_gguf(path)
-    yield from completeness(file)
+    found = list(completeness(file))
+    yield from found
+    if not all(check.passed for check in found):
+        return  # an incomplete file gives no embeddings
     yield Step("computing the embeddings of a picture twice")
     both = embeddings(checkpoint, towers, file)
     yield check_embeddings(*both, projector_quant(file))

@@ -78,6 +78,14 @@ def open_reference(model: str) -> Reference:
     return Reference(checkpoint.folder, source, config, tokenizer, tuple(templates))
 
 
+def is_projector(path: Path) -> bool:
+    """Whether `path` is a GGUF file with the towers of a model, and no language model."""
+    from converters.gguf.mmproj import is_projector
+    from converters.gguf.parse import open_gguf
+
+    return path.suffix == ".gguf" and path.is_file() and is_projector(open_gguf(path))
+
+
 def open_output(path: Path) -> Opened:
     """Recognise an output by what it is: a GGUF file, or a folder by its quantization_config.
 

@@ -101,8 +101,9 @@ PROOF_OPTIONS = (
 def verify(output: Path, against: str, json_file: str | None, report: Path | None, **asked: Any) -> None:
     """Prove an output against its checkpoint: token ids, chat template, weights, blocks, perplexity, KL.
 
-    OUTPUT is a GGUF file of any maker, a GPTQ folder or a 16-bit folder. The figures are named and defined
-    as in llama.cpp's perplexity tool. Exit code 0: passed, 2: could not be compared, 3: a check failed.
+    OUTPUT is a GGUF file of any maker, a GPTQ folder or a 16-bit folder; of a projector the embeddings of a
+    picture are compared. The figures are named and defined as in llama.cpp's perplexity tool. Exit code 0:
+    passed, 2: could not be compared, 3: a check failed.
     """  # fmt: skip
     quiet, debug = asked.pop("quiet"), asked.pop("debug")
     machine = json_file == "-"
@@ -111,8 +112,12 @@ def verify(output: Path, against: str, json_file: str | None, report: Path | Non
         from dsconvert import console, report_page
         from dsconvert import report as reports
         from dsconvert.commands.proving import Asked, prove
-        from dsconvert.commands.sources import open_reference
+        from dsconvert.commands.sources import is_projector, open_reference
 
+        if is_projector(output):
+            from converters.gguf.image_proof import prove_projector
+
+            return console.render(prove_projector(against, output), as_json=machine, quiet=quiet)
         found = console.follow(prove(output, open_reference(against), Asked(**asked)), quiet or machine)
         if report is not None:
             reports.save(report, report_page.as_html(found.report))
