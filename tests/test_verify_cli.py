@@ -14,6 +14,7 @@ import pytest
 import tiny
 from click.testing import CliRunner, Result
 
+from converters.gguf import proof
 from dsconvert import kld_base
 from dsconvert.cli import cli
 from dsconvert.locate import locate
@@ -276,3 +277,24 @@ def test_the_documented_workflow_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (tmp_path / "proof.html").is_file()
     strict = lines[1].replace("--max-kld 0.1", "--max-kld 0.0001")
     assert command(*strict.split()[1:]).exit_code == 3
+
+
+def test_the_check_after_a_conversion_says_what_it_ran(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = command("gguf", "sample:", "-q", "q8_0", "-o", tmp_path / "a.gguf")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"verifying all 2 blocks over \d+ of \d+ windows of 128 tokens", result.stderr)
+    assert "mean KLD" in result.stdout
+    monkeypatch.setattr(proof, "free_memory", lambda: 1e6)
+    short = command("gguf", "sample:", "-q", "q8_0", "-o", tmp_path / "b.gguf")
+    assert short.exit_code == 0, short.output
+    assert "no blocks were run and no logits compared: two decoder blocks need" in short.stderr
+    assert "weights" in short.stdout  # sampled rows are compared all the same
+    assert "mean KLD" not in short.stdout
+    full = command("gguf", "sample:", "-q", "q8_0", "-o", tmp_path / "c.gguf", "--verify", "full")
+    assert "mean KLD" in full.stdout
+
+
+def test_free_memory_is_what_the_machine_has() -> None:
+    assert 1e7 < proof.free_memory() < 1e14
