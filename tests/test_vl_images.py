@@ -244,6 +244,29 @@ def photographs(side: int, count: int) -> npt.NDArray[np.uint8]:
     return np.stack(found)
 
 
+@pytest.mark.parametrize(
+    ("name", "limit"), [("astronaut", 2e-3), ("coffee", 2e-3), ("chelsea", 0.2), ("rocket", 0.2)]
+)
+def test_preprocessing_apart(name: str, limit: float, tmp_path: Path) -> None:
+    """llama.cpp resizes and pads as transformers does where the sides come out whole; else a row differs."""
+    data = pytest.importorskip("skimage.data", reason="needs scikit-image for real photographs")
+    from transformers.models.deepseek_vl.image_processing_pil_deepseek_vl import DeepseekVLImageProcessorPil
+
+    folder = tiny_vl.vl_checkpoint(tmp_path / "m", VL(image=96, dtype="f32"))
+    list(convert(Options(str(folder), ("f16",), tmp_path / "x.gguf", verify="off", mmproj_quant="f32")))
+    towers, vision = file_towers(tmp_path / "mmproj-x.gguf")
+    photo = np.ascontiguousarray(getattr(data, name)()[..., :3])
+    half = [0.5, 0.5, 0.5]
+    processor = DeepseekVLImageProcessorPil(size={"height": 96, "width": 96}, image_mean=half, image_std=half)
+    pixels = np.asarray(processor(photo, return_tensors="np")["pixel_values"], np.float32)
+    path = tmp_path / "mmproj-x.gguf"
+    with Engine(tmp_path / "x.gguf", n_ctx=64) as engine, Projector(path, engine) as projector:
+        found = projector.embed(photo)
+    wanted = runner.embed(towers, runner.Pictures(pixels))[0]
+    assert runner.embedding_error(wanted, found).relative < limit
+    assert vision.processor.pad == tuple(processor.background_color)
+
+
 @pytest.fixture(scope="module")
 def full(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
     hybrid = bool(request.param)
