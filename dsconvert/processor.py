@@ -17,6 +17,7 @@ from dsconvert.errors import CheckpointError
 
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)  # SigLIP's mean and std; SAM's, in DeepSeek-VL, are CLIP's
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 Triple = tuple[float, float, float]
 

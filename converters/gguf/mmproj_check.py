@@ -13,9 +13,8 @@ from converters.gguf.parse import GGUFFile
 from dsconvert.arch import plan_stored
 from dsconvert.errors import CheckpointError, PlanError
 from dsconvert.events import Check
-from dsconvert.processor import CLIP_MEAN, CLIP_STD
+from dsconvert.processor import CLIP_MEAN, CLIP_STD, HALF
 
-HALF = (0.5, 0.5, 0.5)
 # What the towers were trained with: the prefix of the keys, mean, std.
 PIXELS = {
     JANUS_PRO: (("clip.vision.", HALF, HALF),),

@@ -13,6 +13,7 @@ from dsconvert.archs.deepseek_vl import UNUSED, towers
 from dsconvert.checkpoint import Checkpoint
 from dsconvert.config import ModelConfig
 from dsconvert.errors import CheckpointError
+from dsconvert.processor import CLIP_MEAN, CLIP_STD, HALF
 from dsconvert.vision import VisionConfig, has_towers, load_vision
 from tokenizer_tools import chat_template
 from tokenizer_tools.chat_template import ChatTemplates
@@ -21,8 +22,6 @@ from tokenizer_tools.vision_template import vision_template
 from tokenizer_tools.vocabulary import CONTROL
 
 MODEL_TEMPLATE = "model"  # the name under which the checkpoint's own template travels
-HALF = (0.5, 0.5, 0.5)
-CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,10 @@ def with_template(tokenizer: TokenizerData, found: Towers) -> TokenizerData:
 def unusual_pixels(vision: VisionConfig) -> list[str]:
     """Normalisations that are not those which the towers were trained with: a hint of a wrong file."""
     found = []
-    for name, tower, usual in (("SigLIP", vision.siglip, (HALF, HALF)), ("SAM", vision.sam, CLIP)):
+    for name, tower, usual in (
+        ("SigLIP", vision.siglip, (HALF, HALF)),
+        ("SAM", vision.sam, (CLIP_MEAN, CLIP_STD)),
+    ):
         if tower is not None and (tower.pixels.mean, tower.pixels.std) != usual:
             pixels = f"mean {list(tower.pixels.mean)} and std {list(tower.pixels.std)}"
             found.append(
