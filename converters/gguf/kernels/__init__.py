@@ -3,11 +3,13 @@
 Contract of the package (`quantize` is the only name that other packages need; `warm` and `compiled` let
 them say when the first run compiles):
 
-    quantize(qtype, rows, out) -> flags
+    quantize(qtype, rows, out, importance=None) -> flags
 
 - `rows`: 2-D, C-contiguous [n_rows, n_cols]; uint16 (the bits of bf16), float16 or float32; n_cols is a
   multiple of `qtype.block`.
 - `out`: uint8, C-contiguous [n_rows, n_cols // block * size].
+- `importance`: float32 [n_cols], finite and not negative, or None: how much each column counts in the search
+  for scales, as llama.cpp's importance matrices say. q8_0 and the types that are not quantized ignore it.
 - flags: NONFINITE when an input is NaN or infinite, OVERFLOW when a finite input became infinite in a
   float16 of the output; 0 otherwise.
 - Pure: no state, no allocation beyond a small scratch, GIL released, callable from many threads at once.
@@ -27,6 +29,7 @@ from converters.gguf.qtypes import QType
 
 Array = npt.NDArray[Any]
 Bytes = npt.NDArray[np.uint8]
+Importance = npt.NDArray[np.float32]
 Kernel = Callable[[Array, Array], int]
 
 NONFINITE = 1
@@ -39,8 +42,12 @@ SOURCES: dict[str, np.dtype[Any]] = {
 }
 # Values that are widened at a time where a kernel takes float32 only: 512 KiB, which stays in a core's cache.
 SLAB = 1 << 17
-# Where the float16 scales lie in a block of the k-quants, and its bytes (ggml-common.h).
+# Where the float16 scales lie in a block of the types that take an importance matrix (ggml-common.h).
 SCALES: dict[str, tuple[int, ...]] = {
+    "q4_0": (0,),
+    "q4_1": (0, 2),
+    "q5_0": (0,),
+    "q5_1": (0, 2),
     "q2_k": (80, 82),
     "q3_k": (108,),
     "q4_k": (0, 2),
@@ -52,7 +59,7 @@ _UNSIGNED = {2: np.uint16, 4: np.uint32}
 _UNITS = {"f16": np.uint16, "bf16": np.uint16, "f32": np.float32}
 
 
-def quantize(qtype: QType, rows: Array, out: Bytes) -> int:
+def quantize(qtype: QType, rows: Array, out: Bytes, importance: Importance | None = None) -> int:
     """Quantize `rows` into `out` and give flags; see the contract above.
 
     Raises ValueError when the arrays break the contract.
@@ -60,6 +67,8 @@ def quantize(qtype: QType, rows: Array, out: Bytes) -> int:
     _check(qtype, rows, out)
     if not rows.size:
         return 0
+    if importance is not None and takes_importance(qtype):
+        return _by_rows(qtype, rows, out, importance)
     flat, target = rows.reshape(-1), out.reshape(-1)
     direct = _direct(qtype.name, rows.dtype)
     if direct is not None and rows.flags.aligned:
@@ -67,29 +76,40 @@ def quantize(qtype: QType, rows: Array, out: Bytes) -> int:
     return _by_slabs(qtype, flat, target)
 
 
-def warm(qtypes: Iterable[QType], source: str) -> None:
+def takes_importance(qtype: QType) -> bool:
+    """Whether an importance matrix changes the bytes of a type."""
+    return qtype.name in SCALES
+
+
+def warm(qtypes: Iterable[QType], source: str, weighted: bool = False) -> None:
     """Load or compile the kernels from `source` ("bf16", "f16" or "f32") to each of `qtypes`.
 
-    Call it once before threads start; `compiled` tells whether it will take seconds.
+    `weighted` means those for an importance matrix. Call it once before threads start; `compiled` tells
+    whether it will take seconds.
     """
     from converters.gguf.kernels import compile
 
     for qtype in qtypes:
         rows = np.zeros((1, max(qtype.block, 256)), dtype=SOURCES[source])
         out = np.zeros((1, qtype.nbytes(rows.size)), dtype=np.uint8)
+        importance = np.ones(rows.size, dtype=np.float32) if weighted else None
         try:
-            quantize(qtype, rows, out)
+            quantize(qtype, rows, out, importance)
         except Exception:  # a damaged cache file fails in as many ways as pickle has
             compile.discard()
-            quantize(qtype, rows, out)
-        compile.mark(f"{source}-{qtype.name}")
+            quantize(qtype, rows, out, importance)
+        compile.mark(_mark(qtype, source, weighted))
 
 
-def compiled(qtypes: Iterable[QType], source: str) -> bool:
+def compiled(qtypes: Iterable[QType], source: str, weighted: bool = False) -> bool:
     """Whether the kernels from `source` to each of `qtypes` are in the user's cache already."""
     from converters.gguf.kernels.compile import marked
 
-    return all(marked(f"{source}-{qtype.name}") for qtype in qtypes)
+    return all(marked(_mark(qtype, source, weighted)) for qtype in qtypes)
+
+
+def _mark(qtype: QType, source: str, weighted: bool) -> str:
+    return f"{source}-{qtype.name}" + ("-weighted" if weighted and takes_importance(qtype) else "")
 
 
 def _check(qtype: QType, rows: Array, out: Bytes) -> None:
@@ -144,10 +164,37 @@ def _by_slabs(qtype: QType, flat: Array, out: Bytes) -> int:
     return flags
 
 
+def _by_rows(qtype: QType, rows: Array, out: Bytes, importance: Importance) -> int:
+    """Quantize with an importance matrix: by way of float32 too, in slabs of whole rows."""
+    from converters.gguf.kernels import weighted_blocks, weighted_kquants, widen
+
+    columns = rows.shape[1]
+    if importance.dtype != np.float32 or importance.shape != (columns,):
+        raise ValueError(f"importance must be float32 [{columns}], is {importance.dtype} {importance.shape}")
+    kernel = (weighted_blocks.KERNELS | weighted_kquants.KERNELS)[qtype.name]
+    weights = _read_only(np.require(importance, requirements=["C", "A"]))
+    step = max(1, SLAB // columns)
+    scratch = np.empty((min(step, len(rows)), columns), dtype=np.float32)
+    take = widen.widen_f16 if rows.dtype == np.float16 else widen.widen
+    flags = 0
+    for start in range(0, len(rows), step):
+        source = rows[start : start + step].reshape(-1)
+        source = source if source.flags.aligned else source.copy()
+        slab, part = scratch[: source.size // columns], out[start : start + step]
+        flags |= take(_read_only(source.view(_UNSIGNED[source.itemsize])), slab.reshape(-1))
+        kernel(slab, weights, part)
+        flags |= _overflow(qtype, part.reshape(-1))
+    return flags
+
+
 def _k_quant(qtype: QType, slab: Array, out: Bytes) -> int:
     from converters.gguf.kernels.kquants import KERNELS
 
     KERNELS[qtype.name](slab.reshape(1, -1), out.reshape(1, -1))
+    return _overflow(qtype, out)
+
+
+def _overflow(qtype: QType, out: Bytes) -> int:
     exponents = [out.reshape(-1, qtype.size)[:, at + 1] & 0x7C for at in SCALES[qtype.name]]
     return OVERFLOW if any(bool((exponent == 0x7C).any()) for exponent in exponents) else 0
 
