@@ -96,7 +96,7 @@ def transformers_processor(folder: Path, hybrid: bool) -> Processor:
     high = _pixels(image, "high_res_", where, 1024) if hybrid else None
     low = _pixels(image, "", where, 384)
     resample = image.get("high_res_resample" if hybrid else "resample", 3)
-    if resample not in RESAMPLE:
+    if not isinstance(resample, int) or resample not in RESAMPLE:
         raise _wrong(where, "resample", f"is {resample!r}, known are {RESAMPLE}")
     return Processor(
         low,

@@ -248,11 +248,12 @@ def _sizes(part: Mapping[str, Any], defaults: Mapping[str, Any], where: Path) ->
 
 
 def _mlp(part: Mapping[str, Any]) -> Any:
-    """SAM's config states the MLP as a multiple of the width, or in mlp_dim."""
-    ratio = part.get("mlp_ratio", 4.0)
-    return part.get("mlp_dim") or (
-        int(part["hidden_size"] * ratio) if isinstance(ratio, int | float) else None
-    )
+    """SAM's config states the MLP in mlp_dim, or as a multiple of the width."""
+    width, ratio = part["hidden_size"], part.get("mlp_ratio", 4.0)
+    if part.get("mlp_dim") is not None:
+        return part["mlp_dim"]
+    numeric = isinstance(width, int) and isinstance(ratio, int | float) and 0 < ratio < 1000
+    return int(width * ratio) if numeric and 0 < width < 1 << 20 else None
 
 
 def _sam(part: Mapping[str, Any], processor: Processor, where: Path) -> Sam:

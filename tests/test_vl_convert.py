@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -414,6 +415,45 @@ def test_contradictions_are_errors(name: str, models: Any, tmp_path: Path) -> No
     with pytest.raises(CheckpointError, match=f"(?s){message}"):
         run(folder, tmp_path / "out.gguf")
     assert not list(tmp_path.glob("*.gguf"))
+
+
+ODD: tuple[Any, ...] = (None, "x", -1, 0, 10**30, 0.5, float("inf"), True, [], [1], {}, {"a": 1})
+
+
+def paths_in(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Every key of a JSON object, as the way to it."""
+    for key, inner in value.items():
+        yield (*path, key)
+        if isinstance(inner, dict):
+            yield from paths_in(inner, (*path, key))
+
+
+def with_value(value: Any, path: tuple[str, ...], odd: Any) -> Any:
+    return value | {path[0]: odd if len(path) == 1 else with_value(value[path[0]], path[1:], odd)}
+
+
+@SIZES
+@pytest.mark.parametrize("layout", ["original", "transformers"])
+def test_odd_values_are_errors_or_harmless(hybrid: bool, layout: str, tmp_path: Path) -> None:
+    """Any value in any place of the three files: understood or refused, never an accident."""
+    o = VL(hybrid=hybrid)
+    files = tiny_vl.original_files(o) if layout == "original" else tiny_vl.transformers_files(o)
+    for name, value in files.items():
+        tiny.write_json(tmp_path / name, value)
+    refused = tried = 0
+    for name, value in files.items():
+        for path in paths_in(value):
+            for odd in ODD:
+                tiny.write_json(tmp_path / name, with_value(value, path, odd))
+                tried += 1
+                try:
+                    vision.load_vision(tmp_path, load_config(tmp_path)).dims  # noqa: B018
+                except CheckpointError:
+                    refused += 1
+        tiny.write_json(tmp_path / name, value)
+    vision.load_vision(tmp_path, load_config(tmp_path))
+    assert tried > 400
+    assert refused > tried / 4
 
 
 @pytest.mark.parametrize("layout", ["original", "transformers"])
