@@ -22,7 +22,14 @@ LAYERED = re.compile(r"model\.layers\.(\d+)\.(?:self_attn\.|mlp\.)?(.+)")
 
 def as_html(report: Report) -> str:
     """The whole page."""
-    sections = (_head(report), _figures(report), *_charts(report), _worst(report), _sizes(report))
+    sections = (
+        _head(report),
+        _checks(report),
+        _figures(report),
+        *_charts(report),
+        _worst(report),
+        _sizes(report),
+    )
     return document(report.title, "".join((*sections, _provenance(report))))
 
 
@@ -51,6 +58,11 @@ def _head(report: Report) -> str:
     badge = '<span class="pass">PASS</span>' if passed else '<span class="fail">FAIL</span>'
     reasons = "".join(f"<li>{escape(reason)}</li>" for reason in report.verdict.reasons)
     return f"<h1>{badge} {escape(report.title)}</h1>" + (f"<ul class='why'>{reasons}</ul>" if reasons else "")
+
+
+def _checks(report: Report) -> str:
+    rows = [("ok" if c.passed else "FAIL", c.name, c.detail) for c in report.verdict.checks]
+    return "<h2>Checks</h2>" + table(("", "check", "found"), rows)
 
 
 def _figures(report: Report) -> str:

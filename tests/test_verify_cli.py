@@ -57,6 +57,8 @@ def test_a_pass_shows_figures_and_writes_both_reports(files: dict[str, Path], tm
     html = page.read_text()
     assert "PASS" in html
     assert "Worst tokens" in html
+    for check in found["checks"]:
+        assert f"<td>ok</td><td>{check['name']}</td>" in html
 
 
 def test_an_f32_file_is_the_checkpoint(files: dict[str, Path]) -> None:

@@ -164,8 +164,9 @@ def _open_gptq(path: Path) -> Opened:
     )
     quant = f"gptq-{model.bits}bit" + (f"-{model.group_size}g" if model.group_size > 0 else "")
     text = _handling(lambda: of_data(load_tokenizer(path, config.vocab_size)))
-    limits = {8: "q8_0", 4: "q4_0", 3: "q3", 2: "q2"}[model.bits]
-    return Opened(path, "GPTQ", quant, limits, source, decoder, text, sizes, model.checkpoint.nbytes)
+    return Opened(
+        path, "GPTQ", quant, f"gptq{model.bits}", source, decoder, text, sizes, model.checkpoint.nbytes
+    )
 
 
 def _gptq_nbytes(checkpoint: Checkpoint, name: str, quantized: bool) -> int:
