@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from dsconvert import streaming as st
 from dsconvert.arch import WeightSource
 from dsconvert.config import ModelConfig
 from dsconvert.events import BlockCompared, Event, Step
-from dsconvert.figures import BlockError, IntArray, TensorError, hidden_error, snr, update_error
+from dsconvert.figures import BlockError, IntArray, Noise, TensorError, hidden_error, snr, update_error
 from dsconvert.thresholds import Thresholds, Verdict
 from dsconvert.verify import Comparison, Run, check_sizes, compare, differences, judge
 from dsconvert.windows import Windows
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 CPU_FLOPS_PER_CORE, CUDA_FLOPS = 40e9, 40e12
 READ_RATE = 0.2e9  # weights per second on one side
 SAMPLE_TOKENS = 256
+SAMPLE_ROWS = 16
 LEAST_WINDOWS = 2
 
 
@@ -166,6 +168,33 @@ def compare_blocks(
         if index in blocks:
             yield BlockCompared(index, config.layers, error.relative, error.cosine)
     return run.ended("")
+
+
+def sample_tensors(
+    reference: WeightSource, candidate: WeightSource, known: tuple[TensorError, ...]
+) -> tuple[TensorError, ...]:
+    """The errors of the tensors that are not among `known`, from some rows of each."""
+    import torch
+
+    seen = {tensor.name for tensor in known}
+    found = []
+    for name, shape in candidate.shapes().items():
+        if name in seen or name not in reference.shapes():
+            continue
+        noise = Noise()
+        for start in (0, shape[0] // 2, max(0, shape[0] - SAMPLE_ROWS)) if len(shape) > 1 else (None,):
+            rows = [_rows(source, name, start) for source in (reference, candidate)]
+            noise.add(*(torch.from_numpy(part) for part in rows))
+        found.append(TensorError(name, candidate.dtype(name), shape, noise.decibel))
+    return tuple(found)
+
+
+def _rows(source: WeightSource, name: str, start: int | None) -> npt.NDArray[np.float32]:
+    """Some rows of a matrix, or all of a vector; a copy."""
+    if start is None:
+        return np.array(source.float32(name))
+    stop = min(start + SAMPLE_ROWS, source.shapes()[name][0])
+    return np.array(source.float32_rows(name, start, stop))
 
 
 def _embedded(run: Run) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from dsconvert.config import ModelConfig, normalise
 from dsconvert.effort import Effort
 from dsconvert.errors import ConversionError
 from dsconvert.events import Check, Step
+from dsconvert.figures import TensorError
 from dsconvert.thresholds import thresholds_for
 
 torch = pytest.importorskip("torch")
@@ -143,3 +145,17 @@ def test_models_of_other_sizes_are_refused() -> None:
     _, source, config = make()
     with pytest.raises(ConversionError, match="not the same model"):
         checked(source, source, config, "q8_0", candidate_config=dataclasses.replace(config, vocab_size=5))
+
+
+def test_tensors_outside_the_sample_are_compared_by_some_rows() -> None:
+    _, source, _ = make()
+    known = (TensorError(L + "mlp.up_proj.weight", "f32", (160, 64), 1.0),)
+    fair = effort.sample_tensors(source, noisy(source, 0.01), known)
+    assert {t.name for t in fair} == source.tensors.keys() - {known[0].name}
+    assert all(30 < t.snr < 50 for t in fair if len(t.shape) > 1), fair
+    name = "model.layers.2.mlp.down_proj.weight"
+    bad = source.tensors[name].copy()
+    bad[-3:] = 0
+    found = {t.name: t.snr for t in effort.sample_tensors(source, Memory({**source.tensors, name: bad}), ())}
+    assert found[name] < 15
+    assert all(snr == math.inf for other, snr in found.items() if other != name)

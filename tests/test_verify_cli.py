@@ -15,7 +15,8 @@ import tiny
 from click.testing import CliRunner, Result
 
 from converters.gguf import proof
-from dsconvert import kld_base
+from converters.gguf.parse import open_gguf
+from dsconvert import effort, kld_base
 from dsconvert.cli import cli
 from dsconvert.locate import locate
 
@@ -300,3 +301,24 @@ def test_the_check_after_a_conversion_says_what_it_ran(
 
 def test_free_memory_is_what_the_machine_has() -> None:
     assert 1e7 < proof.free_memory() < 1e14
+
+
+def test_a_sample_of_blocks_has_no_figures_and_still_finds_defects(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(effort, "READ_RATE", 1e3)  # a machine so slow that only a sample fits
+    ask = ("--against", "sample:", "--verify", "quick", "--json", "-")
+    result = command("verify", files["q8_0"], *ask)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["figures"] is None
+    assert {"token ids", "weights", "blocks"} <= {check["name"] for check in found["checks"]}
+    assert len(found["tensors"]) == 21  # all of them
+    data = bytearray(files["q8_0"].read_bytes())
+    tensor = open_gguf(files["q8_0"]).tensors["output.weight"]
+    data[tensor.offset : tensor.offset + tensor.nbytes] = bytes(tensor.nbytes)
+    bad = tmp_path / "bad.gguf"
+    bad.write_bytes(data)
+    failed = command("verify", bad, *ask)
+    assert failed.exit_code == 3
+    assert "lm_head.weight: signal to noise 0.0 dB" in failed.stderr

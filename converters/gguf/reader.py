@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from converters.gguf.parse import GGUFFile
-from dsconvert.arch import IDENTITY, Arch, Spec, plan_stored
+from dsconvert.arch import IDENTITY, ROPE_K, ROPE_Q, Arch, Spec, plan_stored
 from dsconvert.archs import BY_GGUF_NAME
 from dsconvert.config import ModelConfig, RopeScaling
 from dsconvert.errors import CheckpointError
@@ -38,9 +38,17 @@ class GGUFModel:
 
     def float32_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         spec = self.specs[name]
-        if spec.row.transform is not IDENTITY:  # its rows lie elsewhere in the file
+        tensor, transform = self.file.tensors[spec.gguf], spec.row.transform
+        if transform is IDENTITY:
+            return tensor.float32_rows(start, stop)
+        if transform not in (ROPE_Q, ROPE_K):  # its rows lie anywhere in the file
             return self.float32(name)[start:stop]
-        return self.file.tensors[spec.gguf].float32_rows(start, stop)
+        size = self.config.head_dim  # RoPE's order stays inside a head, so whole heads are read
+        first, last = start // size * size, -(-stop // size) * size
+        count = (last - first) // size
+        stored = tensor.float32_rows(first, last)
+        rows = transform.inverse(stored, replace(self.config, heads=count, kv_heads=count))
+        return np.ascontiguousarray(rows.reshape(stored.shape)[start - first : stop - first])
 
 
 def open_model(file: GGUFFile) -> GGUFModel:

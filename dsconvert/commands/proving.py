@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -220,12 +220,15 @@ def compare(
     mode: Any = "quick" if asked.effort == "quick" and not asked.engine else "full"
     chosen = effort.choose(config, windows, mode, asked.device)
     yield Step("verifying " + chosen.text)
-    return (
-        yield from effort.run(
-            reference.source, opened.source, config, chosen, candidate_config=opened.config,
-            token_bytes=lengths, **where,
-        )
+    found = yield from effort.run(
+        reference.source, opened.source, config, chosen, candidate_config=opened.config,
+        token_bytes=lengths, **where,
     )  # fmt: skip
+    if chosen.blocks is None:
+        return found
+    yield Step("comparing some rows of every other tensor")
+    others = effort.sample_tensors(reference.source, opened.source, found.tensors)
+    return replace(found, tensors=(*found.tensors, *others))
 
 
 def token_bytes(reference: Reference) -> IntArray:
