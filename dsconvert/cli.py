@@ -12,7 +12,7 @@ import click
 
 from dsconvert import __version__
 
-COMMANDS = ("gguf", "verify", "compare", "inspect", "tokenizer")  # modules of dsconvert.commands
+COMMANDS = ("gguf", "gptq", "verify", "compare", "inspect", "tokenizer")  # modules of dsconvert.commands
 
 
 class Commands(click.Group):

@@ -45,6 +45,10 @@ LIMITS: dict[str, Thresholds] = {
     "q4_0": Thresholds(0.70, 1.80, 0.60, 0.4),
     "q3": Thresholds(0.80, 2.00, 0.55, 0.5),
     "q2": Thresholds(1.50, 3.00, 0.45, 0.7),
+    "gptq8": Thresholds(0.005, 1.01, 0.95, 0.04),
+    "gptq4": Thresholds(0.70, 1.80, 0.60, 0.4),
+    "gptq3": Thresholds(1.50, 3.00, 0.45, 0.7),
+    "gptq2": Thresholds(6.00, 100.0, 0.05, 1.0),
 }
 
 # The least signal to noise in dB of a tensor stored in a type: about 7 dB below the least that was measured

@@ -1,0 +1,54 @@
+"""From an option to calibration windows: the text is found, drawn from, reported on, warned about."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsconvert.calibration import Calibration, held_against, sample, warnings
+from dsconvert.drawing import Ask
+from dsconvert.encoding import Encode, IntArray
+from dsconvert.events import Event, Step, Warn
+from dsconvert.textdata import chats, load_text
+from dsconvert.textfiles import Message
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which text, how much of it: `samples` windows of `length` tokens; `bos` begins documents if given."""
+
+    text: str = "c4"
+    samples: int = 128
+    length: int = 2048
+    seed: int = 0
+    bos: int | None = None
+    chat: Path | None = None
+    offline: bool = False
+
+
+def calibrate(
+    wanted: Wanted,
+    encode: Encode,
+    context: int,
+    evaluation: IntArray,
+    render: Callable[[list[Message]], str] | None = None,
+) -> Generator[Event, None, Calibration]:
+    """Draw the windows wanted, none longer than `context`, and report on them.
+
+    `evaluation` are the windows that the result will be judged on, int64 [n, length]: the report says how
+    much of the calibration text stands there too. `render` writes a conversation with the chat template.
+    Yields what is going on and what the user should know; raises what `load_text` and `sample` raise.
+    """
+    if wanted.chat is not None and render is not None:
+        text = chats(wanted.chat, render)
+    else:
+        text = yield from load_text(wanted.text, "calibration", offline=wanted.offline)
+    length = min(wanted.length, context)
+    if length < wanted.length:
+        yield Warn(f"the model takes {context} tokens at once: calibration windows are as long")
+    yield Step(f"drawing {wanted.samples} windows of {length} tokens from {text.name}")
+    drawn = sample(text, encode, Ask(wanted.samples, length, wanted.seed, wanted.bos))
+    drawn = held_against(drawn, evaluation, "builtin")
+    yield from warnings(drawn.report)
+    return drawn

@@ -1,0 +1,121 @@
+"""`dsconvert gptq`: a checkpoint to a GPTQ folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dsconvert.commands.running import run
+
+
+def _number(ctx: click.Context, param: click.Parameter, value: str) -> int:
+    return int(value)
+
+
+@click.command()
+@click.argument("model_path", required=False, default="")
+@click.option(
+    "-b",
+    "--bits",
+    type=click.Choice(["2", "3", "4", "8"]),
+    default="4",
+    show_default=True,
+    callback=_number,
+    help="Bits per weight.",
+)
+@click.option(
+    "-g",
+    "--group-size",
+    type=click.Choice(["32", "64", "128", "-1"]),
+    default="128",
+    show_default=True,
+    callback=_number,
+    help="Inputs that share a scale; -1: all of a row.",
+)
+@click.option(
+    "--act-order/--no-act-order",
+    default=True,
+    show_default=True,
+    help="Solve the inputs of largest activation first; the groups stay where they are.",
+)
+@click.option(
+    "--dynamic-groups", is_flag=True, help="Groups in activation order (desc_act), as old files have."
+)
+@click.option(
+    "--sym/--asym", default=True, show_default=True, help="One zero point for all, or one per group."
+)
+@click.option(
+    "--damp",
+    type=click.FloatRange(0, 1),
+    default=0.01,
+    show_default=True,
+    help="Fraction of the mean of H's diagonal that is added to it.",
+)
+@click.option("--mse", is_flag=True, help="Search each scale for the least squared error.")
+@click.option(
+    "--calib",
+    default="c4",
+    show_default=True,
+    metavar="c4|wikitext2|builtin|FILE|DIR",
+    help="Calibration text.",
+)
+@click.option(
+    "--calib-samples", type=click.IntRange(1), default=128, show_default=True, help="Calibration windows."
+)
+@click.option(
+    "--calib-len",
+    type=click.IntRange(2),
+    default=2048,
+    show_default=True,
+    help="Tokens in a calibration window.",
+)
+@click.option(
+    "--calib-chat",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Conversations as JSON lines, written with the model's chat template, instead of --calib.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Which windows are drawn.")
+@click.option("--offline", is_flag=True, help="Take cached texts or the built-in one; ask no network.")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Output folder; default MODEL-gptq-4bit-128g here.",
+)
+@click.option("--resume", is_flag=True, help="Go on with a run that was stopped, to the same bytes.")
+@click.option("--force", is_flag=True, help="Replace an existing output, or drop an unfinished run.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--language-only",
+    is_flag=True,
+    help="Of a model with a vision tower, a plain Llama folder of its language model.",
+)
+@click.option(
+    "--verify",
+    type=click.Choice(["off", "quick", "full"]),
+    default="quick",
+    show_default=True,
+    help="How much of the result is proven against the checkpoint.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line for everything that happens.")
+@click.option("--quiet", is_flag=True, help="Only warnings and failures.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def gptq(model_path: str, as_json: bool, quiet: bool, debug: bool, **asked: Any) -> None:
+    """Quantize a checkpoint by GPTQ with calibration, block by block, and prove the result.
+
+    MODEL_PATH is a Hugging Face folder, a .safetensors file, a hub id, or `sample:` (the embedded sample);
+    default: the current folder. Exit code 0: quantized and proven, 2: stopped, 3: a check failed.
+    """  # fmt: skip
+
+    def work() -> int:
+        from converters.gptq.convert import convert
+        from converters.gptq.job import Options
+        from dsconvert import console
+
+        return console.render(convert(Options(model=model_path, **asked)), as_json=as_json, quiet=quiet)
+
+    run(work, as_json=as_json, debug=debug)
