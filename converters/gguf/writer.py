@@ -93,15 +93,16 @@ def check_targets(paths: Sequence[Path], sizes: Sequence[int], force: bool) -> N
             raise OutputError("exists already", where=path, hint="Give --force to replace it")
         if not path.parent.is_dir():
             raise OutputError("the folder does not exist", where=path.parent, hint=f"mkdir -p {path.parent}")
-    folder = paths[0].parent
-    parts = [path.with_name(path.name + ".part") for path in paths]
-    free = shutil.disk_usage(folder).free + sum(_allocated(part) for part in parts)
-    if sum(sizes) > free:
-        raise OutputError(
-            f"needs {sum(sizes) / 1e9:.2f} GB, {free / 1e9:.2f} GB are free",
-            where=folder,
-            hint="Free some space, choose a smaller --quant or another --outfile folder",
-        )
+    for folder in {path.parent for path in paths}:
+        here = [(path, size) for path, size in zip(paths, sizes, strict=True) if path.parent == folder]
+        left_behind = sum(_allocated(path.with_name(path.name + ".part")) for path, _ in here)
+        needed, free = sum(size for _, size in here), shutil.disk_usage(folder).free + left_behind
+        if needed > free:
+            raise OutputError(
+                f"needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free",
+                where=folder,
+                hint="Free some space, choose a smaller --quant or another --outfile folder",
+            )
 
 
 def write_error(path: Path, error: OSError) -> OutputError:
