@@ -67,7 +67,8 @@ def peer(options: Options, out: Path) -> tuple[float, float, float]:
 
     job = prepare(options)
     tokens = verify.result(draw(job)).tokens
-    rows = [{"input_ids": torch.from_numpy(row)[None], "attention_mask": torch.ones(1, len(row)).long()} for row in tokens]  # fmt: skip
+    ids = [torch.from_numpy(row)[None] for row in tokens]
+    rows = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids]
     config = QuantizeConfig(
         bits=options.bits, group_size=options.group_size, desc_act=False, act_group_aware=options.act_order,
         sym=True, damp_percent=options.damp,

@@ -116,8 +116,9 @@ def check_state(out: Path, resume: bool, force: bool) -> None:
 def open_state(out: Path, identity: Mapping[str, Any], resume: bool) -> Iterator[State]:
     """The state of the run that writes `out`: with `resume` what is there, else none yet.
 
-    It stays after an error where a block is finished, and is removed when the body ends. Raises OutputError when another process
-    holds it, CheckpointError when what is there was begun with another model, options or calibration.
+    It stays after an error where a block is finished, and is removed when the body ends. Raises OutputError
+    when another process holds it, CheckpointError when what is there was begun with another model, options
+    or calibration.
     """
     folder = state_folder(out)
     lock = _locked(folder)

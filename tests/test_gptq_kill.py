@@ -1,0 +1,75 @@
+"""kill -9 at random moments of a GPTQ run: --resume goes on to the same bytes, whenever it was killed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import tiny
+
+# One process imports once, then forks a child for each attempt and kills it at a random moment. A run that is
+# killed is resumed; one that ends is compared with the run that nobody killed, and the next begins anew.
+ATTEMPTS = """
+import hashlib, os, random, shutil, signal, sys, time
+from pathlib import Path
+import torch
+from converters.gptq.convert import convert
+from converters.gptq.job import Options
+
+torch.set_num_threads(1)
+model, folder, attempts = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+out, state = folder / "out", folder / "out.state"
+asked = dict(bits=4, group_size=32, calib="builtin", calib_samples=4, calib_len=128, verify="off")
+
+def run():
+    list(convert(Options(model, out=out, resume=True, **asked)))
+
+def files():
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in out.iterdir()}
+
+def attempt(seconds):
+    pid = os.fork()
+    if pid == 0:
+        run()
+        os._exit(0)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(pid, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+run()  # imports what is imported late, before the first fork
+shutil.rmtree(out)
+started = time.monotonic()
+assert attempt(None) == 0
+whole = time.monotonic() - started
+good = files()
+assert not state.exists()
+shutil.rmtree(out)
+rng = random.Random(5)
+killed = resumed = 0
+for number in range(attempts):
+    resumed += any(state.glob("block-*.json"))
+    code = attempt(rng.uniform(0, whole))
+    assert code in (0, -signal.SIGKILL), code
+    killed += code == -signal.SIGKILL
+    if out.exists():
+        assert files() == good, number
+        shutil.rmtree(out)
+if not out.exists():
+    assert attempt(None) == 0
+assert files() == good
+assert not state.exists() and not list(folder.glob("*.part"))
+print(killed, resumed)
+"""
+
+
+def test_kill_at_20_random_moments_and_resume(tmp_path: Path) -> None:
+    model = tiny.tiny_checkpoint(tmp_path / "model", layers=6, d=128, ff=352)
+    (tmp_path / "out").mkdir()
+    command = [sys.executable, "-W", "ignore", "-c", ATTEMPTS, str(model), str(tmp_path / "out"), "24"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    killed, resumed = map(int, done.stdout.split())
+    assert killed >= 15, "most attempts should have been killed before they ended"
+    assert resumed >= 5, "several should have gone on from finished blocks"
