@@ -12,7 +12,15 @@ import click
 
 from dsconvert import __version__
 
-COMMANDS = ("gguf", "gptq", "verify", "compare", "inspect", "tokenizer")  # modules of dsconvert.commands
+COMMANDS = (
+    "gguf",
+    "gptq",
+    "imatrix",
+    "verify",
+    "compare",
+    "inspect",
+    "tokenizer",
+)  # modules of dsconvert.commands
 
 
 class Commands(click.Group):
