@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import random_llama
 import tiny
+import torch
 from click.testing import CliRunner
 from gguf import GGUFReader
 from test_capture import CPU, inputs_of, opened
