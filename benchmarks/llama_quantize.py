@@ -16,10 +16,24 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
+from converters.gguf.parse import open_gguf
 from converters.gguf.recipe import FILE_TYPES
 
 PACKAGE = "@node-llama-cpp/linux-x64@3.22.1"
 OPAQUE = 512  # more than llama_model_quantize_params has ever had
+
+
+class Entry(ctypes.Structure):
+    """llama_model_imatrix_data; a list of them ends with one without a name."""
+
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("data", ctypes.POINTER(ctypes.c_float)),
+        ("size", ctypes.c_size_t),
+    )
 
 
 class Params(ctypes.Structure):
@@ -28,7 +42,10 @@ class Params(ctypes.Structure):
     _fields_ = (
         ("threads", ctypes.c_int32),
         ("ftype", ctypes.c_int32),
-        ("rest", ctypes.c_char * (OPAQUE - 8)),
+        ("types", ctypes.c_int32 * 2),
+        ("switches", ctypes.c_bool * 8),
+        ("imatrix", ctypes.POINTER(Entry)),
+        ("rest", ctypes.c_char * (OPAQUE - 32)),
     )
 
 
@@ -61,11 +78,37 @@ def load(package: Path | None) -> ctypes.CDLL:
     return llama
 
 
-def quantize(source: Path, out: Path, quant: str, threads: int = 2, package: Path | None = None) -> None:
+def importance(path: Path) -> dict[str, npt.NDArray[np.float32]]:
+    """The importance of each entry of a GGUF matrix, the sum of squares divided by the count."""
+    tensors = {name: tensor.float32().reshape(-1) for name, tensor in open_gguf(path).tensors.items()}
+    names = [name.removesuffix(".counts") for name in tensors if name.endswith(".counts")]
+    seen = [name for name in names if tensors[name + ".counts"][0] > 0]
+    return {name: tensors[name + ".in_sum2"] / tensors[name + ".counts"][0] for name in seen}
+
+
+def entries(values: dict[str, npt.NDArray[np.float32]]) -> ctypes.Array[Entry]:
+    """The list that llama_model_quantize takes; valid as long as `values` is."""
+    pointer = ctypes.POINTER(ctypes.c_float)
+    filled = [Entry(name.encode(), data.ctypes.data_as(pointer), data.size) for name, data in values.items()]
+    return (Entry * (len(filled) + 1))(*filled)
+
+
+def quantize(
+    source: Path,
+    out: Path,
+    quant: str,
+    threads: int = 2,
+    package: Path | None = None,
+    imatrix: Path | None = None,
+) -> None:
     """Write `out` as llama-quantize would; raises RuntimeError when it fails."""
     llama = load(package)
     params = llama.llama_model_quantize_default_params()
     params.threads, params.ftype = threads, FILE_TYPES[quant]
+    values = importance(imatrix) if imatrix is not None else {}
+    listed = entries(values)
+    if values:
+        params.imatrix = ctypes.cast(listed, ctypes.POINTER(Entry))
     code = llama.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(params))
     if code:
         raise RuntimeError(f"llama_model_quantize gave {code} for {source}")
@@ -80,8 +123,9 @@ def main() -> None:
     parser.add_argument("quant")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--package", type=Path)
+    parser.add_argument("--imatrix", type=Path)
     given = parser.parse_args()
-    quantize(given.source, given.out, given.quant, given.threads, given.package)
+    quantize(given.source, given.out, given.quant, given.threads, given.package, given.imatrix)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Compares whole files with llama-quantize's: every tensor's type and bytes, for every mixture.
 
-    python benchmarks/same_files.py MODEL_PATH... [--quants q4_0,q4_k_m] [--package FOLDER]
+    python benchmarks/same_files.py MODEL_PATH... [--quants q4_0,q4_k_m] [--package FOLDER] [--imatrix FILE]
 
 For each model (a checkpoint folder, `sample:`) our bf16 GGUF goes through llama_model_quantize, and the
-checkpoint through ours; exit code 1 when any tensor differs. See llama_quantize.py for the libraries.
+checkpoint through ours, both with the importance matrix if one is given; exit code 1 when any tensor
+differs. See llama_quantize.py for the libraries.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ import numpy as np
 from converters.gguf.convert import convert
 from converters.gguf.job import Options
 from converters.gguf.parse import open_gguf
-from converters.gguf.recipe import FILE_TYPES
+from converters.gguf.recipe import MIXTURES
 
 QUANTIZE = Path(__file__).with_name("llama_quantize.py")
 
 
-def ours(model: str, quant: str, out: Path) -> None:
-    for _ in convert(Options(model, (quant,), out, verify="off", force=True)):
+def ours(model: str, quant: str, out: Path, imatrix: Path | None = None) -> None:
+    for _ in convert(Options(model, (quant,), out, verify="off", force=True, imatrix=imatrix)):
         pass
 
 
@@ -40,23 +41,35 @@ def compare(first: Path, second: Path) -> tuple[int, list[str]]:
     return len(set(a) | set(b)), different
 
 
+def defaults(with_imatrix: bool) -> list[str]:
+    """Every quantization that can be made."""
+    return [
+        name
+        for name, mixture in MIXTURES.items()
+        if name != "f32" and (with_imatrix or not mixture.needs_imatrix)
+    ]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("models", nargs="+")
-    parser.add_argument("--quants", default=",".join(name for name in FILE_TYPES if name != "f32"))
+    parser.add_argument("--quants", help="default: all that there are")
+    parser.add_argument("--imatrix", type=Path, help="an importance matrix that fits every model given")
     parser.add_argument("--package", help="folder of the unpacked npm package")
     given = parser.parse_args()
-    package = ["--package", given.package] if given.package else []
+    quants = (given.quants or ",".join(defaults(given.imatrix is not None))).split(",")
+    extra = ["--package", given.package] if given.package else []
+    extra += ["--imatrix", str(given.imatrix)] if given.imatrix else []
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
         source, mine, theirs = (Path(folder) / f"{name}.gguf" for name in ("bf16", "ours", "theirs"))
         for model in given.models:
             ours(model, "bf16", source)
-            for quant in given.quants.split(","):
-                ours(model, quant, mine)
-                command = [sys.executable, str(QUANTIZE), str(source), str(theirs), quant, *package]
+            for quant in quants:
+                ours(model, quant, mine, given.imatrix)
+                command = [sys.executable, str(QUANTIZE), str(source), str(theirs), quant, *extra]
                 subprocess.run(command, check=True, capture_output=True)
                 count, different = compare(mine, theirs)
                 failed += len(different)

@@ -139,6 +139,28 @@ def test_an_importance_matrix_raises_the_first_eighth_of_ffn_down() -> None:
     assert assign("q4_0")["blk.0.ffn_down.weight"] == "q4_0"
 
 
+def test_q2_k_s_is_what_llama_quantize_makes_of_it() -> None:
+    """Its types as llama_model_quantize gave them to 8 layers; attn_v only with grouped queries."""
+    types = assign("q2_k_s", imatrix=True)
+    downs = [types[f"blk.{i}.ffn_down.weight"] for i in range(8)]
+    assert downs == ["q4_k", *["q2_k"] * 7]
+    assert types["output.weight"] == "q6_k"
+    assert {types[f"blk.{i}.{key}.weight"] for i in range(8) for key in LAYER_SHAPES} == {"q2_k", "q4_k"}
+    assert {types[f"blk.{i}.attn_v.weight"] for i in range(8)} == {types["token_embd.weight"]} == {"q2_k"}
+    grouped = llama_shapes(8, 1024, 512, 8, 2)
+    types = choose("q2_k_s", grouped, layers=8, heads=8, kv_heads=2, imatrix=True)
+    assert {types[f"blk.{i}.attn_v.weight"] for i in range(8)} == {"q4_k"}
+
+
+def test_q2_k_s_needs_an_importance_matrix_for_all_but_the_ends() -> None:
+    with pytest.raises(UsageError, match="needs an importance matrix"):
+        assign("q2_k_s")
+    recipe.check_importance("q2_k_s", {"token_embd.weight": "q2_k", "blk.0.ffn_down.weight": "q4_k"})
+    recipe.check_importance("q2_k", {"blk.1.ffn_up.weight": "q2_k"})
+    with pytest.raises(UsageError, match=r"none that fits blk\.1\.ffn_up\.weight"):
+        recipe.check_importance("q2_k_s", {"token_embd.weight": "q2_k", "blk.1.ffn_up.weight": "q2_k"})
+
+
 def test_layers_are_counted_in_their_own_order() -> None:
     shapes = llama_shapes(24, 256, 512, 4, 4)
     backwards = dict(reversed(shapes.items()))
@@ -167,7 +189,7 @@ def test_aliases_and_file_types() -> None:
     assert recipe.canonical("Q4_K") == "q4_k_m"
     assert recipe.default_type("q3_k") == "q3_k"
     assert recipe.FILE_TYPES["q4_0"] == 2
-    assert len(set(recipe.FILE_TYPES.values())) == len(recipe.MIXTURES) == 17
+    assert len(set(recipe.FILE_TYPES.values())) == len(recipe.MIXTURES) == 18
 
 
 def test_file_types_are_those_of_the_gguf_library() -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from converters.gguf import metadata, mmproj, qtypes, recipe
+from converters.gguf import importance, kernels, metadata, mmproj, qtypes, recipe
 from converters.gguf.layout import KeyValues, Layout, Tensor, lay_out, lay_out_split
 from converters.gguf.towers import Towers, plan_towers, with_template
 from converters.gguf.writer import check_targets
@@ -43,6 +44,7 @@ class Options:
     mmproj: Path | None = None
     no_mmproj: bool = False
     mmproj_quant: str = "f16"
+    imatrix: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,9 @@ class Job:
     notes: tuple[str, ...]
     towers: Towers | None = None
     projector: Output | None = None
+    importance: Mapping[str, importance.Floats] = field(
+        default_factory=dict
+    )  # float32 [n_cols], by GGUF name
 
     @property
     def tensors(self) -> list[tuple[Spec, Sizes]]:
@@ -122,6 +127,7 @@ def prepare(options: Options) -> Job:
     specs = tuple(plan(arch, config, checkpoint.shapes()))
     checkpoint.check_readable(spec.hf for spec in specs)
     derived = arch.derived(config)
+    matrix = importance.read(options.imatrix) if options.imatrix is not None else None
     tokenizer = load_tokenizer(checkpoint.folder, config.vocab_size)
     resolution = resolve(tokenizer, options.pre)
     towers = plan_towers(checkpoint, config, tokenizer)
@@ -129,6 +135,7 @@ def prepare(options: Options) -> Job:
         tokenizer = with_template(tokenizer, towers)
     keys = all_keys(checkpoint, arch, config, specs) | gguf_keys(tokenizer, resolution.name)
     keys |= towers.keys if towers is not None else {}
+    keys |= matrix.keys if matrix is not None else {}
     folder, names = output_names(options, config, checkpoint.folder)
     shapes = {spec.gguf: spec.shape for spec in specs} | {name: a.shape for name, a in derived.items()}
     outputs = tuple(
@@ -136,10 +143,11 @@ def prepare(options: Options) -> Job:
         for quant, name in zip(options.quants, names, strict=True)
     )
     projector = plan_projector(options, checkpoint, config, towers, keys, outputs[0])
-    notes = (*tokenizer.notes, *resolution.notes, *(towers.notes if towers is not None else ()))
+    weights, unweighted = weigh(matrix, outputs)
+    notes = (*tokenizer.notes, *resolution.notes, *(towers.notes if towers is not None else ()), *unweighted)
     job = Job(
         options, checkpoint, arch, config, specs, derived, tokenizer, resolution.name,
-        outputs, notes, towers, projector,
+        outputs, notes, towers, projector, weights,
     )  # fmt: skip
     if not options.dry_run:
         check_targets(job.paths, [layout.nbytes for layout in job.layouts], options.force)
@@ -181,7 +189,7 @@ def plan_output(
     """Give every tensor the recipe's type, in the order of the file, and lay the files out."""
     choices = recipe.choose(
         quant, shapes, heads=config.heads, kv_heads=config.kv_heads, layers=config.layers,
-        overrides=options.overrides, pure=options.pure,
+        overrides=options.overrides, pure=options.pure, imatrix=options.imatrix is not None,
     )  # fmt: skip
     tensors = [Tensor(name, shape, qtypes.QTYPES[choices[name].type]) for name, shape in shapes.items()]
     keys = metadata.with_file_type(keys, recipe.FILE_TYPES[quant])
@@ -191,6 +199,30 @@ def plan_output(
     )
     named = {tensor.name: tensor for tensor in tensors}
     return Output(quant, tuple(layouts), named, dict(fallbacks), path.parent)
+
+
+def weigh(
+    matrix: importance.ImportanceMatrix | None, outputs: Sequence[Output]
+) -> tuple[dict[str, importance.Floats], list[str]]:
+    """The importance of every tensor whose type takes one, and notes on those that go without, by name.
+
+    Raises UsageError when the matrix is another model's, or lacks what a mixture cannot do without.
+    """
+    if matrix is None:
+        return {}, []
+    tensors = [tensor for output in outputs for tensor in output.tensors.values()]
+    shapes = {tensor.name: tensor.shape for tensor in tensors if kernels.takes_importance(tensor.qtype)}
+    if not shapes:
+        return {}, ["--imatrix changes nothing: no tensor gets a type that takes an importance matrix"]
+    weights, left = importance.select(matrix, shapes, shapes)
+    for output in outputs:
+        lacking = [name for name in output.tensors if name not in weights]
+        recipe.check_importance(output.quant, {name: output.tensors[name].qtype.name for name in lacking})
+    notes = [
+        f"quantized without importance, for which the matrix {why}: {', '.join(names)}"
+        for why, names in left.items()
+    ]
+    return weights, notes
 
 
 def plan_projector(

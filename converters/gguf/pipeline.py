@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,7 @@ class Chunk:
     start: int
     targets: tuple[Target, ...]
     last: bool
+    importance: npt.NDArray[np.float32] | None = None
 
 
 def write_tensors(job: Job, parts: list[PartFile]) -> Iterator[Event]:
@@ -75,20 +77,27 @@ def _values(job: Job, name: str) -> int:
 
 def _warm(job: Job) -> Iterator[Event]:
     """Compile what is not in the cache yet, before the threads need it, and say so."""
-    qtypes = {tensor.qtype for output in job.every_output for tensor in output.tensors.values()}
+    kinds = {
+        (tensor.qtype, tensor.name in job.importance and kernels.takes_importance(tensor.qtype))
+        for output in job.every_output
+        for tensor in output.tensors.values()
+    }
     sources = {job.checkpoint.dtype(spec.hf) for spec, _ in job.tensors} | ({"f32"} if job.derived else set())
-    for source in sorted(sources):
-        if not kernels.compiled(qtypes, source):
-            names = ", ".join(sorted(qtype.name for qtype in qtypes))
+    for source, weighted in product(sorted(sources), (False, True)):
+        qtypes = {qtype for qtype, with_importance in kinds if with_importance == weighted}
+        if not kernels.compiled(qtypes, source, weighted):
+            names = ", ".join(sorted(qtype.name for qtype in qtypes)) + " with importance" * weighted
             yield Step(f"compiling kernels {source} -> {names} (the first time; kept in the cache folder)")
-        kernels.warm(qtypes, source)
+        kernels.warm(qtypes, source, weighted)
 
 
 def _chunks(job: Job, parts: list[PartFile]) -> Iterator[Chunk]:
     """The whole work in the order of the files, so that reading and writing both run forward."""
     for spec, config in job.tensors:
         view = spec.forward(job.checkpoint.raw(spec.hf), config)
-        yield from _split(spec.gguf, spec.hf, view, _targets(job, parts, spec.gguf))
+        targets = _targets(job, parts, spec.gguf)
+        for chunk in _split(spec.gguf, spec.hf, view, targets):
+            yield replace(chunk, importance=job.importance.get(spec.gguf))
     for name, values in job.derived.items():
         yield from _split(name, name, values, _targets(job, parts, name))
 
@@ -118,7 +127,7 @@ def _run(chunk: Chunk) -> int:
     rows = np.require(chunk.view, requirements=["C", "A"]).reshape(-1, columns)
     for target in chunk.targets:
         out = np.empty((len(rows), target.qtype.nbytes(columns)), np.uint8)
-        flags |= kernels.quantize(target.qtype, rows, out)
+        flags |= kernels.quantize(target.qtype, rows, out, chunk.importance)
         target.part.write(out.data, target.offset + target.qtype.nbytes(chunk.start))
     return flags
 

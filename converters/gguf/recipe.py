@@ -78,6 +78,7 @@ class Mixture:
     attn_v: Rule = ()
     ffn_down: Rule = ()
     attn_output: Rule = ()
+    needs_imatrix: bool = False
 
 
 MIXTURES: dict[str, Mixture] = {
@@ -95,6 +96,13 @@ MIXTURES: dict[str, Mixture] = {
         attn_v=((four_heads_per_kv, "q4_k"), (always, "q3_k")),
         ffn_down=((always, "q3_k"),),
         attn_output=((always, "q3_k"),),
+    ),
+    "q2_k_s": Mixture(
+        21,
+        "q2_k",
+        attn_v=((four_heads_per_kv, "q4_k"),),
+        ffn_down=((first_eighth, "q4_k"),),
+        needs_imatrix=True,
     ),
     "q3_k_s": Mixture(11, "q3_k"),
     "q3_k_m": Mixture(
@@ -122,6 +130,7 @@ FILE_TYPES: dict[str, int] = {name: mixture.file_type for name, mixture in MIXTU
 
 # The names that llama.cpp counts by role.
 _ROLES = {"attn_v": "attn_v.weight", "ffn_down": "ffn_down", "attn_output": "attn_output.weight"}
+_WHOLE_MODEL = ("token_embd.weight", "output.weight")
 _LAYER = re.compile(r"\bblk\.(\d+)\.")
 
 
@@ -165,10 +174,17 @@ def choose(
     `shapes` are rows first, by GGUF name; without an "output.weight" the embedding counts as tied.
     `overrides` are (pattern, type): the first pattern found in a name gives its type. Unlike
     llama-quantize they also hold when `quant` is f32, f16 or bf16. `pure` gives the default type
-    to every matrix. Raises UsageError for an unknown type and for a pattern that is no regular expression
-    or fits no matrix.
+    to every matrix. `imatrix` says that an importance matrix is used. Raises UsageError for an unknown
+    type, for a pattern that is no regular expression or fits no matrix, and for a mixture that needs an
+    importance matrix without one.
     """
     mixture = _mixture(quant)
+    if mixture.needs_imatrix and not imatrix:
+        raise UsageError(
+            f"{quant} needs an importance matrix",
+            why="2-bit levels chosen without one lose the model",
+            hint="Give --imatrix FILE, or take q2_k",
+        )
     matrices = sorted((name for name in shapes if is_quantized(name, shapes[name])), key=_layer)
     manual = _overridden(matrices, overrides)
     # llama.cpp counts the tensors of a role as it meets them, layer by layer, without the overridden ones.
@@ -189,6 +205,22 @@ def choose(
                 seen[role] += 1
         result[name] = Choice(fitting(wanted, columns), wanted)
     return result
+
+
+def check_importance(quant: str, lacking: Mapping[str, str]) -> None:
+    """Raise UsageError when a mixture that needs an importance matrix has no data for one of its tensors.
+
+    `lacking` are the types of the tensors without data, by name. As in llama-quantize the embedding and the
+    output layer, of which no matrix has data, may go without, and so may other types than the mixture's own.
+    """
+    mixture = _mixture(quant)
+    bare = [name for name, kind in lacking.items() if kind == mixture.default and name not in _WHOLE_MODEL]
+    if mixture.needs_imatrix and bare:
+        raise UsageError(
+            f"{quant} needs importance data for every {mixture.default} tensor",
+            why=f"the matrix has none that fits {', '.join(bare[:3])}" + (" and others" if bare[3:] else ""),
+            hint=f"Give another type to it: --tensor-type '{bare[0]}=q4_k', or take q2_k",
+        )
 
 
 def is_quantized(name: str, shape: tuple[int, ...]) -> bool:

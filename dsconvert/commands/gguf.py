@@ -71,6 +71,12 @@ def _overrides(
     help="Type for the tensors whose GGUF name the pattern matches; may be repeated.",
 )
 @click.option("--pure", is_flag=True, help="The same type for every matrix, no mixture.")
+@click.option(
+    "--imatrix",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Importance matrix (dsconvert imatrix, llama-imatrix): quantize what counts more exactly.",
+)
 @click.option("--pre", metavar="NAME", help="The runtime's pre-tokenizer, when none is proven to fit.")
 @click.option(
     "--split-max-size",

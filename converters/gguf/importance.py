@@ -1,0 +1,191 @@
+"""Reads importance matrices as llama.cpp writes them: how much each input column of a linear counts.
+
+Two formats: GGUF with general.type "imatrix" (NAME.in_sum2 and NAME.counts, float32; what counts is the sum
+of squares divided by the count), and the older .dat (names, calls and sums one after the other, little
+endian). Source: tools/imatrix and common/imatrix-loader.cpp of llama.cpp. An importance belongs to columns,
+so the reordering of rows that q and k go through does not touch it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from converters.gguf.layout import MAGIC
+from converters.gguf.parse import GGUFFile, open_gguf
+from dsconvert.errors import CheckpointError, UsageError
+
+Floats = npt.NDArray[np.float32]
+SUMS, COUNTS = ".in_sum2", ".counts"
+NO_DATA = "has no data"
+
+
+@dataclass(frozen=True)
+class ImportanceMatrix:
+    """One file: importance, float32 [n_cols], by GGUF name; where it came from; what could not be used.
+
+    `unusable` gives for each entry left out the reason why.
+    """
+
+    path: Path
+    values: dict[str, Floats]
+    datasets: tuple[str, ...]
+    chunks: int
+    unusable: dict[str, str]
+
+    @property
+    def keys(self) -> dict[str, tuple[str, str | int]]:
+        """The keys that llama-quantize adds to a file that was made with the matrix."""
+        found: dict[str, tuple[str, str | int]] = {"quantize.imatrix.file": ("string", self.path.name)}
+        if self.datasets:
+            found["quantize.imatrix.dataset"] = ("string", self.datasets[0])
+        found["quantize.imatrix.entries_count"] = ("uint32", len(self.values) + len(self.unusable))
+        if self.chunks > 0:
+            found["quantize.imatrix.chunks_count"] = ("uint32", self.chunks)
+        return found
+
+
+def read(path: Path) -> ImportanceMatrix:
+    """Read an importance matrix of either format.
+
+    Raises CheckpointError when the file is none, is cut short or holds no entry.
+    """
+    try:
+        with path.open("rb") as file:
+            is_gguf = file.read(len(MAGIC)) == MAGIC
+    except OSError as error:
+        raise CheckpointError(
+            "the importance matrix cannot be read", where=path, why=error.strerror or str(error)
+        ) from None
+    return _from_gguf(open_gguf(path)) if is_gguf else _from_dat(path)
+
+
+def select(
+    matrix: ImportanceMatrix, shapes: Mapping[str, tuple[int, ...]], wanted: Iterable[str]
+) -> tuple[dict[str, Floats], dict[str, list[str]]]:
+    """What the matrix has for the tensors `wanted`, and the names of the others by the reason why.
+
+    `shapes` are rows first. Raises UsageError when the matrix fits none of them: it is another model's.
+    """
+    chosen: dict[str, Floats] = {}
+    left: dict[str, list[str]] = {}
+    for name in wanted:
+        values, columns = matrix.values.get(name), shapes[name][-1]
+        if values is not None and values.size == columns:
+            chosen[name] = values
+        elif values is not None:
+            left.setdefault(f"has {values.size} values for {columns} columns", []).append(name)
+        else:
+            left.setdefault(matrix.unusable.get(name, NO_DATA), []).append(name)
+    if left and not chosen:
+        known = ", ".join([*matrix.values, *matrix.unusable][:2])
+        raise UsageError(
+            "the importance matrix has nothing for this model",
+            where=matrix.path,
+            why=f"its entries are such as {known}; {next(iter(left.values()))[0]} {next(iter(left))}",
+            hint="Make one from this model: dsconvert imatrix MODEL --outfile imatrix.gguf",
+        )
+    return chosen, left
+
+
+def _from_gguf(file: GGUFFile) -> ImportanceMatrix:
+    kind = file.keys.get("general.type")
+    names = dict.fromkeys(
+        name.removesuffix(end) for name in file.tensors for end in (SUMS, COUNTS) if name.endswith(end)
+    )
+    if kind != "imatrix" or not names:
+        why = f"its general.type is {str(kind)[:40]!r}, it has {len(names)} entries"
+        raise CheckpointError("is no importance matrix", where=file.path, why=why)
+    values: dict[str, Floats] = {}
+    unusable: dict[str, str] = {}
+    for name in names:
+        sums, counts = (_flat(file, name + end) for end in (SUMS, COUNTS))
+        _keep(name, sums, counts, values, unusable)
+    datasets = file.keys.get("imatrix.datasets", [])
+    chunks = file.keys.get("imatrix.chunk_count", 0)
+    return ImportanceMatrix(
+        file.path,
+        values,
+        tuple(text for text in datasets if isinstance(text, str)) if isinstance(datasets, list) else (),
+        chunks if isinstance(chunks, int) else 0,
+        unusable,
+    )
+
+
+def _flat(file: GGUFFile, name: str) -> Floats:
+    """A tensor's values in one row; raises CheckpointError when it is missing or no float32."""
+    tensor = file.tensors.get(name)
+    if tensor is None or tensor.qtype.name != "f32":
+        raise CheckpointError(
+            f"the entry {name[:80]!r} is {'missing' if tensor is None else 'of type ' + tensor.qtype.name}",
+            where=file.path,
+            why="every entry is a pair of float32 tensors, in_sum2 and counts",
+        )
+    return tensor.float32().reshape(-1)
+
+
+def _keep(
+    name: str, sums: Floats, counts: Floats, values: dict[str, Floats], unusable: dict[str, str]
+) -> None:
+    """Put sums / count into `values`, or the reason why not into `unusable`."""
+    # A count is rounded and the quotient taken in float32, as llama.cpp does: the bytes depend on it.
+    count = np.floor(counts.astype(np.float64) + 0.5).astype(np.float32)
+    if counts.size != 1:
+        unusable[name] = f"is {counts.size} matrices in one, which no tensor here is"
+    elif not count[0] > 0:
+        unusable[name] = "has a count of 0: its input was never seen"
+    else:
+        with np.errstate(over="ignore"):
+            quotient = (sums / count[0]).astype(np.float32)
+        if not np.isfinite(quotient).all() or (quotient < 0).any():
+            unusable[name] = "has values that are negative, NaN or infinite"
+        else:
+            values[name] = quotient
+
+
+class _Bytes:
+    """A position in the file; every read is checked against the end."""
+
+    def __init__(self, path: Path) -> None:
+        self.data, self.path, self.at = path.read_bytes(), path, 0
+
+    def take(self, size: int, what: str) -> bytes:
+        if size < 0 or self.at + size > len(self.data):
+            raise CheckpointError(
+                "is no importance matrix, or is cut short",
+                where=self.path,
+                why=f"{what} does not fit in its {len(self.data)} bytes at byte {self.at}",
+                hint="Give a file made by dsconvert imatrix or llama-imatrix",
+            )
+        self.at += size
+        return self.data[self.at - size : self.at]
+
+    def number(self, what: str) -> int:
+        return int(struct.unpack("<i", self.take(4, what))[0])
+
+    def string(self, what: str) -> str:
+        return self.take(self.number(what), what).decode("utf-8", errors="replace")
+
+
+def _from_dat(path: Path) -> ImportanceMatrix:
+    source = _Bytes(path)
+    n_entries = source.number("the number of entries")
+    if n_entries < 1:
+        raise CheckpointError("is no importance matrix", where=path, why=f"it has {n_entries} entries")
+    values: dict[str, Floats] = {}
+    unusable: dict[str, str] = {}
+    for number in range(n_entries):
+        name = source.string(f"the name of entry {number}")
+        calls = source.number(f"entry {number}")
+        size = 4 * source.number(f"entry {number}")
+        sums = np.frombuffer(source.take(size, f"entry {number}"), "<f4").astype(np.float32)
+        _keep(name, sums, np.array([calls], np.float32), values, unusable)
+    # What was run through the model is told at the end, by newer versions only.
+    chunks = source.number("the number of chunks") if source.at < len(source.data) else 0
+    dataset = source.string("the data set's name") if source.at < len(source.data) else ""
+    return ImportanceMatrix(path, values, (dataset,) if dataset else (), chunks, unusable)
