@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from dsconvert.figures import Figures
 from dsconvert.thresholds import Thresholds, Verdict
 from dsconvert.verify import Comparison
 from dsconvert.windows import Windows
+
+if TYPE_CHECKING:
+    from dsconvert.engines.parity import EngineFigures
 
 Decode = Callable[[Sequence[int]], str]
 WORST, CONTEXT = 20, 24
@@ -42,6 +45,7 @@ class Report:
     windows: Windows
     sizes: tuple[TypeSize, ...] = ()
     provenance: Mapping[str, str] = field(default_factory=dict)
+    engine: EngineFigures | None = None
     decode: Decode | None = None
 
 
@@ -137,6 +141,7 @@ def as_dict(report: Report) -> dict[str, Any]:
         "checks": [check.as_dict() for check in report.verdict.checks],
         "limits": asdict(report.limits),
         "figures": None if figures is None else asdict(figures),
+        "engine": None if report.engine is None else asdict(report.engine),
         "broken": found.broken,
         "blocks": [asdict(block) for block in found.blocks],
         "tensors": [{**asdict(tensor), "equal": tensor.snr == math.inf} for tensor in found.tensors],

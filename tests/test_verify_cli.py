@@ -211,6 +211,11 @@ def test_the_real_runtime_agrees(files: dict[str, Path]) -> None:
         checks = {check["name"]: check for check in found["checks"]}
         assert {"engine ids", "engine BOS", "engine template", "engine PPL", "engine KLD"} <= set(checks)
         assert checks["engine PPL"]["value"] == pytest.approx(found["figures"]["ppl"]["value"], rel=5e-3)
+        engine = found["engine"]
+        assert engine["name"] == "llama.cpp"
+        assert engine["figures"]["tokens"] == found["figures"]["tokens"]
+        ratio = engine["figures"]["ppl"]["value"] / found["figures"]["ppl"]["value"]
+        assert engine["ppl_to_weights"]["value"] == pytest.approx(ratio)
         if quant == "f32":
             assert checks["engine KLD"]["value"] < 1e-5
 

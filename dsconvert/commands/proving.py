@@ -27,7 +27,7 @@ from tokenizer_tools.library import ids as encode
 from tokenizer_tools.vocabulary import NORMAL
 
 if TYPE_CHECKING:
-    from dsconvert.engines.llamacpp import Engine
+    from dsconvert.engines.parity import EngineFigures
 
 PAGE = 20_000  # characters of text on which tokenizers are compared, besides the probes
 RUNTIME_LENGTH = 512  # tokens: the window of llama.cpp's perplexity tool
@@ -84,11 +84,14 @@ def prove(path: Path, reference: Reference, asked: Asked) -> Generator[Event, No
     yield Step(f"{path}: {opened.kind} {opened.quant}, {opened.bits:.2f} bits per weight")
     checks = check_text(opened, reference, chosen_text.pages)
     yield from checks
-    if asked.engine:
-        with open_engine(path, chosen_text.windows.length) as engine:
-            comparison, found = yield from check_all(opened, reference, chosen_text, limits, asked, engine)
-    else:
-        comparison, found = yield from check_all(opened, reference, chosen_text, limits, asked, None)
+    where: dict[str, Any] = {"device": asked.device, "dtype": asked.dtype}
+    comparison = yield from compare(opened, reference, chosen_text, asked, where)
+    found = list(verify.judge(comparison, limits).checks)
+    yield from found
+    engine = None
+    if asked.engine and comparison.tokens is not None:
+        engine, others = yield from run_engine(opened, reference, chosen_text, limits, comparison, where)
+        found += others
     said = verdict([*checks, *found])
     report = Report(
         title=f"{path.name} against {reference.folder.resolve().name}",
@@ -98,6 +101,7 @@ def prove(path: Path, reference: Reference, asked: Asked) -> Generator[Event, No
         windows=chosen_text.windows,
         sizes=opened.sizes,
         provenance=provenance(opened, reference, chosen_text, asked, comparison),
+        engine=engine,
         decode=lambda ids: str(reference.tokenizer.tokenizer.decode(list(ids), skip_special_tokens=False)),
     )
     return Proof(opened, report)
@@ -167,34 +171,36 @@ def handling(reference: Reference, opened: Opened) -> identity.TextHandling:
     return identity.TextHandling(own.tokenizer, own.special, own.add_bos, own.add_eos, known)
 
 
-def check_all(
+def run_engine(
     opened: Opened,
     reference: Reference,
     chosen_text: Text,
     limits: Thresholds,
-    asked: Asked,
-    engine: Engine | None,
-) -> Generator[Event, None, tuple[Comparison, list[Check]]]:
-    """Weights, blocks and logits, then the same through the engine; yields each Check as it is known."""
-    where: dict[str, Any] = {"device": asked.device, "dtype": asked.dtype}
-    lengths = token_bytes(reference)
-    comparison = yield from compare(opened, reference, chosen_text, asked, lengths, where)
-    checks = list(verify.judge(comparison, limits).checks)
-    yield from checks
-    if engine is None or comparison.tokens is None:
-        return comparison, checks
-    from dsconvert.engines import parity as runtime
+    comparison: Comparison,
+    where: dict[str, Any],
+) -> Generator[Event, None, tuple[EngineFigures, list[Check]]]:
+    """The same text through llama.cpp: ids, BOS, template, logits; yields each Check as it is known.
 
-    own = handling(reference, opened)
-    pages = chosen_text.pages
-    found = runtime.check_engine_text(
-        engine, pages, encode(own.tokenizer, pages), reference.tokenizer.first_id, own.template
-    )
-    windows = chosen_text.windows
-    tokens = yield from runtime.engine_figures(engine, reference.source, reference.config, windows, **where)
-    found += runtime.judge_engine(tokens, comparison.tokens, limits)
-    yield from found
-    return comparison, [*checks, *found]
+    Raises ConversionError where llama.cpp is not installed or does not load the file.
+    """
+    from dsconvert.engines import parity as runtime
+    from dsconvert.engines.llamacpp import Engine
+
+    own, windows, pages = handling(reference, opened), chosen_text.windows, chosen_text.pages
+    assert comparison.tokens is not None
+    assert comparison.figures is not None
+    with Engine(opened.path, n_ctx=windows.length, threads=len(os.sched_getaffinity(0))) as engine:
+        checks = runtime.check_engine_text(
+            engine, pages, encode(own.tokenizer, pages), reference.tokenizer.first_id, own.template
+        )
+        yield from checks
+        tokens = yield from runtime.engine_figures(
+            engine, reference.source, reference.config, windows, **where
+        )
+    found = runtime.engine_summary(tokens, comparison.tokens)
+    judged = runtime.judge_engine(found, comparison.figures, limits)
+    yield from judged
+    return found, [*checks, *judged]
 
 
 def compare(
@@ -202,11 +208,10 @@ def compare(
     reference: Reference,
     chosen_text: Text,
     asked: Asked,
-    lengths: IntArray,
     where: dict[str, Any],
 ) -> Generator[Event, None, Comparison]:
     """Both models over the windows, or the output against a file of the base's log-probabilities."""
-    config, windows = reference.config, chosen_text.windows
+    config, windows, lengths = reference.config, chosen_text.windows, token_bytes(reference)
     if asked.kld_base is not None:
         if asked.kld_base.exists():
             base = kld_base.open_base(asked.kld_base)
@@ -239,13 +244,6 @@ def token_bytes(reference: Reference) -> IntArray:
         for token, kind in zip(data.tokens, data.types, strict=True)
     ]
     return np.array(lengths, np.int64)
-
-
-def open_engine(path: Path, length: int) -> Engine:
-    """llama.cpp with the file loaded; raises ConversionError where that cannot be."""
-    from dsconvert.engines.llamacpp import Engine
-
-    return Engine(path, n_ctx=length, threads=len(os.sched_getaffinity(0)))
 
 
 def provenance(

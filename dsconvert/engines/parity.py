@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +13,16 @@ from dsconvert.arch import WeightSource
 from dsconvert.config import ModelConfig
 from dsconvert.engines.llamacpp import Engine
 from dsconvert.events import Check, Event, Step
-from dsconvert.figures import TokenFigures, joined, mean, summary, token_figures
+from dsconvert.figures import (
+    Estimate,
+    Figures,
+    TokenFigures,
+    exponential,
+    joined,
+    mean,
+    summary,
+    token_figures,
+)
 from dsconvert.thresholds import Thresholds
 from dsconvert.windows import Windows
 
@@ -63,21 +72,36 @@ def _tensor(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]], like: torc
     return torch.as_tensor(array).to(like.device)
 
 
-def judge_engine(engine: TokenFigures, own: TokenFigures, limits: Thresholds) -> list[Check]:
-    """The runtime's divergence from the reference, and its perplexity beside that of the file's weights.
+@dataclass(frozen=True)
+class EngineFigures:
+    """What the runtime made of a file: its figures against the reference, and against the file's weights.
 
-    `own` are the figures of the file as read here, over the same predictions.
+    `ppl_to_weights` is its perplexity over that of the file's weights read here; the rest of its error is
+    the runtime's arithmetic.
     """
-    found, weights = summary(engine), summary(own)
-    ratio = mean(engine.nll - own.nll)
+
+    name: str
+    figures: Figures
+    ppl_to_weights: Estimate
+
+
+def engine_summary(engine: TokenFigures, own: TokenFigures) -> EngineFigures:
+    """The runtime's figures; `own` are the file's as read here, over the same predictions."""
+    ratio = exponential(mean(engine.nll - own.nll))
+    return EngineFigures("llama.cpp", summary(engine), ratio)
+
+
+def judge_engine(engine: EngineFigures, own: Figures, limits: Thresholds) -> list[Check]:
+    """The runtime's divergence from the reference, and its perplexity beside that of the file's weights."""
+    found, weights, ratio = engine.figures, own, engine.ppl_to_weights
     margin = PPL_MARGIN + 3 * ratio.error
     limit = limits.max_kld + KLD_FLOOR
     return [
         Check(
             "engine PPL",
-            abs(ratio.value) <= margin,
+            abs(ratio.value - 1) <= margin,
             f"llama.cpp's perplexity {found.ppl.value:.4f}, of the file's weights {weights.ppl.value:.4f} "
-            f"({math.expm1(ratio.value):+.2%}, limit {margin:.2%})",
+            f"({ratio.value - 1:+.2%} ± {ratio.error:.2%}, limit {margin:.2%})",
             found.ppl.value,
         ),
         Check(
