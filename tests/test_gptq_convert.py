@@ -282,3 +282,32 @@ def test_the_plan_is_exact(tmp_path: Path, model: Path) -> None:
     assert planned.nbytes == (sum(tensor.nbytes for tensor in stored),)
     assert sum(row.nbytes for row in planned.tensors) == planned.nbytes[0]
     assert load_config(tmp_path / "out").layers == 3
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+def test_a_faithful_result_passes_at_every_width(tmp_path: Path, bits: int) -> None:
+    events = run("sample:", tmp_path / "out", verify="quick", bits=bits, group_size=-1)
+    checks = [e for e in events if isinstance(e, Check)]
+    assert len(checks) >= 5
+    assert [check.detail for check in checks if not check.passed] == []
+
+
+@pytest.mark.parametrize("language_only", [False, True])
+def test_a_model_with_a_tower(tmp_path: Path, language_only: bool) -> None:
+    """Whole, or its language model as a plain Llama folder; the tower stays as it is."""
+    out = tmp_path / "out"
+    events = run("sample-vl:", out, verify="quick", language_only=language_only)
+    assert all(e.passed for e in events if isinstance(e, Check))
+    config, read = load_json(out / "config.json"), open_model(out)
+    source = open_checkpoint("sample-vl:")
+    assert config["quantization_config"]["bits"] == 4
+    towers = [name for name in source.shapes() if "vision" in name or "aligner" in name]
+    assert towers
+    if language_only:
+        assert config["architectures"] == ["LlamaForCausalLM"]
+        assert not set(towers) & read.shapes().keys()
+        assert "model.layers.0.mlp.up_proj.weight" in read.shapes()
+        return
+    assert config["architectures"] == load_json(source.folder / "config.json")["architectures"]
+    assert read.shapes() == source.shapes()
+    assert all((read.checkpoint.raw(name) == source.raw(name)).all() for name in towers)
