@@ -139,8 +139,8 @@ def test_an_importance_matrix_raises_the_first_eighth_of_ffn_down() -> None:
     assert assign("q4_0")["blk.0.ffn_down.weight"] == "q4_0"
 
 
-def test_q2_k_s_is_what_llama_quantize_makes_of_it() -> None:
-    """Its types as llama_model_quantize gave them to 8 layers; attn_v only with grouped queries."""
+def test_q2_k_s_follows_the_rules_of_llama_quantize() -> None:
+    """Read from its source: the golden choices have no q2_k_s."""
     types = assign("q2_k_s", imatrix=True)
     downs = [types[f"blk.{i}.ffn_down.weight"] for i in range(8)]
     assert downs == ["q4_k", *["q2_k"] * 7]
