@@ -99,7 +99,7 @@ def make(folder: Path, tokenizer: Path) -> None:
 def measure(command: list[str]) -> Run:
     """Run a process and account for it; memory is sampled from /proc every 5 ms."""
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     peaks, ended = {"RssAnon": 0, "VmHWM": 0}, threading.Event()
 
     def sample() -> None:
@@ -112,9 +112,9 @@ def measure(command: list[str]) -> Run:
             except (OSError, ValueError):
                 return
 
-    thread = threading.Thread(target=sample)
+    thread = threading.Thread(target=sample, daemon=True)
     thread.start()
-    error = process.stderr.read() if process.stderr else ""
+    error = process.stderr.read().decode(errors="replace") if process.stderr else ""
     _, status, usage = os.wait4(process.pid, 0)
     wall = time.perf_counter() - started
     process.returncode = os.waitstatus_to_exitcode(status)
