@@ -125,13 +125,13 @@ def run(
     effort: Effort,
     *,
     token_bytes: IntArray | None = None,
+    keep_states: bool = False,
     **where: Any,
 ) -> Generator[Event, None, Comparison]:
     """Run the chosen effort: `verify.compare` or `compare_blocks`, whose options `where` are."""
     if effort.blocks is None:
-        return (
-            yield from compare(reference, candidate, config, effort.windows, token_bytes=token_bytes, **where)
-        )
+        more: dict[str, Any] = {"token_bytes": token_bytes, "keep_states": keep_states, **where}
+        return (yield from compare(reference, candidate, config, effort.windows, **more))
     return (yield from compare_blocks(reference, candidate, config, effort.windows, effort.blocks, **where))
 
 

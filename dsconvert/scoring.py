@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from dsconvert import streaming as st
 from dsconvert.figures import TOP
+from dsconvert.windows import Windows
 
 if TYPE_CHECKING:
     import torch
@@ -103,3 +105,14 @@ class Scores:
             "overlap": same.double().mean(-1),
         }
         return {name: column.cpu().numpy() for name, column in columns.items()}
+
+
+def scored_states(
+    decoder: st.Decoder, norm: torch.Tensor, hidden: torch.Tensor, windows: Windows
+) -> torch.Tensor:
+    """Of states [n, length, d] those whose predictions are scored, after the final norm: [tokens, d]."""
+    import torch
+
+    places = windows.all_places()
+    at = tuple(torch.from_numpy(places[name]).to(hidden.device) for name in ("window", "position"))
+    return st.normed(decoder, norm, hidden[at])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -29,7 +29,7 @@ from dsconvert.figures import (
     snr,
     summary,
 )
-from dsconvert.scoring import Scores
+from dsconvert.scoring import Scores, scored_states
 from dsconvert.thresholds import Thresholds, Verdict, judge_blocks, judge_figures, judge_tensors, verdict
 from dsconvert.windows import Windows
 
@@ -44,7 +44,8 @@ class Comparison:
     """What a comparison found.
 
     `figures` and `tokens` are None when a model broke, and `broken` says where; or when only a sample of
-    blocks ran. `config` are the differences of the two configs.
+    blocks ran. `config` are the differences of the two configs. `states` [tokens, d], kept when asked, are
+    the reference's after the final norm: times its head they are its logits.
     """
 
     figures: Figures | None
@@ -53,6 +54,7 @@ class Comparison:
     tensors: tuple[TensorError, ...]
     config: tuple[str, ...] = ()
     broken: str = ""
+    states: torch.Tensor | None = field(default=None, repr=False, compare=False)
 
 
 def result(run: Generator[Event, None, Result]) -> Result:
@@ -75,6 +77,7 @@ def compare(
     device: str = "auto",
     dtype: str | None = None,
     token_bytes: IntArray | None = None,
+    keep_states: bool = False,
 ) -> Generator[Event, None, Comparison]:
     """Run both models over the windows and compare every tensor, block and scored prediction.
 
@@ -99,10 +102,12 @@ def compare(
         error = run.compare_hidden(index, hidden)
         yield BlockCompared(index, config.layers, error.relative, error.cosine)
     yield Step(f"scoring {windows.scored} predictions")
-    tokens, broken = run.score(hidden)
+    states = run.final_states(hidden)
+    tokens, broken = run.score(states)
     if tokens is None:
         return run.ended(broken)
-    return Comparison(summary(tokens, token_bytes), tokens, tuple(run.blocks), tuple(run.tensors), run.config)
+    found = replace(run.ended(""), figures=summary(tokens, token_bytes), tokens=tokens)
+    return replace(found, states=states[0]) if keep_states else found
 
 
 def differences(pair: tuple[st.Decoder, st.Decoder]) -> tuple[str, ...]:
@@ -230,23 +235,24 @@ class Run:
         source = self.pair[1].source
         self.tensors.append(TensorError(name, source.dtype(name), source.shapes()[name], noise.decibel))
 
-    def score(self, hidden: list[torch.Tensor]) -> tuple[TokenFigures | None, str]:
-        """The figures of every scored prediction, or who broke; `hidden` is emptied.
+    def final_states(self, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Both models' states [tokens, d] where predictions are scored, normed; `hidden` is emptied."""
+        norms = self.read(st.NORM, st.NORM)
+        return [
+            scored_states(decoder, norm, hidden.pop(0), self.windows)
+            for decoder, norm in zip(self.pair, norms, strict=True)
+        ]
+
+    def score(self, states: list[torch.Tensor]) -> tuple[TokenFigures | None, str]:
+        """The figures of every scored prediction, or who broke.
 
         Both heads go by in slices. A tied pair's error is the embedding's, noted already.
         """
         import torch
 
         places: dict[str, Any] = self.windows.all_places()
-        device = hidden[0].device
-        at = torch.from_numpy(places["window"]).to(device), torch.from_numpy(places["position"]).to(device)
-        norms = self.read(st.NORM, st.NORM)
-        states = [
-            st.normed(decoder, norm, hidden.pop(0)[at])
-            for decoder, norm in zip(self.pair, norms, strict=True)
-        ]
         config, noise = self.pair[0].config, Noise()
-        scores = Scores(torch.from_numpy(places["target"]).to(device), config.vocab_size)
+        scores = Scores(torch.from_numpy(places["target"]).to(states[0].device), config.vocab_size)
         for part in st.slices(config.vocab_size, config.hidden_size):
             heads = [st.read(decoder, decoder.head, part) for decoder in self.pair]
             noise.add(*heads)

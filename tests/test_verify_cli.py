@@ -327,3 +327,14 @@ def test_a_sample_of_blocks_has_no_figures_and_still_finds_defects(
     failed = command("verify", bad, *ask)
     assert failed.exit_code == 3
     assert "lm_head.weight: signal to noise 0.0 dB" in failed.stderr
+
+
+@needs_llamacpp
+def test_the_reference_is_run_once_more_where_its_states_are_not_at_hand(
+    files: dict[str, Path], tmp_path: Path
+) -> None:
+    ask = ("verify", files["q8_0"], "--against", "sample:", "--windows", 2, "--length", 64, "--json", "-")
+    engine = ("--engine", "llama.cpp", "--kld-base", tmp_path / "base.kld")
+    kept, again = (json.loads(command(*ask, *engine).stdout)["engine"]["figures"] for _ in range(2))
+    assert again["kld"]["value"] == pytest.approx(kept["kld"]["value"], rel=1e-4)
+    assert again["ppl_base"]["value"] == pytest.approx(kept["ppl_base"]["value"], rel=1e-6)

@@ -195,7 +195,7 @@ def run_engine(
         )
         yield from checks
         tokens = yield from runtime.engine_figures(
-            engine, reference.source, reference.config, windows, **where
+            engine, reference.source, reference.config, windows, states=comparison.states, **where
         )
     found = runtime.engine_summary(tokens, comparison.tokens)
     judged = runtime.judge_engine(found, comparison.figures, limits)
@@ -227,7 +227,7 @@ def compare(
     yield Step("verifying " + chosen.text)
     found = yield from effort.run(
         reference.source, opened.source, config, chosen, candidate_config=opened.config,
-        token_bytes=lengths, **where,
+        token_bytes=lengths, keep_states=asked.engine is not None, **where,
     )  # fmt: skip
     if chosen.blocks is None:
         return found

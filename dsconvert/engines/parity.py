@@ -23,6 +23,7 @@ from dsconvert.figures import (
     summary,
     token_figures,
 )
+from dsconvert.scoring import scored_states
 from dsconvert.thresholds import Thresholds
 from dsconvert.windows import Windows
 
@@ -41,28 +42,34 @@ def engine_figures(
     config: ModelConfig,
     windows: Windows,
     *,
+    states: torch.Tensor | None = None,
     device: str = "auto",
     dtype: str | None = None,
 ) -> Generator[Event, None, TokenFigures]:
-    """Run the reference block by block and the engine window by window over the same tokens.
+    """The engine's figures against the reference, window by window over the same tokens.
 
-    Yields Steps. Holds the reference's head and one window's logits. Raises what both raise.
+    `states` are the reference's final ones, see verify.Comparison; where there are none it is run once
+    more. Yields Steps. Holds the reference's head and one window's logits. Raises what both raise.
     """
     place = st.pick_device(device)
     decoder = st.open_decoder(reference, config, place, st.pick_dtype(dtype, place))
-    hidden = st.embed(st.read(decoder, st.EMBED), windows.tokens, decoder.dtype)
-    for index in range(config.layers):
-        hidden = st.run_block(decoder, st.load_block(decoder, index), hidden)
     norm, head = st.head_weights(decoder)
-    parts = []
+    if states is None:
+        hidden = st.embed(st.read(decoder, st.EMBED), windows.tokens, decoder.dtype)
+        for index in range(config.layers):
+            hidden = st.run_block(decoder, st.load_block(decoder, index), hidden)
+        states = scored_states(decoder, norm, hidden, windows)
+    parts, done = [], 0
     for window, first in enumerate(windows.first.tolist()):
         yield Step(f"llama.cpp: window {window + 1} of {len(windows.first)}")
         theirs = engine.logits(windows.tokens[window])
         for rows in st.chunks(first, windows.length - 1, config.vocab_size):
-            own = st.logits(decoder, norm, head, hidden[window, rows])
+            count = rows.stop - rows.start
+            own = (states[done : done + count] @ head.T).float()
             other = _tensor(theirs[rows, : config.vocab_size], own)
             targets = _tensor(windows.targets(window, rows), own)
             parts.append(token_figures(own, other, targets) | windows.places(window, rows))
+            done += count
     return joined(parts)
 
 
