@@ -36,7 +36,7 @@ from dsconvert.inner import language_model
 
 def kld(job: Job, source: WeightSource) -> tuple[float, float]:
     """Mean KL divergence in nats over the held-out windows, and its standard error."""
-    compared = verify.result(verify.compare(job.source, source, job.config, evaluation(job)))
+    compared = verify.result(verify.compare(job.model.source, source, job.model.config, evaluation(job)))
     assert compared.figures is not None, compared.broken
     return compared.figures.kld.value, compared.figures.kld.error
 
@@ -74,7 +74,7 @@ def peer(options: Options, out: Path) -> tuple[float, float, float]:
         sym=True, damp_percent=options.damp,
     )  # fmt: skip
     started = time.monotonic()
-    model = GPTQModel.load(str(job.checkpoint.folder), config, device="cpu")
+    model = GPTQModel.load(str(job.model.checkpoint.folder), config, device="cpu")
     model.quantize(rows, batch_size=1)
     model.save(str(out))
     seconds = time.monotonic() - started
@@ -117,15 +117,21 @@ def main() -> int:
             }  # fmt: skip
             with rounding():
                 job, plain, error, seconds = run(Options(model, act_order=False, **shared))
-            line("round to nearest", plain, error, seconds, job.config.layers)
+            line("round to nearest", plain, error, seconds, job.model.config.layers)
             for act_order in (False, True):
                 options = Options(model, act_order=act_order, **shared)
                 job, value, error, seconds = run(options)
-                line("act-order" if act_order else "natural order", value, error, seconds, job.config.layers)
+                line(
+                    "act-order" if act_order else "natural order",
+                    value,
+                    error,
+                    seconds,
+                    job.model.config.layers,
+                )
                 worse += value > plain
                 if given.gptqmodel:
                     found = peer(options, Path(folder) / f"peer{act_order}")
-                    line("gptqmodel, the same", *found, job.config.layers)
+                    line("gptqmodel, the same", *found, job.model.config.layers)
     print(f"{worse} settings worse than round to nearest")
     return 1 if worse else 0
 

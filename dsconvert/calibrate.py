@@ -9,6 +9,7 @@ from pathlib import Path
 from dsconvert.calibration import Calibration, held_against, sample, warnings
 from dsconvert.drawing import Ask
 from dsconvert.encoding import Encode, IntArray
+from dsconvert.errors import UsageError
 from dsconvert.events import Event, Step, Warn
 from dsconvert.textdata import chats, load_text
 from dsconvert.textfiles import Message
@@ -16,7 +17,10 @@ from dsconvert.textfiles import Message
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which text, how much of it: `samples` windows of `length` tokens; `bos` begins documents if given."""
+    """Which text, how much of it: `samples` windows of `length` tokens; `bos` begins documents if given.
+
+    `chat` is a file of conversations, taken in the text's stead.
+    """
 
     text: str = "c4"
     samples: int = 128
@@ -40,15 +44,22 @@ def calibrate(
     much of the calibration text stands there too. `render` writes a conversation with the chat template.
     Yields what is going on and what the user should know; raises what `load_text` and `sample` raise.
     """
+    bos = wanted.bos
     if wanted.chat is not None and render is not None:
-        text = chats(wanted.chat, render)
+        text, bos = chats(wanted.chat, render), None  # a template writes its own
     else:
         text = yield from load_text(wanted.text, "calibration", offline=wanted.offline)
     length = min(wanted.length, context)
     if length < wanted.length:
         yield Warn(f"the model takes {context} tokens at once: calibration windows are as long")
     yield Step(f"drawing {wanted.samples} windows of {length} tokens from {text.name}")
-    drawn = sample(text, encode, Ask(wanted.samples, length, wanted.seed, wanted.bos))
+    drawn = sample(text, encode, Ask(wanted.samples, length, wanted.seed, bos))
     drawn = held_against(drawn, evaluation, "builtin")
     yield from warnings(drawn.report)
     return drawn
+
+
+def check_chat(path: Path | None) -> None:
+    """See that a file of conversations is there before any work; raises UsageError."""
+    if path is not None and not path.is_file():
+        raise UsageError("is no file", where=path, hint="Give a JSON lines file of conversations")

@@ -130,19 +130,19 @@ def open_checkpoint(model: str | Path | None = None) -> Checkpoint:
     folder = path if path.is_dir() else path.parent
     config = load_json(folder / "config.json")
     if path.is_dir():
-        files, tensors = _open_folder(folder)
+        files, tensors = open_weights(folder)
     else:
         kind = TORCH if path.suffix == TORCH.suffix else SAFETENSORS
         files, tensors = (path,), kind.read(path)
     if model == SAMPLE_VL:  # it holds the towers; its decoder is the other sample's
-        (shared,), decoder = _open_folder(locate(SAMPLE))
+        (shared,), decoder = open_weights(locate(SAMPLE))
         files = (*files, shared)
         tensors |= {re.sub(r"^model\.", "model.language_model.", name): t for name, t in decoder.items()}
     _refuse_quantized(folder, config, tensors)
     return Checkpoint(folder, files, tensors)
 
 
-def _open_folder(folder: Path) -> tuple[tuple[Path, ...], dict[str, Stored]]:
+def open_weights(folder: Path) -> tuple[tuple[Path, ...], dict[str, Stored]]:
     """The weight files of a folder and the tensors they hold, index and shards agreeing."""
     for kind in (SAFETENSORS, TORCH):
         if (folder / kind.single).exists():

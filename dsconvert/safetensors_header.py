@@ -30,6 +30,9 @@ BITS |= {"U16": 16, "F32": 32, "I32": 32, "U32": 32, "F64": 64, "I64": 64, "U64"
 # The types that weights are read in; bf16 travels as its bits.
 READABLE: dict[str, np.dtype[Any]] = {"bf16": np.dtype("<u2"), "f16": np.dtype("<f2"), "f32": np.dtype("<f4")}
 
+# The types of packed tensors.
+INTEGERS: dict[str, np.dtype[Any]] = {"i16": np.dtype("<i2"), "i32": np.dtype("<i4")}
+
 # What is found under a weight file's name when it is not one: first bytes, what it is, what to do.
 IMPOSTORS = (
     (b"version https://git-lfs", "is a Git LFS pointer, not the weights", "Run `git lfs pull` in its folder"),
@@ -71,6 +74,15 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
     entries = [_entry(path, name, value) for name, value in header.items()]
     _check_layout(path, entries, size - start)
     return {entry.name: _stored(path, entry, mapped, start) for entry in entries}
+
+
+def values(stored: Stored) -> Array:
+    """A copy of a tensor's values in their stored type, for the types in READABLE and "i32", "i16"."""
+    assert stored.offset is not None  # safetensors tensors are in one piece
+    kind = READABLE.get(stored.dtype) or INTEGERS[stored.dtype]
+    count = stored.nbytes // kind.itemsize
+    flat: Array = np.fromfile(stored.path, kind, count, offset=stored.offset)
+    return flat.reshape(stored.shape)
 
 
 def check_file(path: Path) -> int:

@@ -16,12 +16,12 @@ from converters.gptq import convert as flow
 from converters.gptq.convert import LinearSolved, convert
 from converters.gptq.job import Options
 from converters.gptq.reader import open_model
-from converters.gptq.resume import state_folder
 from dsconvert.checkpoint import open_checkpoint
 from dsconvert.cli import cli
 from dsconvert.config import load_config, load_json
 from dsconvert.errors import CheckpointError, ConversionError, OutputError, QuantizationError, UsageError
 from dsconvert.events import Check, Event, Finished, Planned, Warn
+from dsconvert.resume import state_folder
 
 SMALL: dict[str, Any] = {"calib": "builtin", "calib_samples": 4, "calib_len": 128, "group_size": 32}
 

@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 from tiny import tiny_checkpoint, write_json
 
-from converters.gptq.folder import quantization_settings, write_folder
 from converters.gptq.grid import Scheme
 from converters.gptq.pack import Packed, dequantize, pack
 from converters.gptq.reader import open_model
+from converters.gptq.settings import quantization_settings
 from converters.gptq.shapes import Layout
 from dsconvert.arch import plan
 from dsconvert.archs import ARCHS
 from dsconvert.checkpoint import open_checkpoint
 from dsconvert.config import load_config, load_json
 from dsconvert.errors import CheckpointError
+from dsconvert.model_folder import write_folder
 from dsconvert.safetensors_writer import from_array, from_stored, write_safetensors
 
 PEERS = Path(__file__).parents[2] / "shared" / "data" / "peers"

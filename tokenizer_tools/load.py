@@ -6,15 +6,15 @@ pre-tokenizers and drop BOS from one version to the next.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsconvert.errors import TokenizerError
+from dsconvert.errors import TokenizerError, UsageError
 from tokenizer_tools import chat_template
 from tokenizer_tools.chat_template import ChatTemplates
-from tokenizer_tools.library import open_tokenizer, parse_object, read_object, read_text
+from tokenizer_tools.library import ids, open_tokenizer, parse_object, read_object, read_text
 from tokenizer_tools.special import additions, check_bytes, normalizer, special_ids
 from tokenizer_tools.steps import PreTokenizer, extract
 from tokenizer_tools.vocabulary import (
@@ -76,6 +76,21 @@ class TokenizerData:
     def eos_id(self) -> int | None:
         """The id of EOS, or None."""
         return self.special.get("eos")
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, nothing put before or after it."""
+        return ids(self.tokenizer, texts, self.source)
+
+    def render(self, messages: list[Any]) -> str:
+        """A conversation in the model's own chat template; raises UsageError where that cannot be."""
+        if not self.chat_template:
+            raise UsageError("--calib-chat needs a chat template, and the model has none", where=self.source)
+        names = {kind: self.tokens[at] for kind, at in self.special.items()}
+        tokens = {f"{kind}_token": names[kind] for kind in ("bos", "eos") if kind in names}
+        try:
+            return chat_template.render(self.chat_template, messages, **tokens)
+        except Exception as error:  # a template may raise anything
+            raise UsageError("cannot be written with the chat template", why=str(error)[:200]) from None
 
 
 def load_tokenizer(folder: Path, rows: int) -> TokenizerData:

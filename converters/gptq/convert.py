@@ -8,22 +8,22 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from converters.gptq import pack as packing
-from converters.gptq.folder import quantization_settings, write_folder
-from converters.gptq.job import Job, Options, model_digest, prepare
+from converters.gptq.job import Job, Options, prepare
 from converters.gptq.proof import evaluation, prove
-from converters.gptq.reader import _values as values
-from converters.gptq.resume import State, open_state
+from converters.gptq.settings import quantization_settings
 from converters.gptq.shapes import refusing_runtimes
 from converters.gptq.solver import Solved, solve
-from dsconvert import __version__, capture
+from dsconvert import __version__
 from dsconvert import streaming as st
+from dsconvert.blockwise import Solution, quantize_blocks
 from dsconvert.calibrate import Wanted, calibrate
 from dsconvert.calibration import Calibration
-from dsconvert.errors import ConversionError, UsageError
 from dsconvert.events import Event, Finished, Planned, Step, TensorDone, TensorPlan, Warn
-from dsconvert.safetensors_writer import Piece, from_array, from_stored
-from tokenizer_tools import chat_template
-from tokenizer_tools.library import ids as encode
+from dsconvert.model_folder import write_folder
+from dsconvert.resume import State, open_state
+from dsconvert.safetensors_header import Stored, values
+from dsconvert.safetensors_writer import from_array, from_stored
+from dsconvert.selection import model_digest
 
 if TYPE_CHECKING:
     import torch
@@ -65,60 +65,42 @@ def describe(job: Job) -> Iterator[Event]:
     """What will be written, to the byte, and which runtimes will not take it."""
     for note in job.tokenizer.notes:
         yield Warn(note)
-    stored, bits = job.checkpoint, job.options.bits
+    model, bits = job.model, job.options.bits
     rows = [
-        TensorPlan(
-            job.names[name], name, shape, stored.dtype(job.names[name]), f"gptq{bits}", job.nbytes(name)
-        )
-        if job.names[name] in stored.tensors
-        else TensorPlan(job.names[name], name, shape, job.source.dtype(name), f"gptq{bits}", job.nbytes(name))
-        for name, shape in job.linears.items()
+        TensorPlan(model.names[name], name, shape, model.source.dtype(name), f"gptq{bits}", job.nbytes(name))
+        for name, shape in model.linears.items()
     ]
-    for out, name in job.kept.items():
-        tensor = stored.tensors[name]
+    for out, name in model.kept.items():
+        tensor = model.checkpoint.tensors[name]
         rows.append(
             TensorPlan(out, name, tensor.shape, tensor.dtype, tensor.dtype, from_stored(tensor).nbytes)
         )
     quant = f"gptq {bits} bits, group {job.options.group_size}"
-    yield Planned((str(job.out),), quant, tuple(rows), (job.total,), stored.nbytes, "as it is")
-    for runtime, rule in refusing_runtimes(job.linears, job.layout).items():
+    yield Planned((str(job.out),), quant, tuple(rows), (job.total,), model.checkpoint.nbytes, "as it is")
+    for runtime, rule in refusing_runtimes(model.linears, job.layout).items():
         yield Warn(f"{runtime} will not read this: {rule.partition(': ')[2]}")
 
 
 def draw(job: Job) -> Generator[Event, None, Calibration]:
     """The calibration windows; a chat file goes through the model's own template."""
     options, data = job.options, job.tokenizer
-    if options.calib_chat is not None and not data.chat_template:
-        raise UsageError("--calib-chat needs a chat template, and the model has none", where=data.source)
-
-    def render(messages: list[Any]) -> str:
-        names = {kind: data.tokens[at] for kind, at in data.special.items()}
-        tokens = {f"{kind}_token": names[kind] for kind in ("bos", "eos") if kind in names}
-        try:
-            return chat_template.render(data.chat_template or "", messages, **tokens)
-        except Exception as error:  # a template may raise anything
-            raise UsageError("cannot be written with the chat template", why=str(error)[:200]) from None
-
-    chat = options.calib_chat
-    bos = None if chat is not None else data.first_id  # a template writes its own
     wanted = Wanted(
-        options.calib, options.calib_samples, options.calib_len, options.seed, bos, chat, options.offline
+        options.calib,
+        options.calib_samples,
+        options.calib_len,
+        options.seed,
+        data.first_id,
+        options.calib_chat,
+        options.offline,
     )
-    return (
-        yield from calibrate(
-            wanted,
-            lambda texts: encode(data.tokenizer, texts),
-            job.config.context_length,
-            evaluation(job).tokens,
-            render,
-        )
-    )
+    context = job.model.config.context_length
+    return (yield from calibrate(wanted, data.encode, context, evaluation(job).tokens, data.render))
 
 
 def open_decoder(job: Job) -> st.Decoder:
     """The language model on the device asked for, in the device's own type."""
     device = st.pick_device(job.options.device)
-    return st.open_decoder(job.source, job.config, device, st.pick_dtype(None, device))
+    return st.open_decoder(job.model.source, job.model.config, device, st.pick_dtype(None, device))
 
 
 def identity(job: Job, calibration: Calibration, decoder: st.Decoder) -> dict[str, Any]:
@@ -130,7 +112,7 @@ def identity(job: Job, calibration: Calibration, decoder: st.Decoder) -> dict[st
         f"only {options.language_only}, {decoder.device.type} {decoder.dtype}"
     )
     return {
-        "model": model_digest(job),
+        "model": model_digest(job.model.checkpoint),
         "options": settings,
         "calibration": calibration.report.fingerprint,
         "version": __version__,
@@ -140,46 +122,31 @@ def identity(job: Job, calibration: Calibration, decoder: st.Decoder) -> dict[st
 def solve_blocks(
     job: Job, decoder: st.Decoder, calibration: Calibration, state: State
 ) -> Generator[Event, None, None]:
-    """Quantize every block that `state` does not hold yet, each on what the quantized ones before it give."""
-    hidden = capture.embed(decoder, calibration.tokens)
-    records, layers = state.records(), job.config.layers
-    if records:
-        yield Step(f"going on: {len(records)} of {layers} blocks are finished")
-    for index in range(layers):
-        block = st.load_block(decoder, index)
-        if index < len(records):
-            install(job, decoder, block, state)
-            capture.advance(decoder, block, hidden)
-            continue
+    """Quantize every block that `state` does not hold yet."""
+    nbytes = {name: job.nbytes(name) for name in job.model.linears}
+
+    def solve_one(name: str, W: torch.Tensor, H: torch.Tensor) -> Generator[Event, None, Solution]:
         started = time.monotonic()
-        pieces: dict[str, Piece] = {}
-        linears: list[dict[str, Any]] = []
-        for group in capture.walk(decoder, block, hidden):
-            for name in group.names:
-                event, packed = solve_one(job, decoder, block, name, group.moment)
-                pieces |= {n: from_array(a) for n, a in packed.tensors(stem(job, name)).items()}
-                linears.append({key: value for key, value in event.as_dict().items() if key != "seconds"})
-                yield event
-                yield progress(job, index, name)
-                if event.fell_back:
-                    yield Warn(f"{name} is rounded to nearest: {event.fell_back}")
-        state.save(index, pieces, {"linears": linears})
-        yield Step(summary(index, layers, linears, time.monotonic() - started))
-
-
-def solve_one(
-    job: Job, decoder: st.Decoder, block: st.Block, name: str, H: torch.Tensor
-) -> tuple[LinearSolved, packing.Packed]:
-    """Quantize one linear and put the result in its place; raises QuantizationError that names it."""
-    started = time.monotonic()
-    try:
-        solved = solve(st.read(decoder, name), H, job.options.solver)
+        solved = solve(W, H, job.options.solver)
         packed = packed_of(solved, job.options.bits)
-    except ConversionError as error:
-        raise type(error)(error.what, where=error.where or name, why=error.why, hint=error.hint) from None
-    block.linears[name].weight.data = solved.dequantized().to(decoder.dtype)
-    figures = (solved.loss, solved.rtn_loss, solved.damp, solved.dead, solved.fell_back)
-    return LinearSolved(name, *figures, time.monotonic() - started), packed
+        figures = (solved.loss, solved.rtn_loss, solved.damp, solved.dead, solved.fell_back)
+        event = LinearSolved(name, *figures, time.monotonic() - started)
+        yield event
+        yield progress(job, nbytes, name)
+        if solved.fell_back:
+            yield Warn(f"{name} is rounded to nearest: {solved.fell_back}")
+        pieces = {n: from_array(a) for n, a in packed.tensors(job.model.stem(name)).items()}
+        record = {key: value for key, value in event.as_dict().items() if key != "seconds"}
+        return pieces, record, solved.dequantized()
+
+    def restore(name: str, stored: Mapping[str, Stored]) -> torch.Tensor:
+        import torch
+
+        stem = job.model.stem(name)
+        packed = packing.Packed(**{p: values(stored[f"{stem}.{p}"]) for p in packing.PARTS})
+        return torch.from_numpy(packing.dequantize(packed, job.options.bits))
+
+    yield from quantize_blocks(decoder, calibration.tokens, state, solve_one, restore)
 
 
 def packed_of(solved: Solved, bits: int) -> packing.Packed:
@@ -189,48 +156,25 @@ def packed_of(solved: Solved, bits: int) -> packing.Packed:
     return packing.pack(codes, scales, zeros, g_idx, bits)
 
 
-def install(job: Job, decoder: st.Decoder, block: st.Block, state: State) -> None:
-    """Put a finished block's weights in their places, to the very bits that `solve_one` left there."""
-    import torch
-
-    stored = state.tensors(block.index)
-    for name in (name for group in capture.groups(decoder, block.index) for name in group):
-        packed = packing.Packed(**{p: values(stored[f"{stem(job, name)}.{p}"]) for p in packing.PARTS})
-        array = packing.dequantize(packed, job.options.bits)
-        weight = torch.empty(array.shape)  # in torch's own alignment: equal weights give bit-equal products
-        weight.copy_(torch.from_numpy(array))
-        block.linears[name].weight.data = weight.to(decoder.device, decoder.dtype)
-
-
-def stem(job: Job, name: str) -> str:
-    """A linear's name in the output, without ".weight"."""
-    return job.names[name].removesuffix(".weight")
-
-
-def progress(job: Job, index: int, name: str) -> TensorDone:
+def progress(job: Job, nbytes: Mapping[str, int], name: str) -> TensorDone:
     """How far the run is, counted in bytes of the output's linears."""
-    order = list(job.linears)
-    done = sum(job.nbytes(n) for n in order if int(n.split(".")[2]) < index)
-    own = [n for n in order if int(n.split(".")[2]) == index]
-    done += sum(job.nbytes(n) for n in own[: own.index(name) + 1])
-    return TensorDone(name, f"gptq{job.options.bits}", job.nbytes(name), done, sum(map(job.nbytes, order)))
-
-
-def summary(index: int, layers: int, linears: list[dict[str, Any]], seconds: float) -> str:
-    """One line on a block: what is left of round-to-nearest's loss."""
-    loss, plain = (sum(linear[key] for linear in linears) for key in ("loss", "rtn_loss"))
-    share = f"{loss / plain:.0%} of round-to-nearest's loss" if plain else "no loss"
-    return f"block {index + 1} of {layers}: {share}, {seconds:.1f} s"
+    order = list(nbytes)
+    done = sum(nbytes[n] for n in order[: order.index(name) + 1])
+    return TensorDone(name, f"gptq{job.options.bits}", nbytes[name], done, sum(nbytes.values()))
 
 
 def write(job: Job, calibration: Calibration, state: State) -> int:
     """The folder, of what is kept and of the blocks in `state`; gives the bytes of its weights."""
-    pieces = {out: from_stored(job.checkpoint.tensors[name]) for out, name in job.kept.items()}
-    for index in range(job.config.layers):
+    model = job.model
+    pieces = {out: from_stored(model.checkpoint.tensors[name]) for out, name in model.kept.items()}
+    for index in range(model.config.layers):
         pieces |= {name: from_stored(tensor) for name, tensor in state.tensors(index).items()}
     settings = quantization_settings(job.layout, job.options.damp)
     settings["meta"] = {**settings["meta"], **provenance(job, calibration, state)}
-    return write_folder(job.out, job.checkpoint.folder, job.raw, pieces, settings, force=job.options.force)
+    extra = {"quantize_config.json": settings}  # where old readers look
+    return write_folder(
+        job.out, model.checkpoint.folder, model.raw, pieces, settings, extra=extra, force=job.options.force
+    )
 
 
 def provenance(job: Job, calibration: Calibration, state: State) -> Mapping[str, Any]:

@@ -12,13 +12,12 @@ import numpy.typing as npt
 
 from converters.gptq.pack import PARTS, STORED_LESS, Packed, dequantize, unpack_rows
 from converters.gptq.shapes import BITS
-from dsconvert.checkpoint import Checkpoint, _open_folder
+from dsconvert.checkpoint import Checkpoint, open_weights
 from dsconvert.config import load_json
 from dsconvert.errors import CheckpointError
-from dsconvert.safetensors_header import Stored, quoted
+from dsconvert.safetensors_header import quoted, values
 
 NESTED = ("text_config", "language_config")
-DTYPES: dict[str, np.dtype[Any]] = {"i32": np.dtype("<i4"), "f16": np.dtype("<f2"), "f32": np.dtype("<f4")}
 STORED_AS = {"qweight": ("i32",), "qzeros": ("i32",), "scales": ("f16", "f32"), "g_idx": ("i32",)}
 
 
@@ -64,7 +63,7 @@ class GPTQModel:
         """The stored tensors of a quantized linear (named without ".weight"), checked; CheckpointError."""
         tensors = self.checkpoint.tensors
         inputs = self.linears[linear][1]
-        parts = {p: _values(tensors[f"{linear}.{p}"]) for p in PARTS if f"{linear}.{p}" in tensors}
+        parts = {p: values(tensors[f"{linear}.{p}"]) for p in PARTS if f"{linear}.{p}" in tensors}
         if "g_idx" not in parts:  # as some tools leave it out where groups are runs of inputs
             width = inputs if self.group_size == -1 else self.group_size
             parts["g_idx"] = np.arange(inputs, dtype=np.int32) // width
@@ -112,7 +111,7 @@ def open_model(folder: Path) -> GPTQModel:
             why=f"It states {found}",
             hint="Known: gptq and gptq_v2 with 2, 3, 4 or 8 bits",
         )
-    checkpoint = Checkpoint(folder, *_open_folder(folder))
+    checkpoint = Checkpoint(folder, *open_weights(folder))
     linears = {
         name.removesuffix(".qweight"): _shape(checkpoint, name.removesuffix(".qweight"), bits, group_size)
         for name in checkpoint.tensors
@@ -174,15 +173,6 @@ def _shape(checkpoint: Checkpoint, linear: str, bits: int, group_size: int) -> t
                 f"qweight of {list(qweight.shape)} ask for {list(shape)}",
             )
     return outputs, inputs
-
-
-def _values(stored: Stored) -> npt.NDArray[Any]:
-    """A copy of a part's values, in their stored type."""
-    kind = DTYPES[stored.dtype]
-    assert stored.offset is not None  # safetensors tensors are in one piece
-    count = stored.nbytes // kind.itemsize
-    flat: npt.NDArray[Any] = np.fromfile(stored.path, kind, count, offset=stored.offset)
-    return flat.reshape(stored.shape)
 
 
 def _damaged(path: Path, why: str) -> CheckpointError:

@@ -1,10 +1,4 @@
-"""GPTQ (Frantar et al. 2022, arXiv 2210.17323): round a linear's weights to a grid, column by column.
-
-The paper walks the columns with the rows of Cholesky(H^-1). Here H = U D U^T is factored instead, U unit
-upper triangular: the same codes (QuIP, Chee et al. 2023, arXiv 2307.13304, theorem 6: LDLQ is OPTQ) from one
-factorisation, without an inverse. Column i is rounded at W_i + sum_{j<i} Err_j U_ji, Err = W - Q, and adds
-D_i (that value - Q_i)^2 to the loss.
-"""
+"""GPTQ (Frantar et al. 2022, arXiv 2210.17323): round a linear's weights to a grid with error feedback."""
 
 from __future__ import annotations
 
@@ -13,14 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from converters.gptq.grid import Scheme, find_grid, to_codes
+from dsconvert import feedback
 from dsconvert.errors import QuantizationError, UsageError
 
 if TYPE_CHECKING:
     import torch
-
-BLOCK = 128
-TRIES = 3  # rungs of the damping ladder
-WEAKEST = 1e-6  # least pivot of U D^1/2 over the greatest; below it the factor is noise
 
 
 @dataclass(frozen=True)
@@ -71,16 +62,6 @@ class Solved:
 
 
 @dataclass(frozen=True, eq=False)
-class _Factor:
-    """H + shift = U D U^T in the walk's order; `damp` is the fraction that `shift` came from."""
-
-    U: torch.Tensor
-    D: torch.Tensor
-    shift: float
-    damp: float
-
-
-@dataclass(frozen=True, eq=False)
 class _Order:
     """The walk: original column of each step, its group, and the steps where a grid is found (to where)."""
 
@@ -108,10 +89,10 @@ def solve(W: torch.Tensor, H: torch.Tensor, options: Options) -> Solved:
     rounded = replace(round_to_nearest(W, options), dead=int(dead.sum()))
     error = (W - rounded.dequantized()).T
     order = _order(H.diagonal(), options)
-    factor = _factor(H, dead, order.columns, options.damp)
+    factor = feedback.factorize(H, dead, order.columns, options.damp)
     if factor is None:
-        return _plain(rounded, _loss(error, H), "the Hessian is not positive definite at any damping")
-    rtn_loss = _undamped(_damped_loss(error[order.columns], factor), error, factor)
+        return _plain(rounded, feedback.loss(error, H), "the Hessian is not positive definite at any damping")
+    rtn_loss = feedback.undamped(feedback.damped_loss(error[order.columns], factor), error, factor)
     del error
     solved = replace(_walk(W, factor, order, options, rounded), rtn_loss=rtn_loss)
     if not solved.loss <= rtn_loss:
@@ -188,100 +169,35 @@ def _static_grids(W: torch.Tensor, options: Options) -> tuple[torch.Tensor, torc
     return scale.T.contiguous(), zero.T.contiguous()
 
 
-def _factor(H: torch.Tensor, dead: torch.Tensor, columns: torch.Tensor, damp: float) -> _Factor | None:
-    """Factor the damped H in the walk's order, in float64; None when no rung of the ladder will do."""
+def _walk(
+    W: torch.Tensor, factor: feedback.Factor, order: _Order, options: Options, rounded: Solved
+) -> Solved:
+    """The columns in order. Grids that are not found on the way are those of `rounded`."""
     import torch
 
-    mean = float(H.diagonal().double().sum()) / int((~dead).sum())
-    flipped = columns.flip(0)
-    for rung in range(TRIES):
-        fraction = damp * 10**rung if damp else (0.0, 0.01, 0.1)[rung]
-        # Cholesky of the matrix with rows and columns reversed is an upper factor of the matrix itself.
-        A = H[flipped][:, flipped].double()
-        A.diagonal().add_(dead[flipped].double()).add_(fraction * mean)
-        L, info = torch.linalg.cholesky_ex(A)
-        del A
-        pivots = L.diagonal().clone()
-        if int(info) == 0 and float(pivots.min()) > WEAKEST * float(pivots.max()):
-            U = L.div_(pivots).flip(0, 1).to(H.dtype)
-            return _Factor(U, pivots.flip(0).square().to(H.dtype), fraction * mean, fraction)
-    return None
-
-
-def _walk(W: torch.Tensor, factor: _Factor, order: _Order, options: Options, rounded: Solved) -> Solved:
-    """The columns in order, in blocks: what came before a block reaches it by one matmul.
-
-    Grids that are not found on the way are those of `rounded`, of which the result is a copy.
-    """
-    import torch
-
-    (outputs, inputs), U = W.shape, factor.U
+    scheme = options.scheme
     scales, zeros = rounded.scales.to(W.dtype), rounded.zeros.to(W.dtype)
     Wt = W.T[order.columns].contiguous()
-    Err = torch.empty_like(Wt)
-    codes = torch.empty(inputs, outputs, dtype=torch.uint8, device=W.device)
-    total = 0.0
-    for i1 in range(0, inputs, BLOCK):
-        i2 = min(i1 + BLOCK, inputs)
-        S = U[:i1, i1:i2].T @ Err[:i1]
-        Ub = U[i1:i2, i1:i2].T.contiguous()
-        miss = torch.empty_like(S)
-        for i in range(i1, i2):
-            b, g = i - i1, order.group[i]
-            if i in order.starts:
-                part = slice(b, order.starts[i] - i1)
-                pending = S[part] + Ub[part, :b] @ Err[i1:i]
-                current = Wt[i : order.starts[i]] + _settled(Ub[part, part], pending)
-                scales[g], zeros[g] = find_grid(current.T, options.scheme, options.mse)
-            w = torch.addmv(S[b], Err[i1:i].T, Ub[b, :b]).add_(Wt[i])
-            q = to_codes(w, scales[g], zeros[g], options.scheme.maxq)
-            codes[i] = q
-            q.sub_(zeros[g]).mul_(scales[g])
-            torch.sub(w, q, out=miss[b])
-            torch.sub(Wt[i], q, out=Err[i])
-        total += float((miss.square_().sum(1, dtype=torch.float64) * factor.D[i1:i2]).sum())
+    codes = torch.empty(Wt.shape, dtype=torch.uint8, device=W.device)
+
+    def find(i: int, current: torch.Tensor) -> None:
+        g = order.group[i]
+        scales[g], zeros[g] = find_grid(current.T, scheme, options.mse)
+
+    def to_grid(i: int, w: torch.Tensor) -> torch.Tensor:
+        g = order.group[i]
+        q = to_codes(w, scales[g], zeros[g], scheme.maxq)
+        codes[i] = q
+        return q.sub_(zeros[g]).mul_(scales[g])
+
+    Err, total = feedback.walk(Wt, factor, order.starts, find, to_grid)
     inverse = order.columns.argsort()
-    loss = _undamped(total, Err, factor)
-    g_idx = torch.tensor(order.group, device=W.device)[inverse]
     return replace(
         rounded,
         codes=codes[inverse],
         scales=scales.half(),
         zeros=zeros.byte(),
-        g_idx=g_idx.int(),
-        loss=loss,
+        g_idx=torch.tensor(order.group, device=W.device)[inverse].int(),
+        loss=feedback.undamped(total, Err, factor),
         damp=factor.damp,
     )
-
-
-def _settled(Ug: torch.Tensor, pending: torch.Tensor) -> torch.Tensor:
-    """What a whole group moves by when its columns, still free, make up for all errors before it."""
-    import torch
-
-    moved: torch.Tensor = torch.linalg.solve_triangular(Ug, pending, upper=False, unitriangular=True)
-    return moved
-
-
-def _damped_loss(error: torch.Tensor, factor: _Factor) -> float:
-    """tr(E (H + shift) E^T) for errors [K, N] in the walk's order, as a sum of squares."""
-    import torch
-
-    total = 0.0
-    for i1 in range(0, error.shape[0], BLOCK):
-        i2 = min(i1 + BLOCK, error.shape[0])
-        part = (factor.U[:i2, i1:i2].T @ error[:i2]).square_().sum(1, dtype=torch.float64)
-        total += float((part * factor.D[i1:i2]).sum())
-    return total
-
-
-def _undamped(total: float, error: torch.Tensor, factor: _Factor) -> float:
-    """The loss without damping, given the loss with it."""
-    import torch
-
-    return max(total - factor.shift * float(error.square().sum(dtype=torch.float64)), 0.0)
-
-
-def _loss(error: torch.Tensor, H: torch.Tensor) -> float:
-    """tr(E H E^T) in float64 for errors [K, N]."""
-    e = error.double()
-    return float((H.double() @ e).mul_(e).sum())

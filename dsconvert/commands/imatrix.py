@@ -83,7 +83,6 @@ def make(
     from dsconvert.commands.sources import open_reference
     from dsconvert.events import Finished
     from dsconvert.text import evaluation_page
-    from tokenizer_tools.library import ids as encode
 
     started = time.monotonic()
     outfile = outfile.absolute()
@@ -91,10 +90,8 @@ def make(
     reference = open_reference(model)
     data, config = reference.tokenizer, reference.config
     wanted = Wanted(calib, calib_samples, calib_len, seed, data.first_id, None, offline)
-    (held,) = encode(data.tokenizer, [evaluation_page(20_000)])
-    drawn = yield from calibrate(
-        wanted, lambda texts: encode(data.tokenizer, texts), config.context_length, np.array([held], np.int64)
-    )
+    (held,) = data.encode([evaluation_page(20_000)])
+    drawn = yield from calibrate(wanted, data.encode, config.context_length, np.array([held], np.int64))
     place = st.pick_device(device)
     decoder = st.open_decoder(reference.source, config, place, st.pick_dtype(None, place))
     found = yield from importance.measure(decoder, drawn.tokens)

@@ -1,4 +1,4 @@
-"""The GPTQ folder: a model through solver, packer and writer, read back; its configs; its atomicity."""
+"""The model folder: a GPTQ model through solver, packer and writer, read back; its configs; its atomicity."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ import pytest
 import torch
 from tiny import Tiny, decode, tiny_checkpoint, tiny_config, tiny_tensors, write_json
 
-from converters.gptq import folder as folder_module
-from converters.gptq.folder import (
+from converters.gptq.grid import Scheme
+from converters.gptq.pack import pack
+from converters.gptq.reader import open_model
+from converters.gptq.settings import quantization_settings
+from converters.gptq.shapes import Layout
+from converters.gptq.solver import Options, Solved, solve
+from dsconvert import model_folder as folder_module
+from dsconvert.checkpoint import Checkpoint, open_checkpoint
+from dsconvert.config import load_config, load_json
+from dsconvert.errors import OutputError
+from dsconvert.model_folder import (
     companions,
-    quantization_settings,
     quantized_config,
     with_both_ropes,
     write_folder,
 )
-from converters.gptq.grid import Scheme
-from converters.gptq.pack import pack
-from converters.gptq.reader import open_model
-from converters.gptq.shapes import Layout
-from converters.gptq.solver import Options, Solved, solve
-from dsconvert.checkpoint import Checkpoint, open_checkpoint
-from dsconvert.config import load_config, load_json
-from dsconvert.errors import OutputError
 from dsconvert.safetensors_header import read_safetensors
 from dsconvert.safetensors_writer import Piece, from_array, from_stored, write_safetensors
 
@@ -65,7 +65,8 @@ def written(out: Path, source: Path, pieces: Mapping[str, Piece] | None = None, 
     stored = open_checkpoint(source).tensors
     pieces = pieces or {name: from_stored(tensor) for name, tensor in stored.items()}
     settings = quantization_settings(LAYOUT, 0.01)
-    write_folder(out, source, load_json(source / "config.json"), pieces, settings, **options)
+    extra = {"quantize_config.json": settings}
+    write_folder(out, source, load_json(source / "config.json"), pieces, settings, extra=extra, **options)
     return out
 
 

@@ -1,4 +1,4 @@
-"""Writes a GPTQ folder: shards with their index, both configs, tokenizer and generation files.
+"""Writes a model folder: shards with their index, config.json, tokenizer and generation files.
 
 The folder appears under its name only when it is complete: `<out>.part` is written, synced and renamed.
 """
@@ -13,11 +13,10 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converters.gptq.shapes import Layout
-from dsconvert import __version__
 from dsconvert.errors import OutputError
 from dsconvert.safetensors_writer import Piece, write_safetensors
 
@@ -41,6 +40,18 @@ NESTED = ("text_config", "language_config")
 LEGACY_KEY = {"linear": "type", "yarn": "type", "dynamic": "type", "llama3": "rope_type"}
 
 Done = Callable[[str, Piece], None]
+EMPTY: Mapping[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How weight files are called: `stem`.safetensors, or numbered shards, which an `index` may list."""
+
+    stem: str = "model"
+    index: bool = True
+
+
+HUB = Naming()
 
 
 def write_folder(
@@ -50,45 +61,26 @@ def write_folder(
     pieces: Mapping[str, Piece],
     settings: Mapping[str, Any],
     *,
+    extra: Mapping[str, Mapping[str, Any]] = EMPTY,
+    naming: Naming = HUB,
     force: bool = False,
     shard_bytes: int = SHARD_BYTES,
     done: Done = lambda name, piece: None,
 ) -> int:
     """Write the folder `out`; gives the bytes of its weights.
 
-    `config` is config.json of the output as the source has it, `settings` from `quantization_settings`,
-    `pieces` every tensor in the order of the shards, `source` the folder whose tokenizer and generation
-    files are copied. Raises OutputError when `out` exists (without `force`), when there is no room, or when
-    the disk refuses; nothing is left then.
+    `config` is config.json of the output as the source has it, `settings` its quantization_config, `extra`
+    further JSON files by name, `pieces` every tensor in the order of the shards, `source` the folder whose
+    tokenizer and generation files are copied. Raises OutputError when `out` exists (without `force`), when
+    there is no room, or when the disk refuses; nothing is left then.
     """
     with _folder(out, sum(piece.nbytes for piece in pieces.values()), force) as part:
-        nbytes = _write_shards(part, pieces, shard_bytes, done)
-        quantized = quantized_config(config, settings)
-        _write_json(part / "config.json", quantized)
-        _write_json(part / "quantize_config.json", settings)
+        nbytes = _write_shards(part, pieces, naming, shard_bytes, done)
+        for name, value in {"config.json": quantized_config(config, settings), **extra}.items():
+            _write_json(part / name, value)
         for file in companions(source):
             shutil.copyfile(file, part / file.name)
     return nbytes
-
-
-def quantization_settings(layout: Layout, damp: float, lm_head: bool = False) -> dict[str, Any]:
-    """The block that readers need: `quantization_config` of config.json, and quantize_config.json.
-
-    `damp` is the damping asked for, `lm_head` whether the head is quantized too.
-    """
-    scheme = layout.scheme
-    return {
-        "quant_method": "gptq",
-        "bits": scheme.bits,
-        "group_size": scheme.group_size,
-        "desc_act": layout.desc_act,
-        "sym": scheme.sym,
-        "lm_head": lm_head,
-        "checkpoint_format": layout.checkpoint_format,
-        "true_sequential": True,
-        "damp_percent": damp,
-        "meta": {"quantizer": [f"dsconvert:{__version__}"]},
-    }
 
 
 def quantized_config(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,27 +131,28 @@ def plan_shards(pieces: Mapping[str, Piece], limit: int) -> list[list[str]]:
     return shards
 
 
-def _write_shards(folder: Path, pieces: Mapping[str, Piece], limit: int, done: Done) -> int:
-    """One model.safetensors, or several with their index; gives the bytes of the tensors."""
+def _write_shards(folder: Path, pieces: Mapping[str, Piece], naming: Naming, limit: int, done: Done) -> int:
+    """One file of weights, or several; gives the bytes of the tensors."""
     shards = plan_shards(pieces, limit)
     total = sum(piece.nbytes for piece in pieces.values())
     if len(shards) == 1:
-        write_safetensors(folder / "model.safetensors", pieces, done)
+        write_safetensors(folder / f"{naming.stem}.safetensors", pieces, done)
         return total
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = f"{naming.stem}-{number:05d}-of-{len(shards):05d}.safetensors"
         write_safetensors(folder / file, {name: pieces[name] for name in names}, done)
         weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    _write_json(folder / "model.safetensors.index.json", index)
+    if naming.index:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(folder / f"{naming.stem}.safetensors.index.json", index)
     return total
 
 
 @contextmanager
 def _folder(out: Path, nbytes: int, force: bool) -> Iterator[Path]:
     """An empty `<out>.part` that becomes `out` on success and is removed on failure."""
-    _check_target(out, nbytes, force)
+    check_target(out, nbytes, force)
     part = out.with_name(out.name + ".part")
     lock = _claim(part)
     try:
@@ -176,7 +169,7 @@ def _folder(out: Path, nbytes: int, force: bool) -> Iterator[Path]:
         os.close(lock)
 
 
-def _check_target(out: Path, nbytes: int, force: bool) -> None:
+def check_target(out: Path, nbytes: int, force: bool) -> None:
     if not out.parent.is_dir():
         raise OutputError("the folder does not exist", where=out.parent, hint=f"mkdir -p {out.parent}")
     if out.exists() and not force and not (out.is_dir() and not any(out.iterdir())):

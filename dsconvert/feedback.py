@@ -1,0 +1,125 @@
+"""Error feedback: round a linear's weights column by column so that tr((W-Q) H (W-Q)^T) stays small.
+
+The paper (GPTQ, Frantar et al. 2022, arXiv 2210.17323) walks the columns with the rows of Cholesky(H^-1).
+Here H = U D U^T is factored instead, U unit upper triangular: the same codes (QuIP, Chee et al. 2023,
+arXiv 2307.13304, theorem 6: LDLQ is OPTQ) from one factorisation, without an inverse. Column i is rounded at
+W_i + sum_{j<i} Err_j U_ji, Err = W - Q, and adds D_i (that value - Q_i)^2 to the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+BLOCK = 128
+TRIES = 3  # rungs of the damping ladder
+WEAKEST = 1e-6  # least pivot of U D^1/2 over the greatest; below it the factor is noise
+
+# Called before step i with the columns [width, N] of the run that begins there, as far as they have moved.
+Find = Callable[[int, "torch.Tensor"], None]
+# Called at step i with the values [N] to round; gives what the chosen codes stand for, in new memory.
+Round = Callable[[int, "torch.Tensor"], "torch.Tensor"]
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """H + shift = U D U^T in the walk's order; `damp` is the fraction of mean(diag H) that `shift` is."""
+
+    U: torch.Tensor
+    D: torch.Tensor
+    shift: float
+    damp: float
+
+
+def factorize(H: torch.Tensor, dead: torch.Tensor, columns: torch.Tensor, damp: float) -> Factor | None:
+    """Factor the damped H [K, K] in the order `columns`, in float64; None when no rung of the ladder will do.
+
+    `dead` bool [K] are the inputs that were never active; their pivots are 1. Damping grows tenfold, twice
+    at the most, where H is not positive definite.
+    """
+    import torch
+
+    mean = float(H.diagonal().double().sum()) / int((~dead).sum())
+    flipped = columns.flip(0)
+    for rung in range(TRIES):
+        fraction = damp * 10**rung if damp else (0.0, 0.01, 0.1)[rung]
+        # Cholesky of the matrix with rows and columns reversed is an upper factor of the matrix itself.
+        A = H[flipped][:, flipped].double()
+        A.diagonal().add_(dead[flipped].double()).add_(fraction * mean)
+        L, info = torch.linalg.cholesky_ex(A)
+        del A
+        pivots = L.diagonal().clone()
+        if int(info) == 0 and float(pivots.min()) > WEAKEST * float(pivots.max()):
+            U = L.div_(pivots).flip(0, 1).to(H.dtype)
+            return Factor(U, pivots.flip(0).square().to(H.dtype), fraction * mean, fraction)
+    return None
+
+
+def walk(
+    Wt: torch.Tensor, factor: Factor, starts: Mapping[int, int], find: Find, rounded: Round
+) -> tuple[torch.Tensor, float]:
+    """Round the columns of W one by one, `Wt` [K, N] in the walk's order; gives Err [K, N] and the loss.
+
+    What came before a block of columns reaches it by one matmul. `starts` maps the steps where a run
+    begins, for which `find` is to choose a grid, to where it ends; runs do not cross multiples of BLOCK.
+    The loss is tr(Err^T (H + shift) Err).
+    """
+    import torch
+
+    (inputs, _), U = Wt.shape, factor.U
+    Err = torch.empty_like(Wt)
+    total = 0.0
+    for i1 in range(0, inputs, BLOCK):
+        i2 = min(i1 + BLOCK, inputs)
+        S = U[:i1, i1:i2].T @ Err[:i1]
+        Ub = U[i1:i2, i1:i2].T.contiguous()
+        miss = torch.empty_like(S)
+        for i in range(i1, i2):
+            b = i - i1
+            if i in starts:
+                part = slice(b, starts[i] - i1)
+                pending = S[part] + Ub[part, :b] @ Err[i1:i]
+                find(i, Wt[i : starts[i]] + _settled(Ub[part, part], pending))
+            w = torch.addmv(S[b], Err[i1:i].T, Ub[b, :b]).add_(Wt[i])
+            q = rounded(i, w)
+            torch.sub(w, q, out=miss[b])
+            torch.sub(Wt[i], q, out=Err[i])
+        total += float((miss.square_().sum(1, dtype=torch.float64) * factor.D[i1:i2]).sum())
+    return Err, total
+
+
+def _settled(Ug: torch.Tensor, pending: torch.Tensor) -> torch.Tensor:
+    """What a whole run moves by when its columns, still free, make up for all errors before it."""
+    import torch
+
+    moved: torch.Tensor = torch.linalg.solve_triangular(Ug, pending, upper=False, unitriangular=True)
+    return moved
+
+
+def damped_loss(error: torch.Tensor, factor: Factor) -> float:
+    """tr(E (H + shift) E^T) for errors [K, N] in the walk's order, as a sum of squares."""
+    import torch
+
+    total = 0.0
+    for i1 in range(0, error.shape[0], BLOCK):
+        i2 = min(i1 + BLOCK, error.shape[0])
+        part = (factor.U[:i2, i1:i2].T @ error[:i2]).square_().sum(1, dtype=torch.float64)
+        total += float((part * factor.D[i1:i2]).sum())
+    return total
+
+
+def undamped(total: float, error: torch.Tensor, factor: Factor) -> float:
+    """The loss without damping, given the loss with it."""
+    import torch
+
+    return max(total - factor.shift * float(error.square().sum(dtype=torch.float64)), 0.0)
+
+
+def loss(error: torch.Tensor, H: torch.Tensor) -> float:
+    """tr(E H E^T) in float64 for errors [K, N]."""
+    e = error.double()
+    return float((H.double() @ e).mul_(e).sum())

@@ -1,0 +1,142 @@
+"""What of a checkpoint is quantized: its linears, their names in the output, and what is kept as it is."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+from dsconvert.arch import SOLVE_ORDER, Spec, WeightSource, plan
+from dsconvert.archs import ARCHS
+from dsconvert.archs.deepseek_vl import ORIGINAL
+from dsconvert.archs.llama import LLAMA
+from dsconvert.checkpoint import Checkpoint, open_checkpoint
+from dsconvert.config import ModelConfig, load_config
+from dsconvert.errors import CheckpointError, UsageError
+from dsconvert.inner import language_model
+from dsconvert.model_folder import NESTED
+from dsconvert.safetensors_header import BITS
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The linears of a checkpoint's language model, and all the rest.
+
+    `source` is the language model under Llama's own names, `linears` what is quantized, the shapes by these
+    names; `names` gives the names in the output, `kept` what is copied: checkpoint names by output names.
+    `raw` is the output's config.json without the quantization.
+    """
+
+    checkpoint: Checkpoint
+    source: WeightSource
+    config: ModelConfig
+    linears: Mapping[str, tuple[int, ...]] = field(repr=False)
+    names: Mapping[str, str] = field(repr=False)
+    kept: Mapping[str, str] = field(repr=False)
+    raw: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def kept_nbytes(self) -> int:
+        """Bytes of what is copied."""
+        stored = self.checkpoint.tensors
+        return sum(prod(stored[n].shape) * BITS[stored[n].dtype.upper()] // 8 for n in self.kept.values())
+
+    def stem(self, name: str) -> str:
+        """A linear's name in the output, without ".weight"."""
+        return self.names[name].removesuffix(".weight")
+
+    def layer(self, index: int) -> list[str]:
+        """The linears of one block, in the table's order."""
+        return [name for name in self.linears if int(name.split(".")[2]) == index]
+
+
+def select(model: str, language_only: bool) -> Selection:
+    """Open a checkpoint and match it with its table both ways; reads no weights.
+
+    With `language_only` the language model of a bigger model is taken out of it. Raises what
+    `open_checkpoint` and `plan` raise, and UsageError for a layout that is not written as a whole.
+    """
+    checkpoint = open_checkpoint(model)
+    outer = load_config(checkpoint.folder)
+    arch = ARCHS.get(outer.architecture)
+    if arch is None:
+        known = ", ".join(sorted(ARCHS))
+        raise CheckpointError(f"architecture {outer.architecture[:80]!r} has no table", why=f"known: {known}")
+    specs = plan(arch, outer, checkpoint.shapes())
+    checkpoint.check_readable(spec.hf for spec in specs)
+    source, config = language_model(checkpoint, outer)
+    inside = {spec.gguf: spec.hf for spec in plan(LLAMA, config, source.shapes())}
+    whole = outer.architecture in LLAMA.classes or not language_only
+    if outer.architecture == ORIGINAL and whole:
+        raise UsageError(
+            "the original layout of DeepSeek-VL is not written as a whole",
+            where=checkpoint.folder,
+            why="runtimes read GPTQ folders of transformers' layout",
+            hint="Give the checkpoint in transformers' layout, or --language-only for its language model",
+        )
+    chosen = [spec for spec in specs if _is_linear(spec)]
+    return Selection(
+        checkpoint,
+        source,
+        config,
+        linears={inside[spec.gguf]: spec.shape for spec in chosen},
+        names={inside[spec.gguf]: spec.hf if whole else inside[spec.gguf] for spec in chosen},
+        kept=_kept(checkpoint, outer, specs, inside, whole),
+        raw=outer.raw if whole else plain_config(config),
+    )
+
+
+def _is_linear(spec: Spec) -> bool:
+    return spec.role in SOLVE_ORDER and spec.hf.endswith(".weight")
+
+
+def _kept(
+    checkpoint: Checkpoint, config: ModelConfig, specs: list[Spec], inside: Mapping[str, str], whole: bool
+) -> dict[str, str]:
+    """What is copied: all that is planned, and of a bigger model all that belongs to its other parts."""
+    if not whole:
+        return {inside[spec.gguf]: spec.hf for spec in specs if not _is_linear(spec)}
+    if config.architecture in LLAMA.classes:
+        return {spec.hf: spec.hf for spec in specs if not _is_linear(spec)}
+    quantized = {spec.hf for spec in specs if _is_linear(spec)}
+    return {name: name for name in checkpoint.tensors if name not in quantized}
+
+
+def plain_config(config: ModelConfig) -> dict[str, Any]:
+    """config.json of a language model taken out of a bigger one, every number stated."""
+    raw = config.raw
+    inner: dict[str, Any] = next((raw[key] for key in NESTED if isinstance(raw.get(key), dict)), {})
+    keys = ("bos_token_id", "eos_token_id", "torch_dtype", "dtype")
+    outside: dict[str, Any] = {key: raw[key] for key in keys if key in raw}
+    rope: dict[str, Any] = {} if inner.get("rope_parameters") else {"rope_theta": config.rope_theta}
+    return {
+        **outside,
+        **inner,
+        "architectures": list(LLAMA.classes[:1]),
+        "model_type": "llama",
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.context_length,
+        "rms_norm_eps": config.norm_eps,
+        "attention_bias": config.attention_bias,
+        "mlp_bias": config.mlp_bias,
+        "hidden_act": "silu",
+        "tie_word_embeddings": config.tied,
+        **rope,
+    }
+
+
+def model_digest(checkpoint: Checkpoint) -> str:
+    """SHA-256 over config.json and every weight file: what --resume knows the model by."""
+    digest = hashlib.sha256()
+    for path in (checkpoint.folder / "config.json", *checkpoint.files):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
