@@ -92,7 +92,14 @@ def folder_of(
     pieces = {n: from_stored(t) for n, t in stored.items() if n != f"{LINEAR}.weight"}
     pieces |= {n: from_array(a) for n, a in packed.tensors(LINEAR).items()}
     settings = quantization_settings(Layout(Scheme(bits, group, False), scramble, form), 0.01)
-    write_folder(path / "out", source, load_json(source / "config.json"), pieces, settings)
+    write_folder(
+        path / "out",
+        source,
+        load_json(source / "config.json"),
+        pieces,
+        settings,
+        extra={"quantize_config.json": settings},
+    )
     return path / "out", packed, source
 
 
