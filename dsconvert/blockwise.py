@@ -27,17 +27,25 @@ Restore = Callable[[str, Mapping[str, Stored]], "torch.Tensor"]
 
 
 def quantize_blocks(
-    decoder: st.Decoder, tokens: st.IntArray, state: State, solve: Solve, restore: Restore
+    decoder: st.Decoder,
+    tokens: st.IntArray,
+    state: State,
+    solve: Solve,
+    restore: Restore,
+    head: bool = False,
 ) -> Generator[Event, None, None]:
-    """Quantize every block that `state` does not hold yet and save it there.
+    """Quantize every block that `state` does not hold yet and save it there; then the head, if asked.
 
-    `tokens` int64 [n, length] are the calibration windows. Raises what `solve` raises, with the linear's
-    name, and QuantizationError where the inputs of a linear are not finite.
+    `tokens` int64 [n, length] are the calibration windows. The head counts as a block after the last; it is
+    called lm_head.weight, also where the embedding serves for it. Raises what `solve` raises, with the
+    linear's name, and QuantizationError where the inputs of a linear are not finite.
     """
-    hidden = capture.embed(decoder, tokens)
     records, layers = state.records(), decoder.config.layers
     if records:
-        yield Step(f"going on: {len(records)} of {layers} blocks are finished")
+        yield Step(f"going on: {len(records)} of {layers + head} blocks are finished")
+    if len(records) == layers + head:
+        return
+    hidden = capture.embed(decoder, tokens)
     for index in range(layers):
         block = st.load_block(decoder, index)
         if index < len(records):
@@ -51,19 +59,33 @@ def quantize_blocks(
         linears: list[dict[str, Any]] = []
         for group in capture.walk(decoder, block, hidden):
             for name in group.names:
-                found, record, weight = yield from _solved(decoder, name, group.moment, solve)
+                found, record, weight = yield from _named(
+                    name, solve(name, st.read(decoder, name), group.moment)
+                )
                 _put(decoder, block, name, weight)
                 pieces |= found
                 linears.append(record)
         state.save(index, pieces, {"linears": linears})
-        yield Step(summary(index, layers, linears, time.monotonic() - started))
+        yield Step(summary(f"block {index + 1} of {layers}", linears, time.monotonic() - started))
+    if head:
+        yield from _quantize_head(decoder, hidden, state, solve)
 
 
-def _solved(
-    decoder: st.Decoder, name: str, H: torch.Tensor, solve: Solve
-) -> Generator[Event, None, Solution]:
+def _quantize_head(
+    decoder: st.Decoder, hidden: torch.Tensor, state: State, solve: Solve
+) -> Generator[Event, None, None]:
+    started = time.monotonic()
+    norm, weight = st.read(decoder, st.NORM).to(decoder.dtype), st.read(decoder, decoder.head)
+    moment = capture.measure_head(decoder, hidden, norm).moment
+    pieces, record, _ = yield from _named(st.HEAD, solve(st.HEAD, weight, moment))
+    state.save(decoder.config.layers, pieces, {"linears": [record]})
+    yield Step(summary("head", [record], time.monotonic() - started))
+
+
+def _named(name: str, solving: Generator[Event, None, Solution]) -> Generator[Event, None, Solution]:
+    """What `solving` does; its errors say which linear they are about."""
     try:
-        return (yield from solve(name, st.read(decoder, name), H))
+        return (yield from solving)
     except ConversionError as error:
         raise type(error)(error.what, where=error.where or name, why=error.why, hint=error.hint) from None
 
@@ -76,8 +98,8 @@ def _put(decoder: st.Decoder, block: st.Block, name: str, weight: torch.Tensor) 
     block.linears[name].weight.data = own.copy_(weight)
 
 
-def summary(index: int, layers: int, linears: list[dict[str, Any]], seconds: float) -> str:
-    """One line on a block: what is left of round-to-nearest's loss."""
+def summary(what: str, linears: list[dict[str, Any]], seconds: float) -> str:
+    """One line on a block or the head: what is left of round-to-nearest's loss."""
     loss, plain = (sum(linear[key] for linear in linears) for key in ("loss", "rtn_loss"))
     share = f"{loss / plain:.0%} of round-to-nearest's loss" if plain else "no loss"
-    return f"block {index + 1} of {layers}: {share}, {seconds:.1f} s"
+    return f"{what}: {share}, {seconds:.1f} s"

@@ -79,6 +79,16 @@ def walk(
     _add(decoder, hidden, _mlp(block))
 
 
+def measure_head(
+    decoder: st.Decoder, hidden: torch.Tensor, norm: torch.Tensor, diagonal: bool = False
+) -> Group:
+    """What the head is given: the states [n, length, d] after the last block through the final norm [d].
+
+    Raises QuantizationError where it is not finite.
+    """
+    return _measured(decoder, hidden, (st.HEAD,), lambda x: st.normed(decoder, norm, x), diagonal)
+
+
 def advance(decoder: st.Decoder, block: st.Block, hidden: torch.Tensor) -> None:
     """Take the states through a block, in place, to the very bits that `walk` leaves."""
     _add(decoder, hidden, _attention(decoder, block))

@@ -8,7 +8,7 @@ W_i + sum_{j<i} Err_j U_ji, Err = W - Q, and adds D_i (that value - Q_i)^2 to th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -65,16 +65,15 @@ def walk(
     """Round the columns of W one by one, `Wt` [K, N] in the walk's order; gives Err [K, N] and the loss.
 
     What came before a block of columns reaches it by one matmul. `starts` maps the steps where a run
-    begins, for which `find` is to choose a grid, to where it ends; runs do not cross multiples of BLOCK.
-    The loss is tr(Err^T (H + shift) Err).
+    begins, for which `find` is to choose a grid, to where it ends, in order; a run has BLOCK columns at the
+    most. The loss is tr(Err^T (H + shift) Err).
     """
     import torch
 
-    (inputs, _), U = Wt.shape, factor.U
+    U = factor.U
     Err = torch.empty_like(Wt)
     total = 0.0
-    for i1 in range(0, inputs, BLOCK):
-        i2 = min(i1 + BLOCK, inputs)
+    for i1, i2 in _blocks(len(Wt), starts):
         S = U[:i1, i1:i2].T @ Err[:i1]
         Ub = U[i1:i2, i1:i2].T.contiguous()
         miss = torch.empty_like(S)
@@ -90,6 +89,16 @@ def walk(
             torch.sub(Wt[i], q, out=Err[i])
         total += float((miss.square_().sum(1, dtype=torch.float64) * factor.D[i1:i2]).sum())
     return Err, total
+
+
+def _blocks(inputs: int, starts: Mapping[int, int]) -> Iterator[tuple[int, int]]:
+    """Blocks of BLOCK columns at the most that no run crosses."""
+    i1 = 0
+    ends = list(starts.values()) or [*range(BLOCK, inputs, BLOCK), inputs]
+    for end, following in zip(ends, [*ends[1:], inputs + BLOCK + 1], strict=True):
+        if following - i1 > BLOCK:
+            yield i1, end
+            i1 = end
 
 
 def _settled(Ug: torch.Tensor, pending: torch.Tensor) -> torch.Tensor:

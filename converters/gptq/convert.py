@@ -167,7 +167,7 @@ def write(job: Job, calibration: Calibration, state: State) -> int:
     """The folder, of what is kept and of the blocks in `state`; gives the bytes of its weights."""
     model = job.model
     pieces = {out: from_stored(model.checkpoint.tensors[name]) for out, name in model.kept.items()}
-    for index in range(model.config.layers):
+    for index in range(len(state.records())):
         pieces |= {name: from_stored(tensor) for name, tensor in state.tensors(index).items()}
     settings = quantization_settings(job.layout, job.options.damp)
     settings["meta"] = {**settings["meta"], **provenance(job, calibration, state)}
