@@ -14,13 +14,12 @@ from converters.gptq.pack import (
     Packed,
     dequantize,
     pack,
-    pack_rows,
     stored_shapes,
     unpack,
-    unpack_rows,
 )
 from converters.gptq.shapes import Layout, broken_rules, check_shapes, refusing_runtimes
 from dsconvert.errors import QuantizationError, UsageError
+from dsconvert.words import pack_rows, unpack_rows
 
 PEERS = Path(__file__).parents[2] / "shared" / "data" / "peers"
 PEER_FILES = ("gptq_gptqmodel_4b_g128", "gptq_autoround_4b_g128")

@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dsconvert.errors import QuantizationError
+from dsconvert.words import FIELDS, pack_rows, unpack_rows
 
 Array = npt.NDArray[Any]
-FIELDS = 32  # values that fill a whole number of words at every width
 STORED_LESS = {"gptq": 1, "gptq_v2": 0}  # checkpoint_format: what is taken off a zero point
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
@@ -77,34 +77,6 @@ def dequantize(packed: Packed, bits: int, checkpoint_format: str = "gptq") -> np
         part = slice(i, i + FIELDS)
         weights[:, part] = ((codes[part].astype(np.int16) - zeros[group[part]]) * scales[group[part]]).T
     return weights
-
-
-def pack_rows(values: Array, bits: int) -> npt.NDArray[np.int32]:
-    """Pack values [R, C] below 2^bits along the rows: int32 [R*bits/32, C]; R is a multiple of 32."""
-    rows, columns = values.shape
-    fields = values.reshape(rows // FIELDS, FIELDS, columns)
-    words = np.zeros((rows // FIELDS, bits, columns), np.uint32)
-    for j in range(FIELDS):
-        word, shift = divmod(j * bits, 32)
-        field = fields[:, j].astype(np.uint32)
-        words[:, word] |= field << np.uint32(shift)
-        if shift + bits > 32:
-            words[:, word + 1] |= field >> np.uint32(32 - shift)
-    return words.reshape(-1, columns).view(np.int32)
-
-
-def unpack_rows(words: Array, bits: int) -> npt.NDArray[np.uint8]:
-    """The inverse of `pack_rows`: int32 [R*bits/32, C] to uint8 [R, C]."""
-    rows, columns = words.shape
-    units = np.ascontiguousarray(words).view(np.uint32).reshape(rows // bits, bits, columns)
-    values = np.empty((rows // bits, FIELDS, columns), np.uint8)
-    for j in range(FIELDS):
-        word, shift = divmod(j * bits, 32)
-        field = units[:, word] >> np.uint32(shift)
-        if shift + bits > 32:
-            field |= units[:, word + 1] << np.uint32(32 - shift)
-        values[:, j] = field & np.uint32((1 << bits) - 1)
-    return values.reshape(-1, columns)
 
 
 def stored_shapes(

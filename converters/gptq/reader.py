@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from converters.gptq.pack import PARTS, STORED_LESS, Packed, dequantize, unpack_rows
+from converters.gptq.pack import PARTS, STORED_LESS, Packed, dequantize
 from converters.gptq.shapes import BITS
 from dsconvert.checkpoint import Checkpoint, open_weights
 from dsconvert.config import load_json
 from dsconvert.errors import CheckpointError
 from dsconvert.safetensors_header import quoted, values
+from dsconvert.words import unpack_rows
 
 NESTED = ("text_config", "language_config")
 STORED_AS = {"qweight": ("i32",), "qzeros": ("i32",), "scales": ("f16", "f32"), "g_idx": ("i32",)}
