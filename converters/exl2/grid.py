@@ -1,0 +1,100 @@
+"""The grid that weights are rounded to: per group of rows a largest scale, per column a 4-bit share of it.
+
+A column's scale is the largest times ((code + 1) / 16)^2. All scales here are what the runtime computes in
+float16, so that codes are chosen for the scale that the file means.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dsconvert.errors import QuantizationError
+
+if TYPE_CHECKING:
+    import torch
+
+STEPS = 16  # scales of columns, as shares of the largest: (1/16)^2 ... (16/16)^2
+MULTIPLIERS = tuple(0.70 + 0.50 * i / 96 for i in range(97))  # of the largest scale, tried in turn
+NORM = 3.5  # the error that is least: outliers count more than in a sum of squares
+HALF_MAX = 65504.0
+# Its 256th part is the least float16: with a largest scale below it all weights would be 0.
+LEAST = 2.0**-24 * STEPS**2
+# Weights tried at once: on a CPU what its caches hold, elsewhere what keeps the device busy.
+CHUNK = {"cpu": 1 << 18}
+CHUNK_ELSEWHERE = 1 << 25
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """A group's scales: stored as `codes` uint8 [N] and `largest` float16 [], meant by `scale` f32 [N]."""
+
+    codes: torch.Tensor
+    largest: torch.Tensor
+    scale: torch.Tensor
+
+
+def find_grid(w: torch.Tensor, bits: int) -> Grid:
+    """The scales of a group of rows `w` [rows, N], float32: of 97 multipliers the best for the whole group.
+
+    The least sum of |scale * code - w|^3.5, before the product's rounding to float16; the first of equals.
+    Raises QuantizationError for weights that are not finite or that float16 cannot reach.
+    """
+    import torch
+
+    zero = 1 << (bits - 1)
+    base = w.abs().amax(0).add_(1e-12).div_((2 * zero - 1) / 2)
+    smax = base.max().clamp(min=LEAST)
+    codes = (base / smax).sqrt_().mul_(STEPS).round_().clamp_(1, STEPS).sub_(1)
+    tried = torch.tensor(MULTIPLIERS, dtype=w.dtype, device=w.device)
+    largest = (tried * smax).clamp_(min=LEAST).half()
+    scale = effective_scales(codes, largest.unsqueeze(1))
+    # the lowest code may be met by clamping only, but it must not be infinite
+    errors = _errors(w, scale, zero).masked_fill_(scale.amax(1) * zero > HALF_MAX, float("inf"))
+    best = errors.argmin()
+    if not bool(errors[best].isfinite()):
+        raise QuantizationError(
+            "has weights too large for a float16 scale, or none that are numbers",
+            why=f"The largest magnitude is {float(w.abs().max()):.3g}",
+            hint="Look for a damaged tensor in the checkpoint",
+        )
+    return Grid(codes.byte(), largest[best], scale[best])
+
+
+def effective_scales(codes: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """The runtime's float16 scales, as float32, of scale codes and largest scales of shapes that fit."""
+    part = (largest.float() / STEPS**2).half().float()
+    return (codes.float() + 1).square_().mul(part).half().float()  # exact, then rounded once
+
+
+def to_codes(w: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """The nearest codes 0 ... 2^bits - 1 of `w`, in its dtype; ties go to the even multiple of the scale."""
+    zero = 1 << (bits - 1)
+    return (w / scale).round_().add_(zero).clamp_(0, 2 * zero - 1)
+
+
+def from_codes(codes: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """What the runtime makes of codes: float16 values, as float32."""
+    return (codes.float() - (1 << (bits - 1))).mul_(scale).half().float()
+
+
+def _errors(w: torch.Tensor, scale: torch.Tensor, zero: int) -> torch.Tensor:
+    """The group's error with each of the scales [P, N], float64 [P]; in pieces of both."""
+    import torch
+
+    (rows, columns), tries = w.shape, len(scale)
+    room = max(CHUNK.get(w.device.type, CHUNK_ELSEWHERE) // rows, 1)
+    width = min(columns, room)
+    at_once = min(max(room // width, 1), tries)
+    total, inverse = scale.new_empty(scale.shape), scale.reciprocal()
+    buffers = scale.new_empty(3, at_once, rows, width)
+    for n in range(0, columns, width):
+        part = w[:, n : n + width]
+        for p in range(0, tries, at_once):
+            trial = inverse[p : p + at_once, None, n : n + width]
+            x, miss, power = buffers[:, : trial.shape[0], :, : trial.shape[2]]
+            torch.mul(part, trial, out=x)
+            torch.round(x, out=miss).clamp_(-zero, zero - 1).sub_(x).abs_()
+            torch.sqrt(miss, out=power).mul_(miss).mul_(miss.square_())  # ^3.5
+            total[p : p + at_once, n : n + width] = power.sum(1)
+    return scale.double().pow_(NORM).mul_(total).sum(1)
