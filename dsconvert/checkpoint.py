@@ -155,6 +155,17 @@ def open_weights(folder: Path) -> tuple[tuple[Path, ...], dict[str, Stored]]:
     raise _no_weights(folder)
 
 
+def open_unindexed(folder: Path) -> tuple[tuple[Path, ...], dict[str, Stored]]:
+    """Every safetensors file of a folder and the tensors they hold, complete if they are shards; no index.
+
+    As exllamav2 reads a folder, where an index is often left from the model that it was made from.
+    """
+    names = _shard_set(folder, SAFETENSORS) or sorted(path.name for path in folder.glob("*.safetensors"))
+    if not names:
+        raise _no_weights(folder)
+    return _open_shards(folder, SAFETENSORS, names)
+
+
 def _shard_set(folder: Path, kind: Kind) -> list[str]:
     """The shards of a folder without an index, complete and in order; empty when there are none."""
     names = [path.name for path in folder.glob("*" + kind.suffix) if not ASIDE.fullmatch(path.name)]

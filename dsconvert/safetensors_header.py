@@ -85,6 +85,14 @@ def values(stored: Stored) -> Array:
     return flat.reshape(stored.shape)
 
 
+def mapped_values(stored: Stored) -> Array:
+    """What `values` would copy, as a read-only view: of a slice only its own pages are read."""
+    if stored.data is not None:
+        return stored.data
+    assert stored.offset is not None  # safetensors tensors are in one piece
+    return np.memmap(stored.path, INTEGERS[stored.dtype], "r", stored.offset, stored.shape)
+
+
 def check_file(path: Path) -> int:
     """The size of a weight file in bytes; raises CheckpointError for what is plainly none."""
     try:

@@ -17,7 +17,8 @@ from dsconvert.errors import OutputError
 from dsconvert.safetensors_header import BITS, Stored
 
 CHUNK = 16 << 20
-NAMES = {"uint16": "BF16", "float16": "F16", "float32": "F32", "int32": "I32"}  # bf16 travels as its bits
+# The format's names of numpy's types; bf16 travels as its bits.
+NAMES = {"uint16": "BF16", "float16": "F16", "float32": "F32", "int32": "I32", "int16": "I16"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +36,7 @@ class Piece:
 
 
 def from_array(array: npt.NDArray[Any]) -> Piece:
-    """A piece of an array, uint16 (bf16 bits), float16, float32 or int32; a view is copied row by row."""
+    """A piece of an array of a type of NAMES; a view is copied row by row."""
 
     def chunks() -> Iterator[bytes | memoryview]:
         rows = array.reshape(1) if array.ndim == 0 else array

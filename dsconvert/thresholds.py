@@ -49,6 +49,12 @@ LIMITS: dict[str, Thresholds] = {
     "gptq4": Thresholds(0.70, 1.80, 0.60, 0.4),
     "gptq3": Thresholds(1.50, 3.00, 0.45, 0.7),
     "gptq2": Thresholds(4.00, 30.0, 0.10, 1.0),
+    "exl2_8": Thresholds(0.005, 1.01, 0.95, 0.04),
+    "exl2_6": Thresholds(0.05, 1.05, 0.88, 0.1),
+    "exl2_5": Thresholds(0.20, 1.25, 0.75, 0.25),
+    "exl2_4": Thresholds(0.70, 1.80, 0.60, 0.4),
+    "exl2_3": Thresholds(1.50, 3.00, 0.45, 0.7),
+    "exl2_2": Thresholds(4.00, 30.0, 0.10, 1.0),
 }
 
 # The least signal to noise in dB of a tensor stored in a type: about 7 dB below the least that was measured
@@ -69,6 +75,13 @@ SNR_FLOOR: dict[str, float] = {
     "gptq4": 8.5,
     "gptq3": 3.5,
     "gptq2": 0.5,
+    # As GPTQ, by the average width of a tensor's codes; 5 and 6 bits between, 6 dB a bit.
+    "exl2_8": 30.0,
+    "exl2_6": 19.0,
+    "exl2_5": 13.5,
+    "exl2_4": 8.5,
+    "exl2_3": 3.5,
+    "exl2_2": 0.5,
 }
 ANY_FLOOR = 3.0
 

@@ -117,6 +117,7 @@ def test_files_are_what_the_safetensors_library_reads(tmp_path: Path) -> None:
     arrays = {
         "odd": np.arange(7, dtype=np.float16),
         "words": np.arange(-6, 6, dtype=np.int32).reshape(3, 4),
+        "short": np.arange(-3, 2, dtype=np.int16),
         "strided": np.arange(24, dtype=np.float32).reshape(4, 6).T[::2],
         "bf16": np.array([[0x3F80, 0xC000, 0x7F80]], np.uint16),
         "none": np.zeros((0, 4), np.float32),

@@ -107,7 +107,7 @@ def dequantize(packed: Packed, outputs: int | None = None) -> npt.NDArray[np.flo
         part *= step  # exact in float32: the assignment rounds once
         weights[start : start + rows] = part
         start += rows
-    return np.ascontiguousarray(weights[packed.q_invperm].T).astype(np.float32)
+    return weights[packed.q_invperm].T.astype(np.float32, order="C")
 
 
 def effective_scales(scales: Array, scale_max: Array) -> npt.NDArray[np.float32]:

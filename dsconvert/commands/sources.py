@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from converters.gguf.parse import GGUFFile
 
 NESTED = ("text_config", "language_config")
+# The limits of an EXL2 model, by the bits per weight of its decoder.
+EXL2_BY_BITS = ((7.5, 8), (5.8, 6), (4.8, 5), (3.8, 4), (2.8, 3), (0.0, 2))
 # The mixture whose limits a stranger's type has to keep, by its bits per weight.
 BY_BITS = ((12.0, "bf16"), (7.5, "q8_0"), (6.0, "q6_k"), (4.8, "q5"), (3.8, "q4_0"), (2.8, "q3"), (0.0, "q2"))
 
@@ -152,6 +154,7 @@ def _open_checkpoint(path: Path) -> Opened:
 
 
 def _open_gptq(path: Path) -> Opened:
+    from converters.gptq.pack import PARTS
     from converters.gptq.reader import open_model
 
     model = open_model(path)
@@ -159,7 +162,7 @@ def _open_gptq(path: Path) -> Opened:
     source, decoder = language_model(model, config)
     bits = {f"{name}.weight": model.bits for name in model.linears}
     sizes = sizes_by_type(
-        (model.dtype(name), prod(shape), _gptq_nbytes(model.checkpoint, name, name in bits))
+        (model.dtype(name), prod(shape), _packed_nbytes(model.checkpoint, name, name in bits, PARTS))
         for name, shape in model.shapes().items()
     )
     quant = f"gptq-{model.bits}bit" + (f"-{model.group_size}g" if model.group_size > 0 else "")
@@ -169,17 +172,35 @@ def _open_gptq(path: Path) -> Opened:
     )
 
 
-def _gptq_nbytes(checkpoint: Checkpoint, name: str, quantized: bool) -> int:
-    """Bytes of a tensor as it is stored, scales and zeros included."""
+def _open_exl2(path: Path) -> Opened:
+    from converters.exl2.pack import PARTS
+    from converters.exl2.reader import open_model
+
+    model = open_model(path)
+    config = load_config(path)
+    source, decoder = language_model(model, config)
+    packed = {f"{name}.weight" for name in model.linears}
+    sizes = sizes_by_type(
+        (model.dtype(name), prod(shape), _packed_nbytes(model.checkpoint, name, name in packed, PARTS))
+        for name, shape in model.shapes().items()
+    )
+    head = model.linears.get("lm_head")
+    quant = f"exl2-{model.bits:.2f}bpw-h{head.width if head else 16}"
+    limits = f"exl2_{next(bits for least, bits in EXL2_BY_BITS if model.bits >= least)}"
+    text = _handling(lambda: of_data(load_tokenizer(path, config.vocab_size)))
+    return Opened(path, "EXL2", quant, limits, source, decoder, text, sizes, model.checkpoint.nbytes)
+
+
+def _packed_nbytes(checkpoint: Checkpoint, name: str, quantized: bool, parts: tuple[str, ...]) -> int:
+    """Bytes of a tensor as it is stored, of a quantized one in all its parts."""
     if not quantized:
         return checkpoint.tensors[name].nbytes
-    stem = name.removesuffix("weight")
-    parts = (stem + part for part in ("qweight", "qzeros", "scales", "g_idx"))
-    return sum(checkpoint.tensors[part].nbytes for part in parts if part in checkpoint.tensors)
+    stored = (checkpoint.tensors.get(name.removesuffix("weight") + part) for part in parts)
+    return sum(part.nbytes for part in stored if part is not None)
 
 
 # How folders are opened, by the quant_method of their quantization_config.
-OPENERS: dict[str, Callable[[Path], Opened]] = {"gptq": _open_gptq}
+OPENERS: dict[str, Callable[[Path], Opened]] = {"gptq": _open_gptq, "exl2": _open_exl2}
 
 
 def limits_name(opened: Opened) -> str:
