@@ -15,6 +15,7 @@ from dsconvert import __version__
 COMMANDS = (
     "gguf",
     "gptq",
+    "exl2",
     "imatrix",
     "verify",
     "compare",

@@ -128,6 +128,19 @@ def undamped(total: float, error: torch.Tensor, factor: Factor) -> float:
     return max(total - factor.shift * float(error.square().sum(dtype=torch.float64)), 0.0)
 
 
+def row_losses(factor: Factor) -> torch.Tensor:
+    """What a squared rounding error at each step adds to the undamped loss, errors being independent: [K].
+
+    Err = R U^-1 for roundings R, so tr(Err H Err^T) is the sum of R_i^2 (D_i - shift |row i of U^-1|^2).
+    """
+    import torch
+
+    eye = torch.eye(len(factor.U), dtype=factor.U.dtype, device=factor.U.device)
+    inverse = torch.linalg.solve_triangular(factor.U, eye, upper=True, unitriangular=True)
+    losses: torch.Tensor = (factor.D - factor.shift * inverse.square_().sum(1)).clamp_(min=0)
+    return losses
+
+
 def loss(error: torch.Tensor, H: torch.Tensor) -> float:
     """tr(E H E^T) in float64 for errors [K, N]."""
     e = error.double()

@@ -62,6 +62,7 @@ def write_folder(
     settings: Mapping[str, Any],
     *,
     extra: Mapping[str, Mapping[str, Any]] = EMPTY,
+    beside: Mapping[str, Mapping[str, Piece]] = EMPTY,
     naming: Naming = HUB,
     force: bool = False,
     shard_bytes: int = SHARD_BYTES,
@@ -70,14 +71,21 @@ def write_folder(
     """Write the folder `out`; gives the bytes of its weights.
 
     `config` is config.json of the output as the source has it, `settings` its quantization_config, `extra`
-    further JSON files by name, `pieces` every tensor in the order of the shards, `source` the folder whose
-    tokenizer and generation files are copied. Raises OutputError when `out` exists (without `force`), when
-    there is no room, or when the disk refuses; nothing is left then.
+    further JSON files by name, `pieces` every tensor in the order of the shards, `beside` more tensors by
+    the folder inside `out` that takes them, `source` the folder whose tokenizer and generation files are
+    copied. Raises OutputError when `out` exists (without `force`), when there is no room, or when the disk
+    refuses; nothing is left then.
     """
-    with _folder(out, sum(piece.nbytes for piece in pieces.values()), force) as part:
+    everything = [*pieces.values(), *(piece for tensors in beside.values() for piece in tensors.values())]
+    with _folder(out, sum(piece.nbytes for piece in everything), force) as part:
         nbytes = _write_shards(part, pieces, naming, shard_bytes, done)
         for name, value in {"config.json": quantized_config(config, settings), **extra}.items():
             _write_json(part / name, value)
+        for name, tensors in beside.items():
+            (part / name).mkdir()
+            nbytes += sum(piece.nbytes for piece in tensors.values())
+            write_safetensors(part / name / "model.safetensors", tensors, done)
+            _sync(part / name)
         for file in companions(source):
             shutil.copyfile(file, part / file.name)
     return nbytes
@@ -196,7 +204,7 @@ def _claim(part: Path) -> int:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for left in part.iterdir():  # of a run that was killed
-            left.unlink()
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
     except OSError as error:
         os.close(lock)
         busy = isinstance(error, BlockingIOError)

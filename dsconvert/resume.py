@@ -32,8 +32,20 @@ class State:
 
     @property
     def begun(self) -> bool:
-        """Whether a block is finished."""
-        return self._record(0).exists()
+        """Whether a block is finished, or anything else is kept."""
+        return any(path.name != JOB for path in self.folder.glob("*.json"))
+
+    def keep(self, name: str, value: Mapping[str, Any]) -> None:
+        """Keep something else that took time, under a name of its own."""
+        self._publish(self.folder / f"{name}.json", value)
+
+    def kept(self, name: str) -> dict[str, Any] | None:
+        """What was kept under that name, or None."""
+        try:
+            value: dict[str, Any] = json.loads((self.folder / f"{name}.json").read_text("utf-8"))
+        except FileNotFoundError:
+            return None
+        return value
 
     def records(self) -> list[dict[str, Any]]:
         """The records of the blocks finished, from block 0 on; OutputError for one that was changed."""

@@ -25,14 +25,15 @@ class Selection:
     """The linears of a checkpoint's language model, and all the rest.
 
     `source` is the language model under Llama's own names, `linears` what is quantized, the shapes by these
-    names; `names` gives the names in the output, `kept` what is copied: checkpoint names by output names.
-    `raw` is the output's config.json without the quantization.
+    names, `roles` their places in the solve order; `names` gives the names in the output, `kept` what is
+    copied: checkpoint names by output names. `raw` is the output's config.json without the quantization.
     """
 
     checkpoint: Checkpoint
     source: WeightSource
     config: ModelConfig
     linears: Mapping[str, tuple[int, ...]] = field(repr=False)
+    roles: Mapping[str, str] = field(repr=False)
     names: Mapping[str, str] = field(repr=False)
     kept: Mapping[str, str] = field(repr=False)
     raw: Mapping[str, Any] = field(repr=False)
@@ -82,6 +83,7 @@ def select(model: str, language_only: bool) -> Selection:
         source,
         config,
         linears={inside[spec.gguf]: spec.shape for spec in chosen},
+        roles={inside[spec.gguf]: spec.role for spec in chosen},
         names={inside[spec.gguf]: spec.hf if whole else inside[spec.gguf] for spec in chosen},
         kept=_kept(checkpoint, outer, specs, inside, whole),
         raw=outer.raw if whole else plain_config(config),

@@ -61,10 +61,7 @@ class Block:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device called "auto", "cpu", "cuda" or "cuda:N".
-
-    Raises UsageError for another name, or CUDA where there is none.
-    """
+    """The device called "auto", "cpu", "cuda" or "cuda:N"; UsageError for another, or where it is not."""
     import torch
 
     if name == "auto":
@@ -237,23 +234,28 @@ def run_block(
     out = torch.empty_like(hidden)
     with torch.no_grad(), _watching(block, observers or {}):
         for rows in batches(decoder, hidden.shape[0], hidden.shape[1]):
-            x = hidden[rows]
-            positions = torch.arange(x.shape[1], device=x.device)[None]
-            result = block.module(
-                x,
-                attention_mask=None,  # none asks sdpa for its causal kernel
-                position_ids=positions,
-                position_embeddings=decoder.rotary(x, positions),
-            )
-            out[rows] = result[0] if isinstance(result, tuple) else result
+            out[rows] = apply(decoder, block, hidden[rows])
+    return out
+
+
+def apply(decoder: Decoder, block: Block, x: torch.Tensor) -> torch.Tensor:
+    """States [batch, length, d] through one block, with gradients where they are on."""
+    import torch
+
+    positions = torch.arange(x.shape[1], device=x.device)[None]
+    result = block.module(
+        x,
+        attention_mask=None,  # none asks sdpa for its causal kernel
+        position_ids=positions,
+        position_embeddings=decoder.rotary(x, positions),
+    )
+    out: torch.Tensor = result[0] if isinstance(result, tuple) else result
     return out
 
 
 def batches(decoder: Decoder, windows: int, length: int) -> Iterator[slice]:
     """Slices of the windows so that each holds about `decoder.batch_tokens` tokens."""
-    step = max(1, decoder.batch_tokens // length)
-    for start in range(0, windows, step):
-        yield slice(start, min(start + step, windows))
+    return _cut(0, windows, decoder.batch_tokens // length)
 
 
 @contextmanager
@@ -271,16 +273,17 @@ def _watching(block: Block, observers: Mapping[str, Observer]) -> Iterator[None]
 
 def slices(rows: int, columns: int) -> Iterator[slice]:
     """Rows of a matrix in slices of about ROWS_AT_ONCE values."""
-    step = max(1, ROWS_AT_ONCE // columns)
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
+    return _cut(0, rows, ROWS_AT_ONCE // columns)
 
 
 def chunks(first: int, last: int, vocab: int) -> Iterator[slice]:
     """Positions first ... last - 1 in slices, so that the logits of one are about LOGITS_AT_ONCE values."""
-    step = max(1, LOGITS_AT_ONCE // vocab)
-    for start in range(first, last, step):
-        yield slice(start, min(start + step, last))
+    return _cut(first, last, LOGITS_AT_ONCE // vocab)
+
+
+def _cut(first: int, last: int, most: int) -> Iterator[slice]:
+    step = max(1, most)
+    return (slice(start, min(start + step, last)) for start in range(first, last, step))
 
 
 def head_weights(decoder: Decoder) -> tuple[torch.Tensor, torch.Tensor]:
@@ -307,8 +310,8 @@ def normed(decoder: Decoder, norm: torch.Tensor, hidden: torch.Tensor) -> torch.
     with torch.device("meta"):
         final = LlamaRMSNorm(decoder.config.hidden_size, eps=decoder.config.norm_eps)
     final.load_state_dict({"weight": norm}, assign=True)
-    with torch.no_grad():
-        result: torch.Tensor = final(hidden)
+    final.requires_grad_(False)
+    result: torch.Tensor = final(hidden)
     return result
 
 

@@ -6,6 +6,7 @@ float16, so that codes are chosen for the scale that the file means.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,8 +35,8 @@ class Grid:
     scale: torch.Tensor
 
 
-def find_grid(w: torch.Tensor, bits: int) -> Grid:
-    """The scales of a group of rows `w` [rows, N], float32: of 97 multipliers the best for the whole group.
+def find_grid(w: torch.Tensor, bits: int, multipliers: Sequence[float] = MULTIPLIERS) -> Grid:
+    """The scales of a group of rows `w` [rows, N], float32: of the multipliers the best for the whole group.
 
     The least sum of |scale * code - w|^3.5, before the product's rounding to float16; the first of equals.
     Raises QuantizationError for weights that are not finite or that float16 cannot reach.
@@ -46,7 +47,7 @@ def find_grid(w: torch.Tensor, bits: int) -> Grid:
     base = w.abs().amax(0).add_(1e-12).div_((2 * zero - 1) / 2)
     smax = base.max().clamp(min=LEAST)
     codes = (base / smax).sqrt_().mul_(STEPS).round_().clamp_(1, STEPS).sub_(1)
-    tried = torch.tensor(MULTIPLIERS, dtype=w.dtype, device=w.device)
+    tried = torch.tensor(multipliers, dtype=w.dtype, device=w.device)
     largest = (tried * smax).clamp_(min=LEAST).half()
     scale = effective_scales(codes, largest.unsqueeze(1))
     # the lowest code may be met by clamping only, but it must not be infinite

@@ -22,6 +22,8 @@ from dsconvert.safetensors_header import Stored, mapped_values, quoted
 STORED_AS = {"q_weight": "i32", "q_scale": "i32", "q_scale_max": "f16", "q_groups": "i16", "q_invperm": "i32"}
 DIMENSIONS = {"q_weight": 2, "q_scale": 2, "q_scale_max": 1, "q_groups": 1, "q_invperm": 1}
 HEAD = "lm_head"
+# Which width's thresholds hold from how many bits per weight on.
+LIMITS = ((7.5, 8), (5.8, 6), (4.8, 5), (3.8, 4), (2.8, 3), (0.0, 2))
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,11 @@ class EXL2Model:
     def head_bits(self) -> float:
         """Bits per weight of the head; 16 where it is not quantized."""
         return self._per_weight([self.linears[HEAD]]) if HEAD in self.linears else 16.0
+
+    @property
+    def limits(self) -> str:
+        """The name of the thresholds that fit the blocks' bits per weight."""
+        return f"exl2_{next(bits for least, bits in LIMITS if self.bits >= least)}"
 
     @staticmethod
     def _per_weight(linears: list[Linear]) -> float:

@@ -6,6 +6,7 @@ ladder per kind of linear; which rung a linear stands on is the allocation's cho
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -37,6 +38,20 @@ class Setting:
         """A name of its own, as measurements and reports have it: "5b10%g128+4b90%g128"."""
         parts = zip(self.bits, self.percent, self.sizes, strict=True)
         return "+".join(f"{bits}b{percent}%g{size}" for bits, percent, size in parts)
+
+
+def named(text: str) -> Setting:
+    """The setting of this name; raises UsageError for what names none."""
+    parts = [re.fullmatch(r"(\d)b(\d+)%g(\d+)", part) for part in text.split("+")]
+    numbers = [tuple(map(int, part.groups())) for part in parts if part]
+    if len(numbers) < len(parts):
+        raise UsageError(
+            f"is no EXL2 setting: {text[:80]!r}", hint='They are of the form "5b10%g128+4b90%g128"'
+        )
+    bits, percent, sizes = zip(*numbers, strict=True)
+    setting = Setting(bits, percent, sizes)
+    _check(setting)
+    return setting
 
 
 def groups_for(inputs: int, setting: Setting) -> tuple[Group, ...]:

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from converters.gguf.parse import GGUFFile
 
 NESTED = ("text_config", "language_config")
-# The limits of an EXL2 model, by the bits per weight of its decoder.
-EXL2_BY_BITS = ((7.5, 8), (5.8, 6), (4.8, 5), (3.8, 4), (2.8, 3), (0.0, 2))
 # The mixture whose limits a stranger's type has to keep, by its bits per weight.
 BY_BITS = ((12.0, "bf16"), (7.5, "q8_0"), (6.0, "q6_k"), (4.8, "q5"), (3.8, "q4_0"), (2.8, "q3"), (0.0, "q2"))
 
@@ -186,9 +184,8 @@ def _open_exl2(path: Path) -> Opened:
     )
     head = model.linears.get("lm_head")
     quant = f"exl2-{model.bits:.2f}bpw-h{head.width if head else 16}"
-    limits = f"exl2_{next(bits for least, bits in EXL2_BY_BITS if model.bits >= least)}"
     text = _handling(lambda: of_data(load_tokenizer(path, config.vocab_size)))
-    return Opened(path, "EXL2", quant, limits, source, decoder, text, sizes, model.checkpoint.nbytes)
+    return Opened(path, "EXL2", quant, model.limits, source, decoder, text, sizes, model.checkpoint.nbytes)
 
 
 def _packed_nbytes(checkpoint: Checkpoint, name: str, quantized: bool, parts: tuple[str, ...]) -> int:

@@ -1,0 +1,99 @@
+"""Drives exllamav2's own converter, for users who want its result: needs the package, and CUDA."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from converters.exl2.job import Job, Options, prepare
+from converters.exl2.proof import prove_folder
+from dsconvert.errors import UsageError
+from dsconvert.events import Event, Finished, Step
+from dsconvert.inner import Inner
+
+MODULE = "exllamav2.conversion.convert_exl2"
+OURS = "Leave --backend out: dsconvert's own quantizer needs neither"
+
+
+def convert(options: Options) -> Iterator[Event]:
+    """Run exllamav2's converter on the checkpoint as `options` say, and prove what it wrote.
+
+    Calibration is its own built-in text, or the parquet file given. Raises UsageError where the package or
+    CUDA is missing, for what it cannot read or would misread, and where it fails.
+    """
+    started = time.monotonic()
+    check_installed()
+    if options.measurement is not None:
+        raise UsageError("exllamav2's converter does not read dsconvert's measurements", hint=OURS)
+    job = prepare(options)
+    check_readable(job)
+    out, work = job.out, job.out.with_name(job.out.name + ".work")
+    part = out.with_name(out.name + ".part")
+    yield Step(f"running {MODULE}, whose work folder is {work}")
+    for left in (part, *([] if options.resume else [work])):
+        shutil.rmtree(left, ignore_errors=True)
+    work.mkdir(exist_ok=True)
+    done = subprocess.run(
+        command(job, work, part), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    if done.returncode or not (part / "config.json").is_file():
+        raise UsageError(
+            "exllamav2's converter failed",
+            where=work,
+            why=" ".join(done.stdout.split())[-400:],
+            hint=f"Look at its own output: {' '.join(command(job, work, part))}. {OURS}",
+        )
+    shutil.rmtree(out, ignore_errors=True)
+    part.rename(out)
+    shutil.rmtree(work, ignore_errors=True)
+    nbytes = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    yield Finished(str(out), nbytes, time.monotonic() - started)
+    if options.verify != "off":
+        yield from prove_folder(job)
+
+
+def check_installed() -> None:
+    """See that exllamav2 and CUDA are there; raises UsageError that says what to do without."""
+    if importlib.util.find_spec("exllamav2") is None:
+        raise UsageError("--backend exllamav2 needs the package exllamav2, which is not installed", hint=OURS)
+    import torch
+
+    if not torch.cuda.is_available():
+        why = f"PyTorch {torch.__version__} sees no CUDA device"
+        raise UsageError("--backend exllamav2 needs CUDA", why=why, hint=OURS)
+
+
+def check_readable(job: Job) -> None:
+    """See that exllamav2 reads the checkpoint as what it is; raises UsageError."""
+    folder, raw = job.model.checkpoint.folder, job.model.raw
+    if isinstance(job.model.source, Inner):
+        raise UsageError("exllamav2 has no DeepSeek-VL", where=folder, hint=OURS)
+    if "rope_theta" not in raw and raw.get("rope_parameters"):
+        raise UsageError(
+            "exllamav2 would take RoPE's theta for 10000, and no scaling",
+            where=folder / "config.json",
+            why="It reads rope_theta and rope_scaling only, and the file has rope_parameters",
+            hint=f"Add rope_theta (and rope_scaling) to config.json. {OURS}",
+        )
+
+
+def command(job: Job, work: Path, out: Path) -> list[str]:
+    """The command line of exllamav2's converter."""
+    options = job.options
+    flags: dict[str, Any] = {
+        "-i": job.model.checkpoint.folder,
+        "-o": work,
+        "-cf": out,
+        "-b": options.bpw,
+        "-hb": options.head_bits,
+    }
+    if options.calib.endswith(".parquet"):
+        flags |= {"-c": options.calib, "-r": options.calib_samples, "-l": options.calib_len}
+    parts = [sys.executable, "-m", MODULE, *(str(x) for flag in flags.items() for x in flag)]
+    return [*parts, *([] if options.resume else ["-nr"])]

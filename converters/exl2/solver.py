@@ -1,0 +1,173 @@
+"""GPTQ's error feedback on EXL2's grid: rows in order of activity, each group's scales found on the way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from converters.exl2.grid import Grid, find_grid, from_codes, to_codes
+from converters.exl2.settings import Group
+from dsconvert import feedback
+from dsconvert.errors import QuantizationError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, eq=False)
+class Solved:
+    """A quantized linear of K inputs, N outputs and G groups, rows in the order of activity.
+
+    `codes` uint8 [K, N], `scales` uint8 [G, N] (scale codes), `largest` float16 [G], `order` int64 [K], the
+    input of each row; `weight` float32 [N, K] is what the file stands for. `loss` is
+    tr((W-Q) H (W-Q)^T) with the undamped H, `rtn_loss` that of rounding to nearest with the same scales.
+    `damp` is the fraction that was used, `dead` the number of inputs that were never active. `fell_back`
+    says why the codes are plain round-to-nearest; None when they are not.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    largest: torch.Tensor
+    order: torch.Tensor
+    weight: torch.Tensor
+    loss: float
+    rtn_loss: float
+    damp: float
+    dead: int
+    fell_back: str | None
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A linear ready to be walked: W^T [K, N] in the order of activity, its factor or why there is none."""
+
+    Wt: torch.Tensor
+    order: torch.Tensor
+    factor: feedback.Factor | None
+    dead: int
+    why: str
+
+
+def prepare(W: torch.Tensor, H: torch.Tensor, damp: float) -> Problem:
+    """Order the inputs of W [N, K] by the diagonal of H [K, K] = 2/n X^T X, and factor H in that order.
+
+    Inputs that were never active get weight 0. Raises QuantizationError for weights that are not finite.
+    """
+    if not bool(W.isfinite().all()):
+        raise QuantizationError(
+            "has weights that are no finite numbers",
+            hint="Fetch the checkpoint again; a training that diverged cannot be quantized",
+        )
+    diagonal = H.diagonal()
+    order = diagonal.nan_to_num().argsort(descending=True, stable=True)
+    if not bool(H.isfinite().all()):
+        return Problem(W.T[order].contiguous(), order, None, 0, "the Hessian is not finite")
+    dead = diagonal == 0
+    if bool(dead.all()):
+        why = "no input of this linear was ever active"
+        return Problem(W.T[order].contiguous(), order, None, int(dead.sum()), why)
+    Wt = W.masked_fill(dead, 0).T[order].contiguous()
+    factor = feedback.factorize(H, dead, order, damp)
+    why = "" if factor else "the Hessian is not positive definite at any damping"
+    return Problem(Wt, order, factor, int(dead.sum()), why)
+
+
+def solve(W: torch.Tensor, H: torch.Tensor, groups: Sequence[Group], damp: float = 0.01) -> Solved:
+    """Quantize W [N, K] to `groups` of rows so that tr((W-Q) H (W-Q)^T) is small.
+
+    Both float32 on one device; neither is changed. Where H cannot be factored, or where rounding to nearest
+    does better, the codes are those of round-to-nearest and `fell_back` says so. Raises QuantizationError
+    for weights that are not finite or too large.
+    """
+    problem = prepare(W, H, damp)
+    if problem.factor is None:
+        loss = feedback.loss(_nearest(problem, groups).error, H[problem.order][:, problem.order])
+        return _solved(problem, _nearest(problem, groups), loss, loss, 0.0, problem.why)
+    walked, total = _walk(problem, problem.factor, groups)
+    plain = _nearest(problem, groups, walked.grids)
+    factor = problem.factor
+    loss = feedback.undamped(total, walked.error, factor)
+    rtn_loss = feedback.undamped(feedback.damped_loss(plain.error, factor), plain.error, factor)
+    if not loss <= rtn_loss:
+        why = f"its loss {loss:.4g} is above round-to-nearest's"
+        return _solved(problem, plain, rtn_loss, rtn_loss, factor.damp, why)
+    return _solved(problem, walked, loss, rtn_loss, factor.damp, None)
+
+
+@dataclass(frozen=True, eq=False)
+class _Rounded:
+    """Codes [K, N], what they stand for, the grid of each group, and W^T less that."""
+
+    codes: torch.Tensor
+    values: torch.Tensor
+    grids: list[Grid]
+    error: torch.Tensor
+
+
+def _walk(problem: Problem, factor: feedback.Factor, groups: Sequence[Group]) -> tuple[_Rounded, float]:
+    import torch
+
+    Wt = problem.Wt
+    codes = torch.empty(Wt.shape, dtype=torch.uint8, device=Wt.device)
+    values = torch.empty_like(Wt)
+    starts, owner = _starts(groups), [g for g, group in enumerate(groups) for _ in range(group.rows)]
+    grids: list[Grid] = []
+
+    def find(i: int, current: torch.Tensor) -> None:
+        grids.append(find_grid(current, groups[owner[i]].bits))
+
+    def to_grid(i: int, w: torch.Tensor) -> torch.Tensor:
+        bits, scale = groups[owner[i]].bits, grids[-1].scale
+        q = to_codes(w, scale, bits)
+        codes[i] = q
+        values[i] = from_codes(q, scale, bits)
+        return values[i]
+
+    error, total = feedback.walk(Wt, factor, starts, find, to_grid)
+    return _Rounded(codes, values, grids, error), total
+
+
+def _nearest(problem: Problem, groups: Sequence[Group], grids: list[Grid] | None = None) -> _Rounded:
+    """Each weight to its nearest code, on `grids` or on those of the unmoved weights."""
+    import torch
+
+    Wt = problem.Wt
+    codes = torch.empty(Wt.shape, dtype=torch.uint8, device=Wt.device)
+    values = torch.empty_like(Wt)
+    found: list[Grid] = []
+    for (start, end), group in zip(_starts(groups).items(), groups, strict=True):
+        found.append(grids[len(found)] if grids else find_grid(Wt[start:end], group.bits))
+        q = to_codes(Wt[start:end], found[-1].scale, group.bits)
+        codes[start:end] = q
+        values[start:end] = from_codes(q, found[-1].scale, group.bits)
+    return _Rounded(codes, values, found, Wt - values)
+
+
+def _starts(groups: Sequence[Group]) -> dict[int, int]:
+    """Where each group starts, and where it ends."""
+    starts, row = {}, 0
+    for group in groups:
+        starts[row] = row + group.rows
+        row += group.rows
+    return starts
+
+
+def _solved(
+    problem: Problem, rounded: _Rounded, loss: float, rtn_loss: float, damp: float, fell_back: str | None
+) -> Solved:
+    import torch
+
+    return Solved(
+        codes=rounded.codes,
+        scales=torch.stack([grid.codes for grid in rounded.grids]),
+        largest=torch.stack([grid.largest for grid in rounded.grids]),
+        order=problem.order,
+        weight=rounded.values[problem.order.argsort()].T.contiguous(),
+        loss=loss if math.isfinite(loss) else math.nan,
+        rtn_loss=rtn_loss if math.isfinite(rtn_loss) else math.nan,
+        damp=damp,
+        dead=problem.dead,
+        fell_back=fell_back,
+    )

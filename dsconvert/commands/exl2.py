@@ -1,0 +1,117 @@
+"""`dsconvert exl2`: a checkpoint to an EXL2 folder for exllamav2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dsconvert.commands.running import run
+
+
+def _number(ctx: click.Context, param: click.Parameter, value: str) -> int:
+    return int(value)
+
+
+@click.command()
+@click.argument("model_path", required=False, default="")
+@click.option(
+    "-b",
+    "--bpw",
+    type=click.FloatRange(2, 8),
+    default=4.0,
+    show_default=True,
+    help="Bits per weight of the blocks' linears, on average; head and embedding are not counted.",
+)
+@click.option(
+    "--head-bits",
+    type=click.Choice(["2", "3", "4", "5", "6", "8", "16"]),
+    default="6",
+    show_default=True,
+    callback=_number,
+    help="Bits of the head; 16: as it is.",
+)
+@click.option(
+    "--measurement",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="What each setting costs, of an earlier run; made and written there when new.",
+)
+@click.option(
+    "--damp",
+    type=click.FloatRange(0, 1),
+    default=0.01,
+    show_default=True,
+    help="Fraction of the mean of H's diagonal that is added to it.",
+)
+@click.option(
+    "--calib",
+    default="c4",
+    show_default=True,
+    metavar="c4|wikitext2|builtin|FILE|DIR",
+    help="Calibration text.",
+)
+@click.option(
+    "--calib-samples", type=click.IntRange(1), default=128, show_default=True, help="Calibration windows."
+)
+@click.option(
+    "--calib-len",
+    type=click.IntRange(2),
+    default=2048,
+    show_default=True,
+    help="Tokens in a calibration window.",
+)
+@click.option(
+    "--calib-chat",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Conversations as JSON lines, written with the model's chat template, instead of --calib.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Which windows are drawn.")
+@click.option("--offline", is_flag=True, help="Take cached texts or the built-in one; ask no network.")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Output folder; default MODEL-exl2-4.0bpw here.",
+)
+@click.option("--resume", is_flag=True, help="Go on with a run that was stopped, to the same bytes.")
+@click.option("--force", is_flag=True, help="Replace an existing output, or drop an unfinished run.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--backend",
+    type=click.Choice(["dsconvert", "exllamav2"]),
+    default="dsconvert",
+    show_default=True,
+    help="exllamav2: drive that package's own converter (needs it, and CUDA).",
+)
+@click.option(
+    "--verify",
+    type=click.Choice(["off", "quick", "full"]),
+    default="quick",
+    show_default=True,
+    help="How much of the result is proven against the checkpoint.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line for everything that happens.")
+@click.option("--quiet", is_flag=True, help="Only warnings and failures.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def exl2(model_path: str, backend: str, as_json: bool, quiet: bool, debug: bool, **asked: Any) -> None:
+    """Quantize a checkpoint to EXL2: measure every linear, share out the bits, solve, and prove the result.
+
+    MODEL_PATH is a Hugging Face folder, a .safetensors file, a hub id, or `sample:` (the embedded sample);
+    default: the current folder. Of a model with a vision tower the language model is quantized and the rest
+    written beside it. Exit code 0: quantized and proven, 2: stopped, 3: a check failed.
+    """  # fmt: skip
+
+    def work() -> int:
+        from converters.exl2 import backend as other
+        from converters.exl2.convert import convert
+        from converters.exl2.job import Options
+        from dsconvert import console
+
+        make = other.convert if backend == "exllamav2" else convert
+        return console.render(make(Options(model=model_path, **asked)), as_json=as_json, quiet=quiet)
+
+    run(work, as_json=as_json, debug=debug)
