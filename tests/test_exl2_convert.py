@@ -84,7 +84,7 @@ def test_what_is_asked_stands_in_the_folder(tmp_path: Path, model: Path) -> None
         np.testing.assert_array_equal(read.float32(name), expected)
     for name in read.linears:
         a, b = read.float32(f"{name}.weight"), source.float32(f"{name}.weight")
-        assert np.square(a - b).sum() < 0.1 * np.square(b).sum(), name
+        assert np.square(a - b).sum() < 0.5 * np.square(b).sum(), name  # 2 bits where that costs little
 
 
 def test_a_tied_head_becomes_one_of_its_own_or_stays(tmp_path: Path) -> None:
