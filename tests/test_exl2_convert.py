@@ -184,7 +184,10 @@ def test_of_a_model_with_towers_they_are_written_beside(tmp_path: Path, layout: 
     source = tiny_vl.vl_checkpoint(tmp_path / "model", tiny_vl.VL(hybrid=hybrid, d=128, ff=352), layout)
     out = tmp_path / "out"
     events = run(source, out, verify="full", bpw=6.0)
-    assert not [e for e in events if isinstance(e, Check) and not e.passed and e.name != "mean KLD"]
+    checks = {e.name: e.passed for e in events if isinstance(e, Check)}
+    checks.pop("same top p")  # of random weights, whose predictions are all alike
+    assert len(checks) == 6
+    assert all(checks.values()), checks
     config = load_json(out / "config.json")
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["rope_theta"] == 10000.0
