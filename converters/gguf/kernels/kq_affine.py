@@ -2,7 +2,7 @@
 
 ggml's make_qkx2_quants: start from the plain range; then, for each of `steps` stretched ranges, level the
 values, solve scale and low by weighted least squares, and keep the pair whose error is the smallest. Each
-try starts from the best pair so far.
+try starts from the best pair so far. All variables but sizes are vectors: one number for each sub-block.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy import float32
+from numpy import float32, int32
 
 from converters.gguf.kernels.compile import inlined
 from converters.gguf.kernels.kq_lanes import (
@@ -18,186 +18,161 @@ from converters.gguf.kernels.kq_lanes import (
     LEVEL,
     ONE,
     ZERO,
+    Bytes,
     Floats,
     W,
     X,
-    nearest_level,
-    select,
+    clip,
+    nearest_ints,
+    nearest_levels,
 )
+from converters.gguf.kernels.vectors import WIDTH, load, magnitude, root, select, store, vector
 
 # The rows of `lanes` [ROWS, LANES]: one number for each sub-block.
-SCALE, LOW, BEST = 0, 1, 2  # the best pair so far, and its error
-INVERSE, OFFSET = 3, 4  # its levels are those nearest to INVERSE * (x - OFFSET)
-LOWEST, HIGHEST, SUM_W, SUM_WX = 5, 6, 7, 8  # of the values
-TRY_INVERSE, SUM_WL, SUM_WLL, SUM_WLX = 9, 10, 11, 12  # of the try at hand
-TRY_SCALE, TRY_LOW, ERROR = 13, 14, 15
-STEP, LEAST = 16, 17  # what the packed bytes say: a value is STEP * level - LEAST
-ROWS = 18
+SCALE, LOW = 0, 1  # the best pair
+INVERSE, OFFSET = 2, 3  # its levels are those nearest to INVERSE * (x - OFFSET)
+STEP, LEAST = 4, 5  # what the packed bytes say: a value is STEP * level - LEAST
+ROWS = 6
 
 NOT_A_NUMBER = float32(np.nan)
 
 
 @inlined
-def weigh_by_size(blocks: Floats, lanes: Floats) -> None:
+def weigh_by_size(blocks: Floats) -> None:
     """The weights of q2_k: |x|."""
     for j in range(blocks.shape[1]):
-        for i in range(LANES):
-            blocks[W, j, i] = abs(blocks[X, j, i])
+        for i in range(0, LANES, WIDTH):
+            store(blocks, (W, j, i), magnitude(load(blocks, (X, j, i))))
 
 
 @inlined
-def weigh_by_mean_and_size(blocks: Floats, lanes: Floats) -> None:
+def weigh_by_mean_and_size(blocks: Floats) -> None:
     """The weights of q4_k and q5_k: the root mean square of the sub-block, plus |x|."""
     size = blocks.shape[1]
-    for i in range(LANES):
-        lanes[SUM_W, i] = ZERO
-    for j in range(size):
-        for i in range(LANES):
-            lanes[SUM_W, i] += blocks[X, j, i] * blocks[X, j, i]
-    for i in range(LANES):
-        lanes[SUM_W, i] = np.sqrt(lanes[SUM_W, i] / float32(size))
-    for j in range(size):
-        for i in range(LANES):
-            blocks[W, j, i] = lanes[SUM_W, i] + abs(blocks[X, j, i])
+    for i in range(0, LANES, WIDTH):
+        squares = vector(ZERO)
+        for j in range(size):
+            x = load(blocks, (X, j, i))
+            squares += x * x
+        mean = root(squares / float32(size))
+        for j in range(size):
+            store(blocks, (W, j, i), mean + magnitude(load(blocks, (X, j, i))))
 
 
 @inlined
 def search_scale_and_low(
     blocks: Floats, lanes: Floats, top: Any, stretch: Any, step: Any, steps: Any, absolute: Any
 ) -> None:
-    """Find lanes[SCALE], lanes[LOW] and blocks[LEVEL] of each sub-block blocks[X], weighted by blocks[W].
+    """Find lanes[SCALE] and lanes[LOW] of each sub-block blocks[X], weighted by blocks[W].
 
     `top` is the highest level; try number t of `steps` stretches the levels to top + stretch + step * t;
     the error is the weighted sum of |difference| when `absolute`, else of its square. All but `steps` and
-    `absolute` float32.
+    `absolute` float32. lanes[INVERSE] and lanes[OFFSET] then say the levels.
     """
-    _measure(blocks, lanes)
-    _start(blocks, lanes, top, absolute)
-    for t in range(steps):
-        stretched = stretch + step * float32(t) + top
-        for i in range(LANES):
-            lanes[TRY_INVERSE, i] = stretched / (lanes[HIGHEST, i] - lanes[LOW, i])
-        _sum(blocks, lanes, top)
-        _solve(lanes)
-        _sum_error(blocks, lanes, absolute)
-        _keep_better(lanes)
-    _level(blocks, lanes, top)
+    for i in range(0, LANES, WIDTH):
+        lowest, highest, w, wx = _measure(blocks, i)
+        # The plain range, from the lowest value (or 0 when all are positive) to the highest.
+        low = select(lowest > ZERO, ZERO, lowest)
+        flat = highest == low
+        # A flat sub-block has scale 0 and levels 0. Any other range keeps its levels at 0 in every try, and
+        # sums of 0 make every try unsolvable.
+        highest, w, wx = select(flat, ONE, highest), select(flat, ZERO, w), select(flat, ZERO, wx)
+        inverse, offset = top / (highest - low), low
+        scale = select(flat, ZERO, ONE / inverse)
+        _sum(blocks, i, inverse, low, top)
+        best = _error(blocks, i, scale, low, absolute)
+        for t in range(steps):
+            stretched = stretch + step * float32(t) + top
+            try_inverse = stretched / (highest - low)
+            try_scale, try_low = _solve(w, wx, *_sum(blocks, i, try_inverse, low, top))
+            error = _error(blocks, i, try_scale, try_low, absolute)
+            better = error < best
+            best = select(better, error, best)
+            inverse, offset = select(better, try_inverse, inverse), select(better, low, offset)
+            scale, low = select(better, try_scale, scale), select(better, try_low, low)
+        store(lanes, (SCALE, i), scale)
+        store(lanes, (LOW, i), low)
+        store(lanes, (INVERSE, i), inverse)
+        store(lanes, (OFFSET, i), offset)
 
 
 @inlined
-def level_anew(blocks: Floats, lanes: Floats, top: Any) -> None:
-    """Level the values as they will be read, as lanes[STEP] * level - lanes[LEAST], into blocks[LEVEL].
+def _measure(blocks: Floats, i: Any) -> Any:
+    """The lowest and highest value, the sum of weights and the weighted sum of values."""
+    lowest = highest = load(blocks, (X, 0, i))
+    w = load(blocks, (W, 0, i))
+    wx = w * lowest
+    for j in range(1, blocks.shape[1]):
+        x, weight = load(blocks, (X, j, i)), load(blocks, (W, j, i))
+        lowest = select(x < lowest, x, lowest)
+        highest = select(x > highest, x, highest)
+        w += weight
+        wx += weight * x
+    return lowest, highest, w, wx
+
+
+@inlined
+def _sum(blocks: Floats, i: Any, inverse: Any, low: Any, top: Any) -> Any:
+    """Level the values into blocks[LEVEL], and sum w l, w l l and w l x."""
+    wl = wll = wlx = vector(ZERO)
+    for j in range(blocks.shape[1]):
+        x = load(blocks, (X, j, i))
+        level = nearest_levels(inverse * (x - low), ZERO, top)
+        store(blocks, (LEVEL, j, i), level)
+        weighted = load(blocks, (W, j, i)) * level
+        wl += weighted
+        wll += weighted * level
+        wlx += weighted * x
+    return wl, wll, wlx
+
+
+@inlined
+def _solve(w: Any, wx: Any, wl: Any, wll: Any, wlx: Any) -> Any:
+    """Scale and low by weighted least squares; a low above 0 becomes 0."""
+    determinant = w * wll - wl * wl
+    scale = (w * wlx - wx * wl) / determinant
+    low = (wll * wx - wl * wlx) / determinant
+    scale = select(low > ZERO, wlx / wll, scale)
+    # Not solvable: the error becomes NaN, which is less than nothing.
+    return select(determinant > ZERO, scale, NOT_A_NUMBER), select(low > ZERO, ZERO, low)
+
+
+@inlined
+def _error(blocks: Floats, i: Any, scale: Any, low: Any, absolute: Any) -> Any:
+    """The weighted error of the levels blocks[LEVEL]."""
+    total = vector(ZERO)
+    for j in range(blocks.shape[1]):
+        error = scale * load(blocks, (LEVEL, j, i)) + low - load(blocks, (X, j, i))
+        total += load(blocks, (W, j, i)) * (magnitude(error) if absolute else error * error)
+    return total
+
+
+@inlined
+def level_as_searched(x: Floats, lanes: Floats, top: Any, levels: Bytes) -> None:
+    """The levels of the search: x [n, size] to bytes [n, size], a row for each sub-block."""
+    for n in range(x.shape[0]):
+        _level_row(x, n, lanes, top, levels)
+
+
+@inlined
+def level_anew(x: Floats, lanes: Floats, top: Any, levels: Bytes) -> None:
+    """The levels of the values as they will be read, lanes[STEP] * level - lanes[LEAST]: [n, size] to bytes.
 
     Where a step rounded to 0, the levels of the search stay, as in ggml: they have no meaning, but they are
     in the file.
     """
-    for j in range(blocks.shape[1]):
-        for i in range(LANES):
-            level = nearest_level((blocks[X, j, i] + lanes[LEAST, i]) / lanes[STEP, i], ZERO, top)
-            blocks[LEVEL, j, i] = select(lanes[STEP, i] == ZERO, blocks[LEVEL, j, i], level)
+    for n in range(x.shape[0]):
+        step, least = lanes[STEP, n], lanes[LEAST, n]
+        if step == ZERO:
+            _level_row(x, n, lanes, top, levels)
+            continue
+        for j in range(0, x.shape[1], WIDTH):
+            level = nearest_ints((load(x, (n, j)) + least) / step)
+            store(levels, (n, j), clip(level, int32(0), int32(top)))
 
 
 @inlined
-def _measure(blocks: Floats, lanes: Floats) -> None:
-    """The lowest and highest value, the sum of weights and the weighted sum of values."""
-    for i in range(LANES):
-        lanes[LOWEST, i] = blocks[X, 0, i]
-        lanes[HIGHEST, i] = blocks[X, 0, i]
-        lanes[SUM_W, i] = blocks[W, 0, i]
-        lanes[SUM_WX, i] = blocks[W, 0, i] * blocks[X, 0, i]
-    for j in range(1, blocks.shape[1]):
-        for i in range(LANES):
-            x = blocks[X, j, i]
-            lanes[LOWEST, i] = select(x < lanes[LOWEST, i], x, lanes[LOWEST, i])
-            lanes[HIGHEST, i] = select(x > lanes[HIGHEST, i], x, lanes[HIGHEST, i])
-            lanes[SUM_W, i] += blocks[W, j, i]
-            lanes[SUM_WX, i] += blocks[W, j, i] * x
-
-
-@inlined
-def _start(blocks: Floats, lanes: Floats, top: Any, absolute: Any) -> None:
-    """The plain range, from the lowest value (or 0 when all are positive) to the highest, and its error."""
-    for i in range(LANES):
-        low = select(lanes[LOWEST, i] > ZERO, ZERO, lanes[LOWEST, i])
-        flat = lanes[HIGHEST, i] == low
-        # A flat sub-block has scale 0 and levels 0. Any other range keeps its levels at 0 in every try, and
-        # sums of 0 make every try unsolvable.
-        lanes[HIGHEST, i] = select(flat, ONE, lanes[HIGHEST, i])
-        lanes[SUM_W, i] = select(flat, ZERO, lanes[SUM_W, i])
-        lanes[SUM_WX, i] = select(flat, ZERO, lanes[SUM_WX, i])
-        inverse = top / (lanes[HIGHEST, i] - low)
-        lanes[INVERSE, i] = inverse
-        lanes[OFFSET, i] = low
-        lanes[SCALE, i] = select(flat, ZERO, ONE / inverse)
-        lanes[LOW, i] = low
-        lanes[BEST, i] = ZERO
-    _level(blocks, lanes, top)
-    for j in range(blocks.shape[1]):
-        for i in range(LANES):
-            error = lanes[SCALE, i] * blocks[LEVEL, j, i] + lanes[LOW, i] - blocks[X, j, i]
-            lanes[BEST, i] += blocks[W, j, i] * select(absolute, abs(error), error * error)
-
-
-@inlined
-def _level(blocks: Floats, lanes: Floats, top: Any) -> None:
-    """The levels of the best pair so far."""
-    for j in range(blocks.shape[1]):
-        for i in range(LANES):
-            v = lanes[INVERSE, i] * (blocks[X, j, i] - lanes[OFFSET, i])
-            blocks[LEVEL, j, i] = nearest_level(v, ZERO, top)
-
-
-@inlined
-def _sum(blocks: Floats, lanes: Floats, top: Any) -> None:
-    """Level the values, and sum w l, w l l and w l x."""
-    for i in range(LANES):
-        lanes[SUM_WL, i] = ZERO
-        lanes[SUM_WLL, i] = ZERO
-        lanes[SUM_WLX, i] = ZERO
-    for j in range(blocks.shape[1]):
-        for i in range(LANES):
-            x = blocks[X, j, i]
-            level = nearest_level(lanes[TRY_INVERSE, i] * (x - lanes[LOW, i]), ZERO, top)
-            blocks[LEVEL, j, i] = level
-            weighted = blocks[W, j, i] * level
-            lanes[SUM_WL, i] += weighted
-            lanes[SUM_WLL, i] += weighted * level
-            lanes[SUM_WLX, i] += weighted * x
-
-
-@inlined
-def _solve(lanes: Floats) -> None:
-    """Scale and low by weighted least squares; a low above 0 becomes 0."""
-    for i in range(LANES):
-        w, wx = lanes[SUM_W, i], lanes[SUM_WX, i]
-        wl, wll, wlx = lanes[SUM_WL, i], lanes[SUM_WLL, i], lanes[SUM_WLX, i]
-        determinant = w * wll - wl * wl
-        scale = (w * wlx - wx * wl) / determinant
-        low = (wll * wx - wl * wlx) / determinant
-        scale = select(low > ZERO, wlx / wll, scale)
-        # Not solvable: the error becomes NaN, which is less than nothing.
-        lanes[TRY_SCALE, i] = select(determinant > ZERO, scale, NOT_A_NUMBER)
-        lanes[TRY_LOW, i] = select(low > ZERO, ZERO, low)
-
-
-@inlined
-def _sum_error(blocks: Floats, lanes: Floats, absolute: Any) -> None:
-    """The weighted error of the try."""
-    for i in range(LANES):
-        lanes[ERROR, i] = ZERO
-    for j in range(blocks.shape[1]):
-        for i in range(LANES):
-            error = lanes[TRY_SCALE, i] * blocks[LEVEL, j, i] + lanes[TRY_LOW, i] - blocks[X, j, i]
-            lanes[ERROR, i] += blocks[W, j, i] * select(absolute, abs(error), error * error)
-
-
-@inlined
-def _keep_better(lanes: Floats) -> None:
-    """Keep the try where its error is the smallest so far; the next try starts from its low."""
-    for i in range(LANES):
-        better = lanes[ERROR, i] < lanes[BEST, i]
-        lanes[INVERSE, i] = select(better, lanes[TRY_INVERSE, i], lanes[INVERSE, i])
-        lanes[OFFSET, i] = select(better, lanes[LOW, i], lanes[OFFSET, i])
-        lanes[SCALE, i] = select(better, lanes[TRY_SCALE, i], lanes[SCALE, i])
-        lanes[LOW, i] = select(better, lanes[TRY_LOW, i], lanes[LOW, i])
-        lanes[BEST, i] = select(better, lanes[ERROR, i], lanes[BEST, i])
+def _level_row(x: Floats, n: Any, lanes: Floats, top: Any, levels: Bytes) -> None:
+    for j in range(0, x.shape[1], WIDTH):
+        level = nearest_ints(lanes[INVERSE, n] * (load(x, (n, j)) - lanes[OFFSET, n]))
+        store(levels, (n, j), clip(level, int32(0), int32(top)))

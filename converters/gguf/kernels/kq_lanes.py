@@ -13,18 +13,19 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import types
-from numba.extending import intrinsic
 from numpy import float32, int32, uint16, uint32
 
 from converters.gguf.kernels.compile import inlined
+from converters.gguf.kernels.vectors import WIDTH, as_floats, as_ints, select, store_turned
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
+Numbers = npt.NDArray[np.int64]
 
 LANES = 64  # sub-blocks searched at once
 SUPER = 256  # values in a super-block
 
+ORDER = np.arange(LANES)  # sub-blocks as they follow each other
 X, W, LEVEL = 0, 1, 2  # the parts of `blocks`: values, their weights, their levels in the try at hand
 
 ZERO = float32(0)
@@ -42,30 +43,26 @@ def nearest_int(v: Any) -> Any:
 
 
 @inlined
-def nearest_level(v: Any, low: Any, high: Any) -> Any:
-    """nearest_int(v) held within `low` and `high`, all float32.
+def nearest_ints(v: Any) -> Any:
+    """The same of a vector."""
+    return (as_ints(v + MAGIC) & int32(0x007FFFFF)) - int32(0x00400000)
+
+
+@inlined
+def nearest_levels(v: Any, low: Any, high: Any) -> Any:
+    """nearest_ints(v) held within `low` and `high`, all float32.
 
     Clipped as bits: exact for every `v`, and integer units of the processor are idle in the searches.
     """
-    bits = int32(float32(v + MAGIC).view(np.int32) & int32(0x007FFFFF))
+    bits = as_ints(v + MAGIC) & int32(0x007FFFFF)
     bits = clip(bits, int32(int32(low) + int32(0x00400000)), int32(int32(high) + int32(0x00400000)))
-    return int32(bits | int32(0x4B000000)).view(np.float32) - MAGIC
+    return as_floats(bits | int32(0x4B000000)) - MAGIC
 
 
 @inlined
 def nearest_level_of_small(v: Any, low: Any, high: Any) -> Any:
-    """The same in fewer steps, for |v| < 2^22 only."""
-    return clip(float32(v + MAGIC) - MAGIC, low, high)
-
-
-@intrinsic
-def select(context: Any, condition: Any, chosen: Any, other: Any) -> Any:
-    """`chosen` if `condition` else `other`: a blend of vectors, where Python's own would be a branch."""
-
-    def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        return builder.select(*values)
-
-    return chosen(types.boolean, chosen, chosen), emit
+    """The same in fewer steps, for |v| < 2^22 only; of a vector or a number."""
+    return clip(v + MAGIC - MAGIC, low, high)
 
 
 @inlined
@@ -87,14 +84,8 @@ def half_value(bits: Any) -> Any:
 
 
 @inlined
-def gather(x: Floats, first: Any, blocks: Floats) -> None:
-    """Lay the sub-blocks from `first` on side by side in blocks[X]; lanes past the end become zeros."""
-    size = blocks.shape[1]
-    count = min(LANES, x.size // size - first)
-    for lane in range(count):
-        start = (first + lane) * size
-        for j in range(size):
-            blocks[X, j, lane] = x[start + j]
-    for lane in range(count, LANES):
-        for j in range(size):
-            blocks[X, j, lane] = ZERO
+def gather(x: Floats, which: Numbers, blocks: Floats) -> None:
+    """Lay the sub-blocks x[which], LANES at most, side by side in blocks[X]; in lanes left over, the last."""
+    for i in range(0, LANES, WIDTH):
+        for j in range(0, x.shape[1], WIDTH):
+            store_turned(x, which, j, blocks[X], i)

@@ -7,22 +7,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from numpy import float32, int8, int32, uint8
 
 from converters.gguf.kernels import kq_affine as affine
 from converters.gguf.kernels import kq_symmetric as symmetric
 from converters.gguf.kernels.compile import inlined
 from converters.gguf.kernels.kq_lanes import (
-    INFINITE,
-    LANES,
-    LEVEL,
     NOTHING,
     ONE,
     ZERO,
     Bytes,
     Floats,
-    W,
     clip,
     half_value,
     nearest_int,
@@ -134,26 +129,7 @@ def pack_symmetric_8_bit(lanes: Floats, lane: Any, scales: Bytes, d_bytes: Bytes
         scales[j] = uint8(scale)
         lanes[symmetric.STEP, lane + j] = d * float32(scale)
         if nothing:
-            lanes[symmetric.PEAK, lane + j] = INFINITE
-
-
-@inlined
-def spread(blocks: Floats, levels: Bytes) -> None:
-    """blocks[LEVEL] to uint8, sub-block after sub-block: the opposite of `gather`. Overwrites blocks[W].
-
-    Four levels travel as one word, made in the lanes.
-    """
-    size = blocks.shape[1]
-    words = blocks.view(np.int32)
-    for j in range(0, size, 4):
-        for i in range(LANES):
-            first, second = int32(blocks[LEVEL, j, i]), int32(blocks[LEVEL, j + 1, i])
-            third, fourth = int32(blocks[LEVEL, j + 2, i]), int32(blocks[LEVEL, j + 3, i])
-            words[W, j, i] = int32(first | second << 8 | third << 16 | fourth << 24)
-    target = levels.view(np.int32)
-    for lane in range(LANES):
-        for j in range(0, size, 4):
-            target[(lane * size + j) // 4] = words[W, j, lane]
+            lanes[symmetric.INVERSE, lane + j] = ZERO
 
 
 @inlined

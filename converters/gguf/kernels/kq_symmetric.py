@@ -2,7 +2,7 @@
 
 ggml's make_qx_quants and make_q3_quants. Both weigh a value by its square and start from the range in which
 the value of the largest magnitude becomes level -top. q6_k tries 18 ranges around it; q3_k moves one level
-at a time, as long as the fit improves.
+at a time, as long as the fit improves. All variables but sizes are vectors: one number for each sub-block.
 """
 
 from __future__ import annotations
@@ -19,169 +19,216 @@ from converters.gguf.kernels.kq_lanes import (
     LEVEL,
     NOTHING,
     ONE,
+    ORDER,
     ZERO,
+    Bytes,
     Floats,
+    Numbers,
     W,
     X,
-    nearest_level,
+    clip,
+    gather,
+    nearest_ints,
     nearest_level_of_small,
-    select,
+    nearest_levels,
 )
+from converters.gguf.kernels.vectors import WIDTH, lanes_of, load, magnitude, select, store, vector
 
-# The rows of `lanes` [ROWS, LANES]: one number for each sub-block.
-SCALE, BEST = 0, 1  # the best scale so far, and how well it fits
-INVERSE = 2  # its levels are those nearest to INVERSE * x
-PEAK, SIZE = 3, 4  # the value of the largest magnitude, the first of several; its magnitude
-TRY_INVERSE, SUM_LX, SUM_LL = 5, 6, 7  # of the try at hand; the sums are weighted
-STEP = 8  # what the packed bytes say: a value is STEP * (level - top)
-ROWS = 9
+# The rows of `lanes` [ROWS, n]: one number for each sub-block.
+SCALE = 0
+INVERSE = 1  # its levels are those nearest to INVERSE * x; 0 where they are in their place already
+STEP = 2  # what the packed bytes say: a value is STEP * (level - top)
+ROWS = 3
 
-TRIES = (0, -9, -8, -7, -6, -5, -4, -3, -2, -1, 1, 2, 3, 4, 5, 6, 7, 8, 9)  # tenths of a level
-FEW = 16  # sub-blocks that are looked at together for levels to move
-NONE_YET = float32(-np.inf)  # as BEST: the first try is kept, whatever it is
+TRIES = (-9, -8, -7, -6, -5, -4, -3, -2, -1, 1, 2, 3, 4, 5, 6, 7, 8, 9)  # tenths of a level
+ROUNDS = 5
+LX, LL = 0, 1  # rows of sums
 
 
 @inlined
 def weigh_by_square(blocks: Floats) -> None:
     """The weights of q6_k and q3_k: x * x."""
     for j in range(blocks.shape[1]):
-        for i in range(LANES):
-            blocks[W, j, i] = blocks[X, j, i] * blocks[X, j, i]
+        for i in range(0, LANES, WIDTH):
+            x = load(blocks, (X, j, i))
+            store(blocks, (W, j, i), x * x)
 
 
 @inlined
 def search_scale(blocks: Floats, lanes: Floats, top: Any) -> None:
-    """Find lanes[SCALE] and blocks[LEVEL] of each sub-block blocks[X], weighted by blocks[W].
+    """Find lanes[SCALE] and lanes[INVERSE] of each sub-block blocks[X], weighted by blocks[W].
 
     `top` is float32.
     """
-    _measure(blocks, lanes)
-    for i in range(LANES):
-        lanes[BEST, i] = NONE_YET
-    for t in TRIES:
-        for i in range(LANES):
-            lanes[TRY_INVERSE, i] = -(top + float32(0.1) * float32(t)) / lanes[PEAK, i]
-        _sum(blocks, lanes, top)
-        for i in range(LANES):
-            lx, ll = lanes[SUM_LX, i], lanes[SUM_LL, i]
-            scale = select(ll == ZERO, ZERO, lx / ll)
-            better = (ll > ZERO) & (lx * lx > lanes[BEST, i] * ll)
-            better |= lanes[BEST, i] == NONE_YET
-            lanes[INVERSE, i] = select(better, lanes[TRY_INVERSE, i], lanes[INVERSE, i])
-            lanes[SCALE, i] = select(better, scale, lanes[SCALE, i])
-            lanes[BEST, i] = select(better, scale * lx, lanes[BEST, i])
-    _level(blocks, lanes, top)
+    for i in range(0, LANES, WIDTH):
+        peak = _peak(blocks, i)
+        inverse = -top / peak
+        lx, ll = _sum(blocks, i, inverse, top)
+        scale = select(ll == ZERO, ZERO, lx / ll)
+        best = scale * lx
+        for t in TRIES:
+            try_inverse = -(top + float32(0.1) * float32(t)) / peak
+            lx, ll = _sum(blocks, i, try_inverse, top)
+            better = (ll > ZERO) & (lx * lx > best * ll)
+            inverse = select(better, try_inverse, inverse)
+            scale = select(better, lx / ll, scale)
+            best = select(better, scale * lx, best)
+        store(lanes, (SCALE, i), scale)
+        store(lanes, (INVERSE, i), inverse)
 
 
 @inlined
-def refine_levels(blocks: Floats, lanes: Floats, top: Any) -> None:
-    """The same for q3_k.
+def settle(x: Floats, blocks: Floats, lanes: Floats, restless: Numbers) -> Any:
+    """The first levels of q3_k and their scale, x [n, 16]; gives how many sub-blocks are `restless`.
+
+    Those are the ones of which a level would move, one in five in a trained model: `move` sees to them. The
+    others are done: their first round would be the last.
+    """
+    top, count = float32(4), 0
+    for first in range(0, x.shape[0], LANES):
+        part = x[first : first + LANES]
+        gather(part, ORDER[: len(part)], blocks)
+        for i in range(0, LANES, WIDTH):
+            peak = _peak(blocks, i)
+            inverse = -top / peak
+            sum_lx = sum_ll = vector(ZERO)
+            for j in range(16):
+                value = load(blocks, (X, j, i))
+                level = nearest_level_of_small(inverse * value, -top, top - ONE)
+                w = value * value
+                sum_lx += w * value * level
+                sum_ll += w * level * level
+                store(blocks, (LEVEL, j, i), level)
+            moves = peak == INFINITE
+            for j in range(16):
+                value, level = load(blocks, (X, j, i)), load(blocks, (LEVEL, j, i))
+                w = value * value
+                lx = sum_lx - w * value * level
+                ll = sum_ll - w * level * level
+                target = nearest_levels(value * ll / lx, -top, top - ONE)
+                moves |= (lx > ZERO) & (target != level)
+            store(lanes, (SCALE, first + i), select(sum_ll > ZERO, sum_lx / sum_ll, ZERO))
+            store(lanes, (INVERSE, first + i), inverse)
+            found = lanes_of(moves)
+            for lane in range(WIDTH):
+                restless[count] = first + i + lane
+                count += (found >> lane) & 1
+    while count and restless[count - 1] >= x.shape[0]:
+        count -= 1
+    return count
+
+
+@inlined
+def move(x: Floats, restless: Numbers, blocks: Floats, lanes: Floats, levels: Bytes) -> None:
+    """Move levels of the sub-blocks x[restless] as long as their fit improves; sets lanes[SCALE], `levels`.
 
     Five rounds at most; in each, a level moves where the other levels' best scale would have it elsewhere
     and the fit, (sum w l x)^2 / sum w l l, improves.
     """
-    _measure(blocks, lanes)
-    for i in range(LANES):
-        lanes[TRY_INVERSE, i] = -top / lanes[PEAK, i]
-        lanes[INVERSE, i] = lanes[TRY_INVERSE, i]
-    _sum(blocks, lanes, top)
-    _level(blocks, lanes, top)
-    for _ in range(5):
-        if not _move_levels(blocks, lanes, top):
-            break
-    for i in range(LANES):
-        lx, ll = lanes[SUM_LX, i], lanes[SUM_LL, i]
-        lanes[SCALE, i] = select(ll > ZERO, lx / ll, ZERO)
+    top = float32(4)
+    sums = np.empty((2, LANES), np.float32)
+    for first in range(0, restless.size, LANES):
+        which = restless[first : first + LANES]
+        gather(x, which, blocks)
+        weigh_by_square(blocks)
+        for i in range(0, LANES, WIDTH):
+            inverse = -top / _peak(blocks, i)
+            for j in range(16):
+                level = nearest_level_of_small(inverse * load(blocks, (X, j, i)), -top, top - ONE)
+                store(blocks, (LEVEL, j, i), level)
+            lx, ll = _sum(blocks, i, inverse, top)
+            store(sums, (LX, i), lx)
+            store(sums, (LL, i), ll)
+        for _ in range(ROUNDS):
+            if not _round(blocks, sums, top):
+                break
+        for lane in range(which.size):
+            n = which[lane]
+            lx, ll = sums[LX, lane], sums[LL, lane]
+            lanes[SCALE, n] = lx / ll if ll > ZERO else ZERO
+            if lanes[INVERSE, n] != ZERO:
+                lanes[INVERSE, n] = ZERO
+                for j in range(16):
+                    levels[n, j] = int32(blocks[LEVEL, j, lane] + top)
 
 
 @inlined
-def level_anew(blocks: Floats, lanes: Floats, top: Any) -> None:
-    """Level the values as they will be read, as lanes[STEP] * (level - top), into blocks[LEVEL].
-
-    Where a step rounded to 0, the levels of the search stay, as in ggml, and 0 in an all-zero sub-block:
-    they have no meaning, but they are in the file.
-    """
-    for j in range(blocks.shape[1]):
-        for i in range(LANES):
-            level = nearest_level(blocks[X, j, i] / lanes[STEP, i], -top, top - ONE) + top
-            old = select(lanes[PEAK, i] == INFINITE, ZERO, blocks[LEVEL, j, i] + top)
-            blocks[LEVEL, j, i] = select(lanes[STEP, i] == ZERO, old, level)
-
-
-@inlined
-def _move_levels(blocks: Floats, lanes: Floats, top: Any) -> Any:
+def _round(blocks: Floats, sums: Floats, top: Any) -> Any:
     """Move each level where it pays; gives whether any moved."""
-    moved = int32(0)
-    for j in range(blocks.shape[1]):
-        for start in range(0, LANES, FEW):
-            # Few levels want to move, in the later rounds hardly any: most of the work is to see that.
-            restless = int32(0)
-            for i in range(start, start + FEW):
-                lx, ll, target = _target(blocks, lanes, j, i, top)
-                restless |= select((lx > ZERO) & (target != blocks[LEVEL, j, i]), int32(1), int32(0))
-            if restless == 0:
-                continue
-            for i in range(start, start + FEW):
-                x, w, level = blocks[X, j, i], blocks[W, j, i], blocks[LEVEL, j, i]
-                sum_lx, sum_ll = lanes[SUM_LX, i], lanes[SUM_LL, i]
-                lx, ll, target = _target(blocks, lanes, j, i, top)
-                worth = (lx > ZERO) & (target != level)
-                lx += w * x * target
-                ll += w * target * target
-                better = worth & (ll > ZERO) & (lx * lx * sum_ll > sum_lx * sum_lx * ll)
-                blocks[LEVEL, j, i] = select(better, target, level)
-                lanes[SUM_LX, i] = select(better, lx, sum_lx)
-                lanes[SUM_LL, i] = select(better, ll, sum_ll)
-                moved |= select(better, int32(1), int32(0))
+    moved = 0
+    for j in range(16):
+        for i in range(0, LANES, WIDTH):
+            x, w, level = load(blocks, (X, j, i)), load(blocks, (W, j, i)), load(blocks, (LEVEL, j, i))
+            sum_lx, sum_ll = load(sums, (LX, i)), load(sums, (LL, i))
+            lx = sum_lx - w * x * level
+            ll = sum_ll - w * level * level
+            target = nearest_levels(x * ll / lx, -top, top - ONE)
+            worth = (lx > ZERO) & (target != level)
+            lx += w * x * target
+            ll += w * target * target
+            better = worth & (ll > ZERO) & (lx * lx * sum_ll > sum_lx * sum_lx * ll)
+            store(blocks, (LEVEL, j, i), select(better, target, level))
+            store(sums, (LX, i), select(better, lx, sum_lx))
+            store(sums, (LL, i), select(better, ll, sum_ll))
+            moved |= lanes_of(better)
     return moved != 0
 
 
 @inlined
-def _target(blocks: Floats, lanes: Floats, j: Any, i: Any, top: Any) -> Any:
-    """The sums without value j, and the level that their best scale gives it."""
-    x, w, level = blocks[X, j, i], blocks[W, j, i], blocks[LEVEL, j, i]
-    lx = lanes[SUM_LX, i] - w * x * level
-    ll = lanes[SUM_LL, i] - w * level * level
-    return lx, ll, nearest_level(x * ll / lx, -top, top - ONE)
-
-
-@inlined
-def _measure(blocks: Floats, lanes: Floats) -> None:
-    """The value of the largest magnitude.
+def _peak(blocks: Floats, i: Any) -> Any:
+    """The value of the largest magnitude, the first of several.
 
     An all-zero sub-block gets an infinite one: its levels, and so its sums, are 0 in every try.
     """
-    for i in range(LANES):
-        lanes[SIZE, i] = ZERO
-        lanes[PEAK, i] = ZERO
+    peak = size = vector(ZERO)
     for j in range(blocks.shape[1]):
-        for i in range(LANES):
-            x = blocks[X, j, i]
-            larger = abs(x) > lanes[SIZE, i]
-            lanes[PEAK, i] = select(larger, x, lanes[PEAK, i])
-            lanes[SIZE, i] = select(larger, abs(x), lanes[SIZE, i])
-    for i in range(LANES):
-        lanes[PEAK, i] = select(lanes[SIZE, i] < NOTHING, INFINITE, lanes[PEAK, i])
+        x = load(blocks, (X, j, i))
+        larger = magnitude(x) > size
+        peak = select(larger, x, peak)
+        size = select(larger, magnitude(x), size)
+    return select(size < NOTHING, INFINITE, peak)
 
 
 @inlined
-def _sum(blocks: Floats, lanes: Floats, top: Any) -> None:
-    """Sum w l x and w l l over the levels of the try."""
-    for i in range(LANES):
-        lanes[SUM_LX, i] = ZERO
-        lanes[SUM_LL, i] = ZERO
+def _sum(blocks: Floats, i: Any, inverse: Any, top: Any) -> Any:
+    """Sum w l x and w l l over the levels of a try."""
+    lx = ll = vector(ZERO)
     for j in range(blocks.shape[1]):
-        for i in range(LANES):
-            x, w = blocks[X, j, i], blocks[W, j, i]
-            level = nearest_level_of_small(lanes[TRY_INVERSE, i] * x, -top, top - ONE)
-            lanes[SUM_LX, i] += w * x * level
-            lanes[SUM_LL, i] += w * level * level
+        x, w = load(blocks, (X, j, i)), load(blocks, (W, j, i))
+        level = nearest_level_of_small(inverse * x, -top, top - ONE)
+        lx += w * x * level
+        ll += w * level * level
+    return lx, ll
 
 
 @inlined
-def _level(blocks: Floats, lanes: Floats, top: Any) -> None:
-    """The levels of the best try, or of the first."""
-    for j in range(blocks.shape[1]):
-        for i in range(LANES):
-            v = lanes[INVERSE, i] * blocks[X, j, i]
-            blocks[LEVEL, j, i] = nearest_level_of_small(v, -top, top - ONE)
+def level_as_searched(x: Floats, lanes: Floats, top: Any, levels: Bytes) -> None:
+    """The levels of the search, `top` added: x [n, size] to bytes [n, size]; `levels` were 0."""
+    for n in range(x.shape[0]):
+        _level_row(x, n, lanes, top, levels)
+
+
+@inlined
+def level_anew(x: Floats, lanes: Floats, top: Any, levels: Bytes) -> None:
+    """The levels of the values as they will be read, lanes[STEP] * (level - top): x [n, size] to bytes.
+
+    Where a step rounded to 0, the levels of the search stay, as in ggml, and 0 in an all-zero sub-block:
+    they have no meaning, but they are in the file. `levels` were 0.
+    """
+    for n in range(x.shape[0]):
+        step = lanes[STEP, n]
+        if step == ZERO:
+            _level_row(x, n, lanes, top, levels)
+            continue
+        for j in range(0, x.shape[1], WIDTH):
+            level = clip(nearest_ints(load(x, (n, j)) / step), int32(-top), int32(top - ONE))
+            store(levels, (n, j), level + int32(top))
+
+
+@inlined
+def _level_row(x: Floats, n: Any, lanes: Floats, top: Any, levels: Bytes) -> None:
+    if lanes[INVERSE, n] == ZERO:
+        return
+    for j in range(0, x.shape[1], WIDTH):
+        level = nearest_ints(lanes[INVERSE, n] * load(x, (n, j)))
+        store(levels, (n, j), clip(level, int32(-top), int32(top - ONE)) + int32(top))

@@ -23,110 +23,119 @@ from converters.gguf.kernels import kq_affine as affine
 from converters.gguf.kernels import kq_pack as pack
 from converters.gguf.kernels import kq_symmetric as symmetric
 from converters.gguf.kernels.compile import kernel
-from converters.gguf.kernels.kq_lanes import LANES, SUPER, Bytes, Floats, gather
+from converters.gguf.kernels.kq_lanes import LANES, ORDER, SUPER, Bytes, Floats, gather
+
+MANY = 16 * LANES  # sub-blocks of q3_k that are settled before the restless among them are gathered
 
 
 @kernel
 def quantize_q2_k(x: Floats, out: Bytes) -> None:
     """16 sub-blocks, levels 0..3, scales and mins of 4 bits."""
-    values, packed = x.reshape(-1), out.reshape(-1, 84)
+    rows, packed = x.reshape(-1, 16), out.reshape(-1, 84)
     blocks = np.empty((3, 16, LANES), np.float32)
     lanes = np.empty((affine.ROWS, LANES), np.float32)
-    levels = np.empty((LANES // 16, SUPER), np.uint8)
-    for first in range(0, len(packed), LANES // 16):
-        gather(values, first * 16, blocks)
-        affine.weigh_by_size(blocks, lanes)
+    levels = np.empty((LANES, 16), np.uint8)
+    by_super = levels.reshape(-1, SUPER)
+    for first in range(0, len(rows), LANES):
+        part = rows[first : first + LANES]
+        gather(part, ORDER[: len(part)], blocks)
+        affine.weigh_by_size(blocks)
         affine.search_scale_and_low(blocks, lanes, float32(3), float32(-0.5), float32(0.1), 16, True)
-        group = packed[first : first + LANES // 16]
+        group = packed[first // 16 : (first + LANES) // 16]
         for n in range(len(group)):
             pack.pack_affine_4_bit(lanes, 16 * n, group[n, 0:16], group[n, 80:84])
-        affine.level_anew(blocks, lanes, float32(3))
-        pack.spread(blocks, levels.reshape(-1))
+        affine.level_anew(part, lanes, float32(3), levels)
         for n in range(len(group)):
-            pack.pack_2_bits(levels[n], 0, group[n, 16:80])
+            pack.pack_2_bits(by_super[n], 0, group[n, 16:80])
 
 
 @kernel
 def quantize_q3_k(x: Floats, out: Bytes) -> None:
     """16 sub-blocks, levels -4..3, scales of 6 bits."""
-    values, packed = x.reshape(-1), out.reshape(-1, 110)
+    rows, packed = x.reshape(-1, 16), out.reshape(-1, 110)
     blocks = np.empty((3, 16, LANES), np.float32)
-    lanes = np.empty((symmetric.ROWS, LANES), np.float32)
-    levels = np.empty((LANES // 16, SUPER), np.uint8)
-    for first in range(0, len(packed), LANES // 16):
-        gather(values, first * 16, blocks)
-        symmetric.weigh_by_square(blocks)
-        symmetric.refine_levels(blocks, lanes, float32(4))
-        group = packed[first : first + LANES // 16]
+    lanes = np.empty((symmetric.ROWS, MANY), np.float32)
+    restless = np.empty(MANY, np.int64)
+    levels = np.empty((MANY, 16), np.uint8)
+    by_super = levels.reshape(-1, SUPER)
+    for first in range(0, len(rows), MANY):
+        part = rows[first : first + MANY]
+        levels[:] = 0
+        count = symmetric.settle(part, blocks, lanes, restless)
+        symmetric.move(part, restless[:count], blocks, lanes, levels)
+        group = packed[first // 16 : (first + MANY) // 16]
         for n in range(len(group)):
             pack.pack_symmetric_6_bit(lanes, 16 * n, group[n, 96:108], group[n, 108:110])
-        symmetric.level_anew(blocks, lanes, float32(4))
-        pack.spread(blocks, levels.reshape(-1))
+        symmetric.level_anew(part, lanes, float32(4), levels)
         for n in range(len(group)):
-            pack.pack_1_bit(levels[n], 2, group[n, 0:32])
-            pack.pack_2_bits(levels[n], 0, group[n, 32:96])
+            pack.pack_1_bit(by_super[n], 2, group[n, 0:32])
+            pack.pack_2_bits(by_super[n], 0, group[n, 32:96])
 
 
 @kernel
 def quantize_q4_k(x: Floats, out: Bytes) -> None:
     """8 sub-blocks, levels 0..15, scales and mins of 6 bits."""
-    values, packed = x.reshape(-1), out.reshape(-1, 144)
+    rows, packed = x.reshape(-1, 32), out.reshape(-1, 144)
     blocks = np.empty((3, 32, LANES), np.float32)
     lanes = np.empty((affine.ROWS, LANES), np.float32)
-    levels = np.empty((LANES // 8, SUPER), np.uint8)
-    for first in range(0, len(packed), LANES // 8):
-        gather(values, first * 8, blocks)
-        affine.weigh_by_mean_and_size(blocks, lanes)
+    levels = np.empty((LANES, 32), np.uint8)
+    by_super = levels.reshape(-1, SUPER)
+    for first in range(0, len(rows), LANES):
+        part = rows[first : first + LANES]
+        gather(part, ORDER[: len(part)], blocks)
+        affine.weigh_by_mean_and_size(blocks)
         affine.search_scale_and_low(blocks, lanes, float32(15), float32(-1), float32(0.1), 21, False)
-        group = packed[first : first + LANES // 8]
+        group = packed[first // 8 : (first + LANES) // 8]
         for n in range(len(group)):
             pack.pack_affine_6_bit(lanes, 8 * n, group[n, 0:4], group[n, 4:16])
-        affine.level_anew(blocks, lanes, float32(15))
-        pack.spread(blocks, levels.reshape(-1))
+        affine.level_anew(part, lanes, float32(15), levels)
         for n in range(len(group)):
-            pack.pack_low_4_bits(levels[n], group[n, 16:144])
+            pack.pack_low_4_bits(by_super[n], group[n, 16:144])
 
 
 @kernel
 def quantize_q5_k(x: Floats, out: Bytes) -> None:
     """8 sub-blocks, levels 0..31, scales and mins of 6 bits."""
-    values, packed = x.reshape(-1), out.reshape(-1, 176)
+    rows, packed = x.reshape(-1, 32), out.reshape(-1, 176)
     blocks = np.empty((3, 32, LANES), np.float32)
     lanes = np.empty((affine.ROWS, LANES), np.float32)
-    levels = np.empty((LANES // 8, SUPER), np.uint8)
-    for first in range(0, len(packed), LANES // 8):
-        gather(values, first * 8, blocks)
-        affine.weigh_by_mean_and_size(blocks, lanes)
+    levels = np.empty((LANES, 32), np.uint8)
+    by_super = levels.reshape(-1, SUPER)
+    for first in range(0, len(rows), LANES):
+        part = rows[first : first + LANES]
+        gather(part, ORDER[: len(part)], blocks)
+        affine.weigh_by_mean_and_size(blocks)
         affine.search_scale_and_low(blocks, lanes, float32(31), float32(-0.5), float32(0.1), 16, False)
-        group = packed[first : first + LANES // 8]
+        group = packed[first // 8 : (first + LANES) // 8]
         for n in range(len(group)):
             pack.pack_affine_6_bit(lanes, 8 * n, group[n, 0:4], group[n, 4:16])
-        affine.level_anew(blocks, lanes, float32(31))
-        pack.spread(blocks, levels.reshape(-1))
+        affine.level_anew(part, lanes, float32(31), levels)
         for n in range(len(group)):
-            pack.pack_1_bit(levels[n], 4, group[n, 16:48])
-            pack.pack_low_4_bits(levels[n], group[n, 48:176])
+            pack.pack_1_bit(by_super[n], 4, group[n, 16:48])
+            pack.pack_low_4_bits(by_super[n], group[n, 48:176])
 
 
 @kernel
 def quantize_q6_k(x: Floats, out: Bytes) -> None:
     """16 sub-blocks, levels -32..31, scales of 8 bits."""
-    values, packed = x.reshape(-1), out.reshape(-1, 210)
+    rows, packed = x.reshape(-1, 16), out.reshape(-1, 210)
     blocks = np.empty((3, 16, LANES), np.float32)
     lanes = np.empty((symmetric.ROWS, LANES), np.float32)
-    levels = np.empty((LANES // 16, SUPER), np.uint8)
-    for first in range(0, len(packed), LANES // 16):
-        gather(values, first * 16, blocks)
+    levels = np.empty((LANES, 16), np.uint8)
+    by_super = levels.reshape(-1, SUPER)
+    for first in range(0, len(rows), LANES):
+        part = rows[first : first + LANES]
+        gather(part, ORDER[: len(part)], blocks)
         symmetric.weigh_by_square(blocks)
         symmetric.search_scale(blocks, lanes, float32(32))
-        group = packed[first : first + LANES // 16]
+        group = packed[first // 16 : (first + LANES) // 16]
         for n in range(len(group)):
             pack.pack_symmetric_8_bit(lanes, 16 * n, group[n, 192:208], group[n, 208:210])
-        symmetric.level_anew(blocks, lanes, float32(32))
-        pack.spread(blocks, levels.reshape(-1))
+        levels[:] = 0
+        symmetric.level_anew(part, lanes, float32(32), levels)
         for n in range(len(group)):
-            pack.pack_low_4_bits_of_halves(levels[n], group[n, 0:128])
-            pack.pack_2_bits(levels[n], 4, group[n, 128:192])
+            pack.pack_low_4_bits_of_halves(by_super[n], group[n, 0:128])
+            pack.pack_2_bits(by_super[n], 4, group[n, 128:192])
 
 
 KERNELS: dict[str, Callable[[Floats, Bytes], None]] = {

@@ -17,17 +17,8 @@ from converters.gguf.kernels import kq_affine as affine
 from converters.gguf.kernels import kq_symmetric as symmetric
 from converters.gguf.kernels import weighted_lanes as weighted
 from converters.gguf.kernels.compile import inlined, kernel
-from converters.gguf.kernels.kq_lanes import (
-    INFINITE,
-    LANES,
-    LEVEL,
-    ZERO,
-    Bytes,
-    Floats,
-    gather,
-    select,
-)
-from converters.gguf.kernels.kq_pack import spread, store_half
+from converters.gguf.kernels.kq_lanes import LANES, ORDER, Bytes, Floats, gather
+from converters.gguf.kernels.kq_pack import store_half
 
 
 @inlined
@@ -41,26 +32,18 @@ def mean_squares(x: Floats) -> Floats:
 
 
 @inlined
-def lay_out(x: Floats, means: Floats, importance: Floats, first: Any, blocks: Floats, lanes: Floats) -> None:
-    """The blocks from `first` on side by side, and their weights."""
-    values, per_row = x.reshape(-1), x.shape[1] // 32
-    count = values.size // 32
-    gather(values, first, blocks)
-    weighted.gather_importance(importance, first, count, blocks)
+def lay_out(
+    x: Floats, means: Floats, importance: Floats, first: Any, blocks: Floats, lanes: Floats
+) -> Floats:
+    """The blocks from `first` on side by side, and their weights; gives the blocks as rows of 32."""
+    rows, per_row = x.reshape(-1, 32), x.shape[1] // 32
+    part = rows[first : first + LANES]
+    gather(part, ORDER[: len(part)], blocks)
+    weighted.gather_importance(importance, first, len(rows), blocks)
     for lane in range(LANES):
-        row = min(first + lane, count - 1) // per_row
-        lanes[weighted.SPREAD, lane] = means[row]
+        lanes[weighted.SPREAD, lane] = means[min(first + lane, len(rows) - 1) // per_row]
     weighted.weigh(blocks, lanes)
-
-
-@inlined
-def search_centred(blocks: Floats, lanes: Floats, top: Any) -> None:
-    """Scale and levels 0..2 top - 1; an all-zero block has levels 0."""
-    symmetric.search_scale(blocks, lanes, top)
-    for j in range(blocks.shape[1]):
-        for i in range(LANES):
-            level = blocks[LEVEL, j, i] + top
-            blocks[LEVEL, j, i] = select(lanes[symmetric.PEAK, i] == INFINITE, ZERO, level)
+    return part
 
 
 @inlined
@@ -89,9 +72,10 @@ def q4_0(x: Floats, importance: Floats, out: Bytes) -> None:
     levels = np.empty((LANES, 32), np.uint8)
     means = mean_squares(x)
     for first in range(0, len(packed), LANES):
-        lay_out(x, means, importance, first, blocks, lanes)
-        search_centred(blocks, lanes, float32(8))
-        spread(blocks, levels.reshape(-1))
+        part = lay_out(x, means, importance, first, blocks, lanes)
+        symmetric.search_scale(blocks, lanes, float32(8))
+        levels[:] = 0
+        symmetric.level_as_searched(part, lanes, float32(8), levels)
         group = packed[first : first + LANES]
         for n in range(len(group)):
             store_half(lanes[symmetric.SCALE, n], group[n, 0:2])
@@ -107,9 +91,10 @@ def q5_0(x: Floats, importance: Floats, out: Bytes) -> None:
     levels = np.empty((LANES, 32), np.uint8)
     means = mean_squares(x)
     for first in range(0, len(packed), LANES):
-        lay_out(x, means, importance, first, blocks, lanes)
-        search_centred(blocks, lanes, float32(16))
-        spread(blocks, levels.reshape(-1))
+        part = lay_out(x, means, importance, first, blocks, lanes)
+        symmetric.search_scale(blocks, lanes, float32(16))
+        levels[:] = 0
+        symmetric.level_as_searched(part, lanes, float32(16), levels)
         group = packed[first : first + LANES]
         for n in range(len(group)):
             store_half(lanes[symmetric.SCALE, n], group[n, 0:2])
@@ -126,9 +111,9 @@ def q4_1(x: Floats, importance: Floats, out: Bytes) -> None:
     levels = np.empty((LANES, 32), np.uint8)
     means = mean_squares(x)
     for first in range(0, len(packed), LANES):
-        lay_out(x, means, importance, first, blocks, lanes)
+        part = lay_out(x, means, importance, first, blocks, lanes)
         affine.search_scale_and_low(blocks, lanes, float32(15), float32(-0.9), float32(0.05), 37, False)
-        spread(blocks, levels.reshape(-1))
+        affine.level_as_searched(part, lanes, float32(15), levels)
         group = packed[first : first + LANES]
         for n in range(len(group)):
             store_half(lanes[affine.SCALE, n], group[n, 0:2])
@@ -145,9 +130,9 @@ def q5_1(x: Floats, importance: Floats, out: Bytes) -> None:
     levels = np.empty((LANES, 32), np.uint8)
     means = mean_squares(x)
     for first in range(0, len(packed), LANES):
-        lay_out(x, means, importance, first, blocks, lanes)
+        part = lay_out(x, means, importance, first, blocks, lanes)
         affine.search_scale_and_low(blocks, lanes, float32(31), float32(-0.9), float32(0.05), 37, False)
-        spread(blocks, levels.reshape(-1))
+        affine.level_as_searched(part, lanes, float32(31), levels)
         group = packed[first : first + LANES]
         for n in range(len(group)):
             store_half(lanes[affine.SCALE, n], group[n, 0:2])

@@ -17,21 +17,21 @@ from converters.gguf.kernels import kq_pack as pack
 from converters.gguf.kernels import kq_symmetric as symmetric
 from converters.gguf.kernels import weighted_lanes as weighted
 from converters.gguf.kernels.compile import inlined, kernel
-from converters.gguf.kernels.kq_lanes import LANES, SUPER, Bytes, Floats, W, X, gather
+from converters.gguf.kernels.kq_lanes import LANES, ORDER, SUPER, Bytes, Floats, W, X, gather
 
 
 @inlined
-def weigh(values: Floats, importance: Floats, first: Any, twice: Any, blocks: Floats, lanes: Floats) -> None:
-    """Weights of the gathered sub-blocks from `first` on; `twice` is 2 where ggml doubles the mean square."""
-    size = blocks.shape[1]
-    per = SUPER // size
-    count = min(LANES // per, values.size // SUPER - first // per)
+def weigh(
+    part: Floats, importance: Floats, first: Any, count: Any, twice: Any, blocks: Floats, lanes: Floats
+) -> None:
+    """Weights of the gathered sub-blocks `part`, of `count` those from `first` on; `twice` is 2 where ggml
+    doubles the mean square."""
+    per = SUPER // part.shape[1]
     sums = np.zeros(LANES // per, np.float32)
-    start = first * size
-    weighted.sum_squares(values[start : start + count * SUPER].reshape(-1, SUPER), sums)
+    weighted.sum_squares(part.reshape(-1, SUPER), sums)
     for lane in range(LANES):
         lanes[weighted.SPREAD, lane] = twice * sums[lane // per] / float32(SUPER)
-    weighted.gather_importance(importance, first, values.size // size, blocks)
+    weighted.gather_importance(importance, first, count, blocks)
     weighted.weigh(blocks, lanes)
 
 
@@ -107,119 +107,126 @@ def pack_symmetric_6_bit(lanes: Floats, scales: Floats, few: Floats, n: Any, out
 @kernel
 def quantize_q2_k(x: Floats, importance: Floats, out: Bytes) -> None:
     """16 sub-blocks, levels 0..3, scales and mins of 4 bits."""
-    values, packed = x.reshape(-1), out.reshape(-1, 84)
+    rows, packed = x.reshape(-1, 16), out.reshape(-1, 84)
     blocks = np.empty((3, 16, LANES), np.float32)
     lanes = np.empty((weighted.ROWS, LANES), np.float32)
     scales = np.empty((3, 16, LANES // 8), np.float32)
     few = np.empty((weighted.FEW_ROWS, LANES // 8), np.float32)
-    levels = np.empty((LANES // 16, SUPER), np.uint8)
-    for first in range(0, len(packed), LANES // 16):
-        gather(values, first * 16, blocks)
-        weigh(values, importance, first * 16, float32(1), blocks, lanes)
+    levels = np.empty((LANES, 16), np.uint8)
+    by_super = levels.reshape(-1, SUPER)
+    for first in range(0, len(rows), LANES):
+        part = rows[first : first + LANES]
+        gather(part, ORDER[: len(part)], blocks)
+        weigh(part, importance, first, len(rows), float32(1), blocks, lanes)
         affine.search_scale_and_low(blocks, lanes, float32(3), float32(-0.9), float32(0.05), 37, False)
         search_scales_and_mins(lanes, scales, few, float32(15))
-        group = packed[first : first + LANES // 16]
+        group = packed[first // 16 : (first + LANES) // 16]
         for n in range(len(group)):
             pack_affine_4_bit(lanes, scales, few, n, group[n, 0:16], group[n, 80:84])
-        affine.level_anew(blocks, lanes, float32(3))
-        pack.spread(blocks, levels.reshape(-1))
+        affine.level_anew(part, lanes, float32(3), levels)
         for n in range(len(group)):
-            pack.pack_2_bits(levels[n], 0, group[n, 16:80])
+            pack.pack_2_bits(by_super[n], 0, group[n, 16:80])
 
 
 @kernel
 def quantize_q3_k(x: Floats, importance: Floats, out: Bytes) -> None:
     """16 sub-blocks, levels -4..3, scales of 6 bits."""
-    values, packed = x.reshape(-1), out.reshape(-1, 110)
+    rows, packed = x.reshape(-1, 16), out.reshape(-1, 110)
     blocks = np.empty((3, 16, LANES), np.float32)
     lanes = np.empty((weighted.ROWS, LANES), np.float32)
     scales = np.empty((3, 16, LANES // 16), np.float32)
     few = np.empty((weighted.FEW_ROWS, LANES // 16), np.float32)
-    levels = np.empty((LANES // 16, SUPER), np.uint8)
-    for first in range(0, len(packed), LANES // 16):
-        gather(values, first * 16, blocks)
-        weigh(values, importance, first * 16, float32(2), blocks, lanes)
+    levels = np.empty((LANES, 16), np.uint8)
+    by_super = levels.reshape(-1, SUPER)
+    for first in range(0, len(rows), LANES):
+        part = rows[first : first + LANES]
+        gather(part, ORDER[: len(part)], blocks)
+        weigh(part, importance, first, len(rows), float32(2), blocks, lanes)
         symmetric.search_scale(blocks, lanes, float32(4))
         for lane in range(LANES):
             scales[X, lane % 16, lane // 16] = lanes[symmetric.SCALE, lane]
             scales[W, lane % 16, lane // 16] = lanes[weighted.TOTAL, lane]
         weighted.search_signed(scales, few, float32(32))
-        group = packed[first : first + LANES // 16]
+        group = packed[first // 16 : (first + LANES) // 16]
         for n in range(len(group)):
             pack_symmetric_6_bit(lanes, scales, few, n, group[n, 96:108], group[n, 108:110])
-        symmetric.level_anew(blocks, lanes, float32(4))
-        pack.spread(blocks, levels.reshape(-1))
+        levels[:] = 0
+        symmetric.level_anew(part, lanes, float32(4), levels)
         for n in range(len(group)):
-            pack.pack_1_bit(levels[n], 2, group[n, 0:32])
-            pack.pack_2_bits(levels[n], 0, group[n, 32:96])
+            pack.pack_1_bit(by_super[n], 2, group[n, 0:32])
+            pack.pack_2_bits(by_super[n], 0, group[n, 32:96])
 
 
 @kernel
 def quantize_q4_k(x: Floats, importance: Floats, out: Bytes) -> None:
     """8 sub-blocks, levels 0..15, scales and mins of 6 bits."""
-    values, packed = x.reshape(-1), out.reshape(-1, 144)
+    rows, packed = x.reshape(-1, 32), out.reshape(-1, 144)
     blocks = np.empty((3, 32, LANES), np.float32)
     lanes = np.empty((weighted.ROWS, LANES), np.float32)
     scales = np.empty((3, 8, LANES // 4), np.float32)
     few = np.empty((weighted.FEW_ROWS, LANES // 4), np.float32)
-    levels = np.empty((LANES // 8, SUPER), np.uint8)
-    for first in range(0, len(packed), LANES // 8):
-        gather(values, first * 8, blocks)
-        weigh(values, importance, first * 8, float32(2), blocks, lanes)
+    levels = np.empty((LANES, 32), np.uint8)
+    by_super = levels.reshape(-1, SUPER)
+    for first in range(0, len(rows), LANES):
+        part = rows[first : first + LANES]
+        gather(part, ORDER[: len(part)], blocks)
+        weigh(part, importance, first, len(rows), float32(2), blocks, lanes)
         affine.search_scale_and_low(blocks, lanes, float32(15), float32(-0.9), float32(0.05), 37, False)
         search_scales_and_mins(lanes, scales, few, float32(63))
-        group = packed[first : first + LANES // 8]
+        group = packed[first // 8 : (first + LANES) // 8]
         for n in range(len(group)):
             pack_affine_6_bit(lanes, scales, few, n, 255, group[n, 0:4], group[n, 4:16])
-        affine.level_anew(blocks, lanes, float32(15))
-        pack.spread(blocks, levels.reshape(-1))
+        affine.level_anew(part, lanes, float32(15), levels)
         for n in range(len(group)):
-            pack.pack_low_4_bits(levels[n], group[n, 16:144])
+            pack.pack_low_4_bits(by_super[n], group[n, 16:144])
 
 
 @kernel
 def quantize_q5_k(x: Floats, importance: Floats, out: Bytes) -> None:
     """8 sub-blocks, levels 0..31, scales and mins of 6 bits."""
-    values, packed = x.reshape(-1), out.reshape(-1, 176)
+    rows, packed = x.reshape(-1, 32), out.reshape(-1, 176)
     blocks = np.empty((3, 32, LANES), np.float32)
     lanes = np.empty((weighted.ROWS, LANES), np.float32)
     scales = np.empty((3, 8, LANES // 4), np.float32)
     few = np.empty((weighted.FEW_ROWS, LANES // 4), np.float32)
-    levels = np.empty((LANES // 8, SUPER), np.uint8)
-    for first in range(0, len(packed), LANES // 8):
-        gather(values, first * 8, blocks)
-        weigh(values, importance, first * 8, float32(2), blocks, lanes)
+    levels = np.empty((LANES, 32), np.uint8)
+    by_super = levels.reshape(-1, SUPER)
+    for first in range(0, len(rows), LANES):
+        part = rows[first : first + LANES]
+        gather(part, ORDER[: len(part)], blocks)
+        weigh(part, importance, first, len(rows), float32(2), blocks, lanes)
         affine.search_scale_and_low(blocks, lanes, float32(31), float32(-0.9), float32(0.05), 37, False)
         search_scales_and_mins(lanes, scales, few, float32(63))
-        group = packed[first : first + LANES // 8]
+        group = packed[first // 8 : (first + LANES) // 8]
         for n in range(len(group)):
             pack_affine_6_bit(lanes, scales, few, n, 63, group[n, 0:4], group[n, 4:16])
-        affine.level_anew(blocks, lanes, float32(31))
-        pack.spread(blocks, levels.reshape(-1))
+        affine.level_anew(part, lanes, float32(31), levels)
         for n in range(len(group)):
-            pack.pack_1_bit(levels[n], 4, group[n, 16:48])
-            pack.pack_low_4_bits(levels[n], group[n, 48:176])
+            pack.pack_1_bit(by_super[n], 4, group[n, 16:48])
+            pack.pack_low_4_bits(by_super[n], group[n, 48:176])
 
 
 @kernel
 def quantize_q6_k(x: Floats, importance: Floats, out: Bytes) -> None:
     """16 sub-blocks, levels -32..31, scales of 8 bits; the weights are the importance alone."""
-    values, packed = x.reshape(-1), out.reshape(-1, 210)
+    rows, packed = x.reshape(-1, 16), out.reshape(-1, 210)
     blocks = np.empty((3, 16, LANES), np.float32)
     lanes = np.empty((weighted.ROWS, LANES), np.float32)
-    levels = np.empty((LANES // 16, SUPER), np.uint8)
-    for first in range(0, len(packed), LANES // 16):
-        gather(values, first * 16, blocks)
-        weighted.gather_importance(importance, first * 16, values.size // 16, blocks)
+    levels = np.empty((LANES, 16), np.uint8)
+    by_super = levels.reshape(-1, SUPER)
+    for first in range(0, len(rows), LANES):
+        part = rows[first : first + LANES]
+        gather(part, ORDER[: len(part)], blocks)
+        weighted.gather_importance(importance, first, len(rows), blocks)
         symmetric.search_scale(blocks, lanes, float32(32))
-        group = packed[first : first + LANES // 16]
+        group = packed[first // 16 : (first + LANES) // 16]
         for n in range(len(group)):
             pack.pack_symmetric_8_bit(lanes, 16 * n, group[n, 192:208], group[n, 208:210])
-        symmetric.level_anew(blocks, lanes, float32(32))
-        pack.spread(blocks, levels.reshape(-1))
+        levels[:] = 0
+        symmetric.level_anew(part, lanes, float32(32), levels)
         for n in range(len(group)):
-            pack.pack_low_4_bits_of_halves(levels[n], group[n, 0:128])
-            pack.pack_2_bits(levels[n], 4, group[n, 128:192])
+            pack.pack_low_4_bits_of_halves(by_super[n], group[n, 0:128])
+            pack.pack_2_bits(by_super[n], 4, group[n, 128:192])
 
 
 KERNELS: dict[str, Callable[[Floats, Floats, Bytes], None]] = {

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from numpy import float32, int32, uint8
 
 from converters.gguf.kernels.compile import inlined
@@ -26,12 +25,12 @@ from converters.gguf.kernels.kq_lanes import (
     X,
     nearest_int,
     nearest_level_of_small,
-    select,
 )
+from converters.gguf.kernels.vectors import WIDTH, load, root, select, store, vector
 
 # Rows of `lanes` [ROWS, LANES] behind those of kq_affine: the mean square, the sum of the weights.
-SPREAD, TOTAL = 18, 19
-ROWS = 20
+SPREAD, TOTAL = 6, 7
+ROWS = 8
 
 # The rows of `few` [FEW_ROWS, lanes]: one number for each super-block's scales.
 SCALE, BEST, INVERSE, PEAK = 0, 1, 2, 3  # the best scale so far, its error or fit, its 1 / step; the largest
@@ -77,14 +76,14 @@ def gather_importance(importance: Floats, first: Any, count: Any, blocks: Floats
 @inlined
 def weigh(blocks: Floats, lanes: Floats) -> None:
     """Importance in blocks[W] to weights, with the mean squares lanes[SPREAD]; sets lanes[TOTAL]."""
-    for i in range(LANES):
-        lanes[TOTAL, i] = ZERO
-    for j in range(blocks.shape[1]):
-        for i in range(LANES):
-            x = blocks[X, j, i]
-            weight = blocks[W, j, i] * np.sqrt(lanes[SPREAD, i] + x * x)
-            blocks[W, j, i] = weight
-            lanes[TOTAL, i] += weight
+    for i in range(0, LANES, WIDTH):
+        spread, total = load(lanes, (SPREAD, i)), vector(ZERO)
+        for j in range(blocks.shape[1]):
+            x = load(blocks, (X, j, i))
+            weight = load(blocks, (W, j, i)) * root(spread + x * x)
+            store(blocks, (W, j, i), weight)
+            total += weight
+        store(lanes, (TOTAL, i), total)
 
 
 @inlined
