@@ -21,7 +21,9 @@ from converters.gguf.kernels.kq_lanes import (
     clip,
     half_value,
     nearest_int,
+    nearest_ints,
 )
+from converters.gguf.kernels.vectors import WIDTH, load, store, to_floats
 from converters.gguf.kernels.widen import half
 
 
@@ -98,8 +100,8 @@ def pack_affine_6_bit(lanes: Floats, lane: Any, ds: Bytes, scales: Bytes) -> Non
 
 
 @inlined
-def pack_symmetric_6_bit(lanes: Floats, lane: Any, scales: Bytes, d_bytes: Bytes) -> None:
-    """16 scales of 6 bits, 32 added, in 12 bytes; d. Sets STEP.
+def pack_symmetric_6_bit(lanes: Floats, lane: Any, numbers: Bytes, scales: Bytes, d_bytes: Bytes) -> None:
+    """16 scales of 6 bits, 32 added, in 12 bytes; d. Sets STEP; `numbers` is room for 16 bytes.
 
     Byte k of the first 8 has the low 4 bits of scales k and 8 + k; byte 8 + k, k < 4, the high 2 bits of
     scales k, 4 + k, 8 + k and 12 + k.
@@ -107,14 +109,24 @@ def pack_symmetric_6_bit(lanes: Floats, lane: Any, scales: Bytes, d_bytes: Bytes
     largest = largest_scale(lanes, lane)
     per_scale = float32(-32) / largest if largest != ZERO else ZERO
     d = store_half(ONE / per_scale if largest != ZERO else ZERO, d_bytes)
-    scales[:] = 0
-    for j in range(16):
-        scale = int8(nearest_int(per_scale * lanes[symmetric.SCALE, lane + j]))
-        # An all-zero super-block has 12 bytes of 0, which read as scales of -32.
-        stored = clip(int32(scale), int32(-32), int32(31)) + 32 if largest != ZERO else 0
-        scales[j % 8] |= (stored & 15) << (j // 8 * 4)
-        scales[8 + j % 4] |= stored >> 4 << (j // 4 * 2)
-        lanes[symmetric.STEP, lane + j] = d * float32(stored - 32)
+    # An all-zero super-block has 12 bytes of 0, which read as scales of -32.
+    limit = int32(31) if largest != ZERO else int32(-32)
+    for j in range(0, 16, WIDTH):
+        scale = as_signed_bytes(nearest_ints(per_scale * load(lanes, (symmetric.SCALE, lane + j))))
+        scale = clip(scale, int32(-32), limit)
+        store(numbers, (j,), scale + int32(32))
+        store(lanes, (symmetric.STEP, lane + j), d * to_floats(scale))
+    for k in range(8):
+        scales[k] = (numbers[k] & 15) | (numbers[8 + k] & 15) << 4
+    for k in range(4):
+        low = numbers[k] >> 4 | numbers[4 + k] >> 4 << 2
+        scales[8 + k] = low | numbers[8 + k] >> 4 << 4 | numbers[12 + k] >> 4 << 6
+
+
+@inlined
+def as_signed_bytes(numbers: Any) -> Any:
+    """What is left of a vector of ints in signed bytes: -128..127."""
+    return ((numbers + int32(128)) & int32(0xFF)) - int32(128)
 
 
 @inlined

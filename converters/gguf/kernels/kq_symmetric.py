@@ -42,7 +42,8 @@ ROWS = 3
 
 TRIES = (-9, -8, -7, -6, -5, -4, -3, -2, -1, 1, 2, 3, 4, 5, 6, 7, 8, 9)  # tenths of a level
 ROUNDS = 5
-LX, LL = 0, 1  # rows of sums
+LX, LL, MOVED = 0, 1, 2  # rows of the sums of q3_k; MOVED is not 0 where the last round moved a level
+NOTHING_FITS = float32(-np.inf)
 
 
 @inlined
@@ -69,7 +70,7 @@ def search_scale(blocks: Floats, lanes: Floats, top: Any) -> None:
         for t in TRIES:
             try_inverse = -(top + float32(0.1) * float32(t)) / peak
             lx, ll = _sum(blocks, i, try_inverse, top)
-            better = (ll > ZERO) & (lx * lx > best * ll)
+            better = select(ll > ZERO, lx * lx, NOTHING_FITS) > best * ll
             inverse = select(better, try_inverse, inverse)
             scale = select(better, lx / ll, scale)
             best = select(better, scale * lx, best)
@@ -85,6 +86,7 @@ def settle(x: Floats, blocks: Floats, lanes: Floats, restless: Numbers) -> Any:
     others are done: their first round would be the last.
     """
     top, count = float32(4), 0
+    products = np.empty((2, 16, WIDTH), np.float32)
     for first in range(0, x.shape[0], LANES):
         part = x[first : first + LANES]
         gather(part, ORDER[: len(part)], blocks)
@@ -96,20 +98,21 @@ def settle(x: Floats, blocks: Floats, lanes: Floats, restless: Numbers) -> Any:
                 value = load(blocks, (X, j, i))
                 level = nearest_level_of_small(inverse * value, -top, top - ONE)
                 w = value * value
-                sum_lx += w * value * level
-                sum_ll += w * level * level
+                lx, ll = w * value * level, w * level * level
+                sum_lx += lx
+                sum_ll += ll
                 store(blocks, (LEVEL, j, i), level)
-            moves = peak == INFINITE
+                store(products, (LX, j, 0), lx)
+                store(products, (LL, j, 0), ll)
+            moves = select(peak == INFINITE, ONE, vector(ZERO))
             for j in range(16):
                 value, level = load(blocks, (X, j, i)), load(blocks, (LEVEL, j, i))
-                w = value * value
-                lx = sum_lx - w * value * level
-                ll = sum_ll - w * level * level
+                lx, ll = sum_lx - load(products, (LX, j, 0)), sum_ll - load(products, (LL, j, 0))
                 target = nearest_levels(value * ll / lx, -top, top - ONE)
-                moves |= (lx > ZERO) & (target != level)
+                moves += magnitude(select(lx > ZERO, target - level, ZERO))
             store(lanes, (SCALE, first + i), select(sum_ll > ZERO, sum_lx / sum_ll, ZERO))
             store(lanes, (INVERSE, first + i), inverse)
-            found = lanes_of(moves)
+            found = lanes_of(moves != ZERO)
             for lane in range(WIDTH):
                 restless[count] = first + i + lane
                 count += (found >> lane) & 1
@@ -126,12 +129,16 @@ def move(x: Floats, restless: Numbers, blocks: Floats, lanes: Floats, levels: By
     and the fit, (sum w l x)^2 / sum w l l, improves.
     """
     top = float32(4)
-    sums = np.empty((2, LANES), np.float32)
+    sums = np.empty((3, LANES), np.float32)
+    active = np.empty(LANES // WIDTH, np.int64)
     for first in range(0, restless.size, LANES):
         which = restless[first : first + LANES]
         gather(x, which, blocks)
         weigh_by_square(blocks)
-        for i in range(0, LANES, WIDTH):
+        count = 0
+        for i in range(0, which.size, WIDTH):
+            active[count] = i
+            count += 1
             inverse = -top / _peak(blocks, i)
             for j in range(16):
                 level = nearest_level_of_small(inverse * load(blocks, (X, j, i)), -top, top - ONE)
@@ -140,8 +147,7 @@ def move(x: Floats, restless: Numbers, blocks: Floats, lanes: Floats, levels: By
             store(sums, (LX, i), lx)
             store(sums, (LL, i), ll)
         for _ in range(ROUNDS):
-            if not _round(blocks, sums, top):
-                break
+            count = _round(blocks, sums, top, active[:count])
         for lane in range(which.size):
             n = which[lane]
             lx, ll = sums[LX, lane], sums[LL, lane]
@@ -153,25 +159,37 @@ def move(x: Floats, restless: Numbers, blocks: Floats, lanes: Floats, levels: By
 
 
 @inlined
-def _round(blocks: Floats, sums: Floats, top: Any) -> Any:
-    """Move each level where it pays; gives whether any moved."""
-    moved = 0
+def _round(blocks: Floats, sums: Floats, top: Any, active: Numbers) -> Any:
+    """Move each level where it pays, in the vectors that begin at the lanes `active`.
+
+    Those in which any moved come first in `active` then; gives how many they are.
+    """
+    for i in active:
+        store(sums, (MOVED, i), vector(ZERO))
     for j in range(16):
-        for i in range(0, LANES, WIDTH):
+        for i in active:
             x, w, level = load(blocks, (X, j, i)), load(blocks, (W, j, i)), load(blocks, (LEVEL, j, i))
             sum_lx, sum_ll = load(sums, (LX, i)), load(sums, (LL, i))
             lx = sum_lx - w * x * level
             ll = sum_ll - w * level * level
             target = nearest_levels(x * ll / lx, -top, top - ONE)
-            worth = (lx > ZERO) & (target != level)
+            # Sums and not blends of levels: a store that depends on a condition is slow on some processors.
+            step = select(lx > ZERO, target - level, ZERO)
             lx += w * x * target
             ll += w * target * target
-            better = worth & (ll > ZERO) & (lx * lx * sum_ll > sum_lx * sum_lx * ll)
-            store(blocks, (LEVEL, j, i), select(better, target, level))
-            store(sums, (LX, i), select(better, lx, sum_lx))
-            store(sums, (LL, i), select(better, ll, sum_ll))
-            moved |= lanes_of(better)
-    return moved != 0
+            step = select(ll > ZERO, step, ZERO)
+            step = select(lx * lx * sum_ll > sum_lx * sum_lx * ll, step, ZERO)
+            moves = step != ZERO
+            store(blocks, (LEVEL, j, i), level + step)
+            store(sums, (LX, i), select(moves, lx, sum_lx))
+            store(sums, (LL, i), select(moves, ll, sum_ll))
+            store(sums, (MOVED, i), load(sums, (MOVED, i)) + magnitude(step))
+    count = 0
+    for i in active:
+        moved = lanes_of(load(sums, (MOVED, i)) != ZERO) != 0
+        active[count] = i
+        count += 1 if moved else 0
+    return count
 
 
 @inlined

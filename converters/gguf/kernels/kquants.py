@@ -56,6 +56,7 @@ def quantize_q3_k(x: Floats, out: Bytes) -> None:
     blocks = np.empty((3, 16, LANES), np.float32)
     lanes = np.empty((symmetric.ROWS, MANY), np.float32)
     restless = np.empty(MANY, np.int64)
+    numbers = np.empty(16, np.uint8)
     levels = np.empty((MANY, 16), np.uint8)
     by_super = levels.reshape(-1, SUPER)
     for first in range(0, len(rows), MANY):
@@ -65,7 +66,7 @@ def quantize_q3_k(x: Floats, out: Bytes) -> None:
         symmetric.move(part, restless[:count], blocks, lanes, levels)
         group = packed[first // 16 : (first + MANY) // 16]
         for n in range(len(group)):
-            pack.pack_symmetric_6_bit(lanes, 16 * n, group[n, 96:108], group[n, 108:110])
+            pack.pack_symmetric_6_bit(lanes, 16 * n, numbers, group[n, 96:108], group[n, 108:110])
         symmetric.level_anew(part, lanes, float32(4), levels)
         for n in range(len(group)):
             pack.pack_1_bit(by_super[n], 2, group[n, 0:32])

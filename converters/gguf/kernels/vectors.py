@@ -3,8 +3,7 @@
 numba knows arrays and numbers; what a loop over lanes adds up, its compiler keeps in memory, and that costs
 the searches half of their speed. A `Vector` is what LLVM calls one: `a * b + c` does WIDTH float32
 operations twice, each rounded as IEEE says, none fused; a comparison gives booleans for `select`. A number
-beside a vector counts for every lane. LLVM makes of it what the processor has: one AVX-512 register, two of
-AVX2, four of SSE or NEON. Importing this module imports numba.
+beside a vector counts for every lane. Importing this module imports numba.
 """
 
 from __future__ import annotations
@@ -15,13 +14,15 @@ from functools import partial
 from typing import Any
 
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba import types
 from numba.core import cgutils
 from numba.core.datamodel import PrimitiveModel
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, register_model
 
-WIDTH = 16
+# What one register of AVX-512 or AVX2 holds: with two to a vector the searches would run out of registers.
+WIDTH = 16 if get_host_cpu_features().get("avx512f") else 8
 
 
 class Vector(types.Type):  # type: ignore[misc]
@@ -108,6 +109,7 @@ _OPERATORS: dict[Any, Makes] = {
     operator.and_: _logic("and_"),
     operator.or_: _logic("or_"),
     operator.ior: _logic("or_"),
+    operator.xor: _logic("xor"),
     operator.lt: _compare("<"),
     operator.gt: _compare(">"),
     operator.eq: _compare("=="),
@@ -174,6 +176,12 @@ def as_ints(context: Any, x: Any) -> Any:
 def as_floats(context: Any, x: Any) -> Any:
     """The floats that bits stand for."""
     return FLOATS(INTS), lambda context, builder, sig, values: builder.bitcast(values[0], _ir(FLOATS))
+
+
+@intrinsic
+def to_floats(context: Any, x: Any) -> Any:
+    """The numbers of ints."""
+    return FLOATS(INTS), lambda context, builder, sig, values: builder.sitofp(values[0], _ir(FLOATS))
 
 
 @intrinsic
@@ -281,10 +289,10 @@ def _turned(builder: Any, rows: list[Any]) -> list[Any]:
     ]
     # fours[4 * n + k], quarter m: column 4 * m + k of rows 4 * n and the three after it.
     columns = []
-    for m in range(4):
-        quarter = [4 * m, 4 * m + 1, 4 * m + 2, 4 * m + 3]
+    for m in range(WIDTH // 4):
+        quarter = list(range(4 * m, 4 * m + 4))
         order = quarter + [WIDTH + number for number in quarter]
         for k in range(4):
-            halves = [shuffle(fours[k + side], fours[k + side + 4], order) for side in (0, 8)]
-            columns.append(shuffle(halves[0], halves[1], list(range(WIDTH))))
+            joined = [shuffle(fours[n], fours[n + 4], order) for n in range(k, WIDTH, 8)]
+            columns.append(joined[0] if WIDTH == 8 else shuffle(joined[0], joined[1], list(range(WIDTH))))
     return columns
