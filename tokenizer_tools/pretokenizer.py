@@ -14,7 +14,7 @@ from tokenizer_tools.rebuild import gguf_keys, rebuild
 from tokenizer_tools.runtimes import RUNTIMES, Runtime, by_name
 from tokenizer_tools.special import byte_alphabet
 from tokenizer_tools.steps import PreTokenizer, Step, extract, from_gguf, to_gguf
-from tokenizer_tools.vocabulary import NORMAL
+from tokenizer_tools.vocabulary import NORMAL, SPACE
 
 __all__ = [
     "PreTokenizer",
@@ -118,7 +118,13 @@ def token_texts(data: TokenizerData) -> list[str]:
     known = set(alphabet.values())
     texts = []
     for token, kind in zip(data.tokens, data.types, strict=True):
-        if kind == NORMAL and known.issuperset(token):
+        if kind != NORMAL:
+            continue
+        word = token.removeprefix(SPACE)
+        if word.isascii() and word.isprintable() and " " not in word:
+            # Most of them, and the alphabet leaves such characters as they are.
+            texts.append(token.replace(SPACE, " ", 1))
+        elif known.issuperset(token):
             try:
                 texts.append(token.translate(table).encode("latin-1").decode("utf-8"))
             except UnicodeDecodeError:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from converters.gguf import kernels
-from converters.gguf.job import Job, thread_count
+from converters.gguf.job import Job, collector_paused, thread_count
 from converters.gguf.qtypes import QType
 from converters.gguf.writer import PartFile
 from dsconvert.errors import QuantizationError
@@ -88,7 +88,8 @@ def _warm(job: Job) -> Iterator[Event]:
         if not kernels.compiled(qtypes, source, weighted):
             names = ", ".join(sorted(qtype.name for qtype in qtypes)) + " with importance" * weighted
             yield Step(f"compiling kernels {source} -> {names} (the first time; kept in the cache folder)")
-        kernels.warm(qtypes, source, weighted)
+        with collector_paused():
+            kernels.warm(qtypes, source, weighted)
 
 
 def _chunks(job: Job, parts: list[PartFile]) -> Iterator[Chunk]:

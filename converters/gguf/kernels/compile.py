@@ -10,15 +10,32 @@ import hashlib
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numba
 from llvmlite.binding import get_host_cpu_features, get_host_cpu_name
 
 from dsconvert import __version__
+
+
+@contextlib.contextmanager
+def _without(name: str) -> Iterator[None]:
+    """Let a package that is not loaded yet look as if it were not installed."""
+    hidden = name not in sys.modules
+    if hidden:
+        sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules[name]
+
+
+with _without("scipy"):  # numba loads its linear algebra where it is installed; no kernel uses any
+    import numba
+    import numba.np.arraymath
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
