@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+sys.path.pop(0)  # this folder, whose gguf.py hides the library
+
 from converters.gguf.parse import open_gguf
 from converters.gguf.recipe import FILE_TYPES
 

@@ -12,10 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+sys.path.pop(0)  # this folder, whose gguf.py hides the library
 
 import gguf
 import numpy as np

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+sys.path.pop(0)  # this folder, whose gguf.py hides the library
+
 from converters.gguf.convert import convert
 from converters.gguf.job import Options
 from converters.gguf.parse import open_gguf

@@ -18,6 +18,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.pop(0)  # this folder, whose gguf.py hides the library
+
 from tokenizer_tools import parity
 from tokenizer_tools.load import TokenizerData, load_tokenizer
 from tokenizer_tools.pretokenizer import gguf_keys, rebuild, resolve

@@ -40,6 +40,7 @@ pytestmark = pytest.mark.slow
 
 FLOATS = ("f32", "bf16")
 QUANTIZED = ("q8_0", "q4_0", "q6_k")
+MIXTURES = ("q2_k", "q3_k_m", "q4_k_m", "q5_k_m", "q6_k", "q8_0")
 LENGTH = 512  # tokens per window
 EXACT_WINDOWS, WINDOWS = 2, 4
 THREADS = 2
@@ -74,15 +75,39 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Co
 @pytest.fixture(scope="module")
 def converted(checkpoint: Path) -> dict[str, Path]:
     """One file per type, made by one run of the command."""
-    out = checkpoint.parent / "smollm2.gguf"
-    kinds = ",".join(FLOATS + QUANTIZED)
-    options = ["--outfile", str(out), "--quant", kinds, "--verify", "off", "--threads", str(THREADS)]
-    command = [sys.executable, "-m", "dsconvert.cli", "gguf", str(checkpoint), *options]
+    return run_gguf(checkpoint, "smollm2", FLOATS + QUANTIZED)
+
+
+@pytest.fixture(scope="module")
+def mixtures(checkpoint: Path) -> dict[str, Path]:
+    """One file per mixture."""
+    return run_gguf(checkpoint, "plain", MIXTURES)
+
+
+@pytest.fixture(scope="module")
+def weighted_mixtures(checkpoint: Path) -> dict[str, Path]:
+    """The same with an importance matrix of the built-in calibration text."""
+    matrix = checkpoint.parent / "imatrix.gguf"
+    text = ["--calib", "builtin", "--calib-samples", "16", "--calib-len", str(LENGTH)]
+    run("imatrix", str(checkpoint), "--outfile", str(matrix), *text)
+    return run_gguf(checkpoint, "weighted", MIXTURES, "--imatrix", str(matrix))
+
+
+def run(*arguments: str) -> None:
+    """One run of the command."""
+    command = [sys.executable, "-m", "dsconvert.cli", *arguments]
     result = subprocess.run(
         command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1]
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    return {kind: out.with_name(f"smollm2-{kind}.gguf") for kind in FLOATS + QUANTIZED}
+
+
+def run_gguf(checkpoint: Path, stem: str, kinds: tuple[str, ...], *options: str) -> dict[str, Path]:
+    """Files of several types, made by one run of the command."""
+    out = checkpoint.parent / f"{stem}.gguf"
+    fixed = ["--verify", "off", "--threads", str(THREADS)]
+    run("gguf", str(checkpoint), "--outfile", str(out), "--quant", ",".join(kinds), *fixed, *options)
+    return {kind: out.with_name(f"{stem}-{kind}.gguf") for kind in kinds}
 
 
 @pytest.fixture(scope="module")
