@@ -1,10 +1,9 @@
 """What the k-quant kernels share: rounding, float16, and sub-blocks laid side by side.
 
 A super-block is 256 values in 8 or 16 sub-blocks of 32 or 16; each sub-block has its own scale, found by a
-search that is sequential within the sub-block. LANES sub-blocks are searched at once: `blocks[part, j, lane]`
-holds value j of sub-block `lane`, so that the innermost loop runs over the lanes, and every lane does ggml's
-float32 operations in ggml's order. Each kernel makes `blocks` in one piece and of constant shape: the
-compiler then knows that its parts do not overlap, without which it gives up vectors.
+search that is sequential within the sub-block. LANES sub-blocks are searched side by side: `blocks[part, j,
+lane]` holds value j of sub-block `lane`. A vector takes WIDTH neighbouring lanes, and every lane does ggml's
+float32 operations in ggml's order; what a search adds up stays in registers.
 """
 
 from __future__ import annotations
