@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
+from converters.gguf.calibrated import plan_measured, weighed
 from converters.gguf.job import Job, Options, prepare
 from converters.gguf.mmproj import CANNOT
 from converters.gguf.pipeline import write_tensors
@@ -20,10 +21,13 @@ def convert(options: Options) -> Iterator[Event]:
     whatever happens later, no incomplete file is left under a final name.
     """
     started = time.monotonic()
-    job = prepare(options)
+    job, drawn = prepare(options), None
+    if not options.dry_run:
+        job, drawn = yield from plan_measured(job)
     yield from describe(job)
     if options.dry_run:
         return
+    job = yield from weighed(job, drawn)
     sizes = [layout.nbytes for layout in job.layouts]
     with part_files(job.paths, sizes, options.force) as parts:
         yield from write_tensors(job, parts)
@@ -38,6 +42,8 @@ def describe(job: Job) -> Iterator[Event]:
     """What will be written, to the byte, and what the user should know before it is."""
     for note in job.notes:
         yield Warn(note)
+    if job.options.dry_run and job.options.calibration is not None:
+        yield Step("the keys that tell of the calibration text come on top of the sizes: 1 to 2 kB")
     if job.towers is not None and job.towers.left_out:
         yield Step(job.towers.left_out)
     sources = {spec.gguf: spec for spec, _ in job.tensors}

@@ -9,44 +9,58 @@ so the reordering of rows that q and k go through does not touch it.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from converters.gguf import kernels, recipe
 from converters.gguf.layout import MAGIC
 from converters.gguf.parse import GGUFFile, open_gguf
 from dsconvert.errors import CheckpointError, UsageError
 
+if TYPE_CHECKING:
+    from converters.gguf.job import Output
+
 Floats = npt.NDArray[np.float32]
 SUMS, COUNTS = ".in_sum2", ".counts"
+REPORT = (
+    "dsconvert.calibration"  # the key of the report on the text, in our matrices and what is made of them
+)
 NO_DATA = "has no data"
 
 
 @dataclass(frozen=True)
 class ImportanceMatrix:
-    """One file: importance, float32 [n_cols], by GGUF name; where it came from; what could not be used.
+    """Importance, float32 [n_cols], by GGUF name; where it came from; what could not be used.
 
-    `unusable` gives for each entry left out the reason why.
+    `path` is None when it was measured on the way. `unusable` gives for each entry left out the reason why.
+    `report` is our own report on the calibration text, JSON, "" in other tools' files.
     """
 
-    path: Path
+    path: Path | None
     values: dict[str, Floats]
     datasets: tuple[str, ...]
     chunks: int
     unusable: dict[str, str]
+    report: str = ""
 
     @property
     def keys(self) -> dict[str, tuple[str, str | int]]:
-        """The keys that llama-quantize adds to a file that was made with the matrix."""
-        found: dict[str, tuple[str, str | int]] = {"quantize.imatrix.file": ("string", self.path.name)}
+        """The keys that llama-quantize adds to a file that was made with the matrix, and our report."""
+        found: dict[str, tuple[str, str | int]] = {}
+        if self.path is not None:
+            found["quantize.imatrix.file"] = ("string", self.path.name)
         if self.datasets:
             found["quantize.imatrix.dataset"] = ("string", self.datasets[0])
         found["quantize.imatrix.entries_count"] = ("uint32", len(self.values) + len(self.unusable))
         if self.chunks > 0:
             found["quantize.imatrix.chunks_count"] = ("uint32", self.chunks)
+        if self.report:
+            found[REPORT] = ("string", self.report)
         return found
 
 
@@ -86,11 +100,38 @@ def select(
         known = ", ".join([*matrix.values, *matrix.unusable][:2])
         raise UsageError(
             "the importance matrix has nothing for this model",
-            where=matrix.path,
+            where=matrix.path or "",
             why=f"its entries are such as {known}; {next(iter(left.values()))[0]} {next(iter(left))}",
             hint="Make one from this model: dsconvert imatrix MODEL --outfile imatrix.gguf",
         )
     return chosen, left
+
+
+def weigh(matrix: ImportanceMatrix | None, outputs: Sequence[Output]) -> tuple[dict[str, Floats], list[str]]:
+    """The importance of every tensor whose type takes one, and notes on those that go without, by name.
+
+    Raises UsageError when the matrix is another model's, or lacks what a mixture cannot do without.
+    """
+    if matrix is None:
+        return {}, []
+    shapes = takers(outputs)
+    if not shapes:
+        return {}, ["--imatrix changes nothing: no tensor gets a type that takes an importance matrix"]
+    weights, left = select(matrix, shapes, shapes)
+    for output in outputs:
+        lacking = [name for name in output.tensors if name not in weights]
+        recipe.check_importance(output.quant, {name: output.tensors[name].qtype.name for name in lacking})
+    notes = [
+        f"quantized without importance, for which the matrix {why}: {', '.join(names)}"
+        for why, names in left.items()
+    ]
+    return weights, notes
+
+
+def takers(outputs: Sequence[Output]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors whose type takes importance, by name."""
+    tensors = [tensor for output in outputs for tensor in output.tensors.values()]
+    return {tensor.name: tensor.shape for tensor in tensors if kernels.takes_importance(tensor.qtype)}
 
 
 def _from_gguf(file: GGUFFile) -> ImportanceMatrix:
@@ -101,20 +142,29 @@ def _from_gguf(file: GGUFFile) -> ImportanceMatrix:
     if kind != "imatrix" or not names:
         why = f"its general.type is {str(kind)[:40]!r}, it has {len(names)} entries"
         raise CheckpointError("is no importance matrix", where=file.path, why=why)
-    values: dict[str, Floats] = {}
-    unusable: dict[str, str] = {}
-    for name in names:
-        sums, counts = (_flat(file, name + end) for end in (SUMS, COUNTS))
-        _keep(name, sums, counts, values, unusable)
+    values, unusable = quotients(
+        {name + end: _flat(file, name + end) for name in names for end in (SUMS, COUNTS)}
+    )
     datasets = file.keys.get("imatrix.datasets", [])
     chunks = file.keys.get("imatrix.chunk_count", 0)
+    report = file.keys.get(REPORT, "")
     return ImportanceMatrix(
         file.path,
         values,
         tuple(text for text in datasets if isinstance(text, str)) if isinstance(datasets, list) else (),
         chunks if isinstance(chunks, int) else 0,
         unusable,
+        report if isinstance(report, str) else "",
     )
+
+
+def quotients(tensors: Mapping[str, Floats]) -> tuple[dict[str, Floats], dict[str, str]]:
+    """The importance in the tensors of a GGUF matrix, NAME.in_sum2 and NAME.counts, and what is unusable."""
+    values: dict[str, Floats] = {}
+    unusable: dict[str, str] = {}
+    for name in (n.removesuffix(SUMS) for n in tensors if n.endswith(SUMS)):
+        _keep(name, tensors[name + SUMS].reshape(-1), tensors[name + COUNTS].reshape(-1), values, unusable)
+    return values, unusable
 
 
 def _flat(file: GGUFFile, name: str) -> Floats:

@@ -7,17 +7,18 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from converters.gguf import importance, kernels, metadata, mmproj, qtypes, recipe
+from converters.gguf import importance, metadata, mmproj, qtypes, recipe
 from converters.gguf.layout import KeyValues, Layout, Tensor, lay_out, lay_out_split
 from converters.gguf.towers import Towers, plan_towers, with_template
 from converters.gguf.writer import check_targets
 from dsconvert.arch import Arch, Sizes, Spec, plan
 from dsconvert.archs import ARCHS
+from dsconvert.calibrate import Wanted, check_chat
 from dsconvert.checkpoint import Checkpoint, open_checkpoint
 from dsconvert.config import ModelConfig, load_config
 from dsconvert.errors import CheckpointError, UsageError
@@ -47,6 +48,7 @@ class Options:
     no_mmproj: bool = False
     mmproj_quant: str = "f16"
     imatrix: Path | None = None
+    calibration: Wanted | None = None  # the text to measure an importance matrix on, on the way
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class Job:
     derived: dict[str, Any]
     tokenizer: TokenizerData
     pre: str
+    keys: KeyValues  # of the text files
     outputs: tuple[Output, ...]
     notes: tuple[str, ...]
     towers: Towers | None = None
@@ -135,12 +138,16 @@ def collector_paused() -> Iterator[None]:
 
 
 def prepare(options: Options) -> Job:
-    """Open, validate and plan; the exact bytes ahead of the data and every offset are known after it."""
+    """Open, validate and plan; the exact bytes ahead of the data and every offset are known after it.
+
+    A matrix that is made on the way adds keys that tell of its text: see `with_keys`.
+    """
     with collector_paused():
         return _prepare(options)
 
 
 def _prepare(options: Options) -> Job:
+    check_calibration(options)
     checkpoint = open_checkpoint(options.model)
     config = load_config(checkpoint.folder)
     arch = find_arch(config, checkpoint.folder)
@@ -156,18 +163,15 @@ def _prepare(options: Options) -> Job:
     keys = all_keys(checkpoint, arch, config, specs) | gguf_keys(tokenizer, resolution.name)
     keys |= towers.keys if towers is not None else {}
     keys |= matrix.keys if matrix is not None else {}
-    folder, names = output_names(options, config, checkpoint.folder)
+    paths = output_paths(options, config, checkpoint.folder)
     shapes = {spec.gguf: spec.shape for spec in specs} | {name: a.shape for name, a in derived.items()}
-    outputs = tuple(
-        plan_output(quant, folder / name, keys, shapes, config, options)
-        for quant, name in zip(options.quants, names, strict=True)
-    )
+    outputs = plan_outputs(paths, keys, shapes, config, options)
     projector = plan_projector(options, checkpoint, config, towers, keys, outputs[0])
-    weights, unweighted = weigh(matrix, outputs)
+    weights, unweighted = importance.weigh(matrix, outputs)
     notes = (*tokenizer.notes, *resolution.notes, *(towers.notes if towers is not None else ()), *unweighted)
     job = Job(
         options, checkpoint, arch, config, specs, derived, tokenizer, resolution.name,
-        outputs, notes, towers, projector, weights,
+        keys, outputs, notes, towers, projector, weights,
     )  # fmt: skip
     if not options.dry_run:
         check_targets(job.paths, [layout.nbytes for layout in job.layouts], options.force)
@@ -198,6 +202,41 @@ def all_keys(
     return keys
 
 
+def check_calibration(options: Options) -> None:
+    """See that the options on calibration make sense; raises UsageError."""
+    if options.calibration is None:
+        return
+    if options.imatrix is not None:
+        raise UsageError(
+            "--imatrix and --calib contradict each other",
+            why="one gives an importance matrix, the other makes one",
+            hint="Leave one of them out",
+        )
+    check_chat(options.calibration.chat)
+
+
+def with_keys(job: Job, keys: KeyValues) -> Job:
+    """The job with more keys in its text files, whose tensors move by as much."""
+    keys = {**job.keys, **keys}
+    paths = output_paths(job.options, job.config, job.checkpoint.folder)
+    shapes = {name: tensor.shape for name, tensor in job.outputs[0].tensors.items()}
+    return replace(job, keys=keys, outputs=plan_outputs(paths, keys, shapes, job.config, job.options))
+
+
+def plan_outputs(
+    paths: Sequence[Path],
+    keys: KeyValues,
+    shapes: dict[str, tuple[int, ...]],
+    config: ModelConfig,
+    options: Options,
+) -> tuple[Output, ...]:
+    """One output for each quantization asked for."""
+    return tuple(
+        plan_output(quant, path, keys, shapes, config, options)
+        for quant, path in zip(options.quants, paths, strict=True)
+    )
+
+
 def plan_output(
     quant: str,
     path: Path,
@@ -209,7 +248,8 @@ def plan_output(
     """Give every tensor the recipe's type, in the order of the file, and lay the files out."""
     choices = recipe.choose(
         quant, shapes, heads=config.heads, kv_heads=config.kv_heads, layers=config.layers,
-        overrides=options.overrides, pure=options.pure, imatrix=options.imatrix is not None,
+        overrides=options.overrides, pure=options.pure,
+        imatrix=options.imatrix is not None or options.calibration is not None,
     )  # fmt: skip
     tensors = [Tensor(name, shape, qtypes.QTYPES[choices[name].type]) for name, shape in shapes.items()]
     keys = metadata.with_file_type(keys, recipe.FILE_TYPES[quant])
@@ -219,30 +259,6 @@ def plan_output(
     )
     named = {tensor.name: tensor for tensor in tensors}
     return Output(quant, tuple(layouts), named, dict(fallbacks), path.parent)
-
-
-def weigh(
-    matrix: importance.ImportanceMatrix | None, outputs: Sequence[Output]
-) -> tuple[dict[str, importance.Floats], list[str]]:
-    """The importance of every tensor whose type takes one, and notes on those that go without, by name.
-
-    Raises UsageError when the matrix is another model's, or lacks what a mixture cannot do without.
-    """
-    if matrix is None:
-        return {}, []
-    tensors = [tensor for output in outputs for tensor in output.tensors.values()]
-    shapes = {tensor.name: tensor.shape for tensor in tensors if kernels.takes_importance(tensor.qtype)}
-    if not shapes:
-        return {}, ["--imatrix changes nothing: no tensor gets a type that takes an importance matrix"]
-    weights, left = importance.select(matrix, shapes, shapes)
-    for output in outputs:
-        lacking = [name for name in output.tensors if name not in weights]
-        recipe.check_importance(output.quant, {name: output.tensors[name].qtype.name for name in lacking})
-    notes = [
-        f"quantized without importance, for which the matrix {why}: {', '.join(names)}"
-        for why, names in left.items()
-    ]
-    return weights, notes
 
 
 def plan_projector(
@@ -283,13 +299,13 @@ def projector_stem(options: Options, text: Output) -> str:
     return f"{first}-{options.mmproj_quant}"
 
 
-def output_names(options: Options, config: ModelConfig, source: Path) -> tuple[Path, list[str]]:
-    """The output folder, and one file name for each quantization asked for."""
+def output_paths(options: Options, config: ModelConfig, source: Path) -> list[Path]:
+    """The file of each quantization asked for."""
     if len(set(options.quants)) != len(options.quants):
         raise UsageError("--quant names a type twice", why=",".join(options.quants))
     if options.outfile is None:
         _, name = metadata.origin(source, config)
-        return Path.cwd(), [f"{name}-{quant}.gguf" for quant in options.quants]
+        return [Path.cwd() / f"{name}-{quant}.gguf" for quant in options.quants]
     if options.outfile.suffix != ".gguf":
         raise UsageError(
             "the output should end in .gguf",
@@ -299,7 +315,7 @@ def output_names(options: Options, config: ModelConfig, source: Path) -> tuple[P
     stem = options.outfile.name.removesuffix(".gguf")
     several = len(options.quants) > 1
     names = [f"{stem}-{quant}.gguf" if several else f"{stem}.gguf" for quant in options.quants]
-    return options.outfile.absolute().parent, names
+    return [options.outfile.absolute().with_name(name) for name in names]
 
 
 def thread_count(options: Options) -> int:

@@ -183,7 +183,7 @@ def choose(
         raise UsageError(
             f"{quant} needs an importance matrix",
             why="2-bit levels chosen without one lose the model",
-            hint="Give --imatrix FILE, or take q2_k",
+            hint="Give --imatrix FILE or --calib c4, or take q2_k",
         )
     matrices = sorted((name for name in shapes if is_quantized(name, shapes[name])), key=_layer)
     manual = _overridden(matrices, overrides)

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from dsconvert.commands.calibrating import calibration_options, wanted_of
 from dsconvert.commands.running import run
 
 UNITS = {"K": 1000, "M": 1000**2, "G": 1000**3}
@@ -77,6 +78,7 @@ def _overrides(
     metavar="FILE",
     help="Importance matrix (dsconvert imatrix, llama-imatrix): quantize what counts more exactly.",
 )
+@calibration_options(None, 512)
 @click.option("--pre", metavar="NAME", help="The runtime's pre-tokenizer, when none is proven to fit.")
 @click.option(
     "--split-max-size",
@@ -124,7 +126,8 @@ def gguf(model_path: str, as_json: bool, quiet: bool, debug: bool, threads: int 
         from converters.gguf.job import Options
         from dsconvert import console
 
-        options = Options(model=model_path, threads=threads or 0, **asked)
+        wanted = wanted_of(asked)
+        options = Options(model=model_path, threads=threads or 0, calibration=wanted, **asked)
         return console.render(convert(options), as_json=as_json, quiet=quiet, plan=options.dry_run)
 
     run(work, as_json=as_json, debug=debug)

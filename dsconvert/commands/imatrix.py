@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dsconvert.commands.calibrating import calibration_options, wanted_of
 from dsconvert.commands.running import run
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from converters.gguf.layout import KeyValues
+    from dsconvert.calibrate import Wanted
     from dsconvert.events import Event
 
 
@@ -27,19 +30,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Output file.",
 )
-@click.option(
-    "--calib",
-    default="c4",
-    show_default=True,
-    metavar="c4|wikitext2|builtin|FILE|DIR",
-    help="Calibration text.",
-)
-@click.option("--calib-samples", type=click.IntRange(1), default=128, show_default=True, help="Windows.")
-@click.option(
-    "--calib-len", type=click.IntRange(2), default=512, show_default=True, help="Tokens in a window."
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="Which windows are drawn.")
-@click.option("--offline", is_flag=True, help="Take cached texts or the built-in one; ask no network.")
+@calibration_options("c4", 512)
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line for everything that happens.")
@@ -48,67 +39,49 @@ if TYPE_CHECKING:
 def imatrix(model_path: str, as_json: bool, quiet: bool, debug: bool, **asked: Any) -> None:
     """Measure which inputs of each linear matter on calibration text, for llama.cpp's quantizers.
 
-    MODEL_PATH is a Hugging Face folder, a .safetensors file, a hub id, or `sample:` (the embedded sample).
+    MODEL_PATH is a Hugging Face folder, a .safetensors file, a hub id, or `sample:` (the embedded sample);
+    default: the current folder.
     """
 
     def work() -> int:
         from dsconvert import console
 
+        asked["wanted"] = wanted_of(asked)
         return console.render(make(model_path, **asked), as_json=as_json, quiet=quiet)
 
     run(work, as_json=as_json, debug=debug)
 
 
 def make(
-    model: str,
-    *,
-    outfile: Path,
-    calib: str = "c4",
-    calib_samples: int = 128,
-    calib_len: int = 512,
-    seed: int = 0,
-    offline: bool = False,
-    force: bool = False,
-    device: str = "auto",
+    model: str, *, outfile: Path, wanted: Wanted, force: bool = False, device: str = "auto"
 ) -> Iterator[Event]:
     """Draw calibration windows, run the model over them, write the file."""
     import time
+    from dataclasses import replace
 
-    import numpy as np
-
+    from converters.gguf import calibrated
     from converters.gguf.writer import check_targets
-    from dsconvert import imatrix as importance
-    from dsconvert import streaming as st
-    from dsconvert.calibrate import Wanted, calibrate
+    from dsconvert.calibrate import check_chat
     from dsconvert.commands.sources import open_reference
     from dsconvert.events import Finished
-    from dsconvert.text import evaluation_page
 
     started = time.monotonic()
     outfile = outfile.absolute()
+    check_chat(wanted.chat)
     check_targets([outfile], [0], force)
     reference = open_reference(model)
-    data, config = reference.tokenizer, reference.config
-    wanted = Wanted(calib, calib_samples, calib_len, seed, data.first_id, None, offline)
-    (held,) = data.encode([evaluation_page(20_000)])
-    drawn = yield from calibrate(wanted, data.encode, config.context_length, np.array([held], np.int64))
-    place = st.pick_device(device)
-    decoder = st.open_decoder(reference.source, config, place, st.pick_dtype(None, place))
-    found = yield from importance.measure(decoder, drawn.tokens)
-    samples, length = drawn.tokens.shape
-    keys = {
-        "general.type": ("string", "imatrix"),
-        "imatrix.datasets": ("array:string", [f"{drawn.report.text} sha256:{drawn.report.fingerprint}"]),
-        "imatrix.chunk_count": ("uint32", samples),
-        "imatrix.chunk_size": ("uint32", length),
-    }
-    nbytes = save(outfile, keys, importance.tensors(found, decoder), force)
+    # Conversations go through the template that a GGUF file gets: of a model with a tower it is another one.
+    chat = replace(reference.tokenizer.chat, default=reference.templates[-1])
+    tokenizer = replace(reference.tokenizer, chat=chat)
+    drawn = yield from calibrated.draw(wanted, tokenizer, reference.config.context_length)
+    tensors = yield from calibrated.measure(reference.source, reference.config, drawn, device)
+    nbytes = save(outfile, calibrated.file_keys(drawn.report), tensors, force)
     yield Finished(str(outfile), nbytes, time.monotonic() - started)
 
 
 def save(
     path: Path,
-    keys: Mapping[str, tuple[str, Any]],
+    keys: KeyValues,
     tensors: Mapping[str, npt.NDArray[np.float32]],
     force: bool,
 ) -> int:
