@@ -21,7 +21,6 @@ import numpy.typing as npt
 
 sys.path.pop(0)  # this folder, whose gguf.py hides the library
 
-from converters.gguf.parse import open_gguf
 from converters.gguf.recipe import FILE_TYPES
 
 PACKAGE = "@node-llama-cpp/linux-x64@3.22.1"
@@ -80,12 +79,52 @@ def load(package: Path | None) -> ctypes.CDLL:
     return llama
 
 
-def importance(path: Path) -> dict[str, npt.NDArray[np.float32]]:
-    """The importance of each entry of a GGUF matrix, the sum of squares divided by the count."""
-    tensors = {name: tensor.float32().reshape(-1) for name, tensor in open_gguf(path).tensors.items()}
+class ReadParams(ctypes.Structure):
+    """gguf_init_params: whether to leave the data unread, and where the tensors go."""
+
+    _fields_ = (("no_alloc", ctypes.c_bool), ("ctx", ctypes.POINTER(ctypes.c_void_p)))
+
+
+def importance(path: Path, package: Path | None = None) -> dict[str, npt.NDArray[np.float32]]:
+    """The importance of each entry of a GGUF matrix as ggml's own reader gives it: sums / count.
+
+    Raises RuntimeError when ggml does not read the file.
+    """
+    ggml = _reader(package)
+    context = ctypes.c_void_p()
+    file = ggml.gguf_init_from_file(str(path).encode(), ReadParams(False, ctypes.pointer(context)))
+    if not file:
+        raise RuntimeError(f"ggml does not read {path}")
+    tensors = {}
+    for index in range(ggml.gguf_get_n_tensors(file)):
+        name = ggml.gguf_get_tensor_name(file, index)
+        tensor = ggml.ggml_get_tensor(context, name)
+        data = ctypes.cast(ggml.ggml_get_data(tensor), ctypes.POINTER(ctypes.c_float))
+        tensors[name.decode()] = np.ctypeslib.as_array(data, (ggml.ggml_nelements(tensor),)).copy()
+    ggml.gguf_free(file)
+    ggml.ggml_free(context)
     names = [name.removesuffix(".counts") for name in tensors if name.endswith(".counts")]
     seen = [name for name in names if tensors[name + ".counts"][0] > 0]
     return {name: tensors[name + ".in_sum2"] / tensors[name + ".counts"][0] for name in seen}
+
+
+def _reader(package: Path | None) -> ctypes.CDLL:
+    """ggml's functions on GGUF files."""
+    ggml = ctypes.CDLL(str(next(iter(sorted(libraries(package).glob("libggml-base*.so"))))))
+    pointer = ctypes.c_void_p
+    for name, result, arguments in (
+        ("gguf_init_from_file", pointer, [ctypes.c_char_p, ReadParams]),
+        ("gguf_get_n_tensors", ctypes.c_int64, [pointer]),
+        ("gguf_get_tensor_name", ctypes.c_char_p, [pointer, ctypes.c_int64]),
+        ("gguf_free", None, [pointer]),
+        ("ggml_get_tensor", pointer, [pointer, ctypes.c_char_p]),
+        ("ggml_get_data", pointer, [pointer]),
+        ("ggml_nelements", ctypes.c_int64, [pointer]),
+        ("ggml_free", None, [pointer]),
+    ):
+        function = getattr(ggml, name)
+        function.restype, function.argtypes = result, arguments
+    return ggml
 
 
 def entries(values: dict[str, npt.NDArray[np.float32]]) -> ctypes.Array[Entry]:
@@ -107,7 +146,7 @@ def quantize(
     llama = load(package)
     params = llama.llama_model_quantize_default_params()
     params.threads, params.ftype = threads, FILE_TYPES[quant]
-    values = importance(imatrix) if imatrix is not None else {}
+    values = importance(imatrix, package) if imatrix is not None else {}
     listed = entries(values)
     if values:
         params.imatrix = ctypes.cast(listed, ctypes.POINTER(Entry))

@@ -1,10 +1,11 @@
 """Compares whole files with llama-quantize's: every tensor's type and bytes, for every mixture.
 
-    python benchmarks/same_files.py MODEL_PATH... [--quants q4_0,q4_k_m] [--package FOLDER] [--imatrix FILE]
+    python benchmarks/same_files.py MODEL_PATH... [--quants q4_0,q4_k_m] [--imatrix FILE | --calib TEXT]
 
 For each model (a checkpoint folder, `sample:`) our bf16 GGUF goes through llama_model_quantize, and the
-checkpoint through ours, both with the importance matrix if one is given; exit code 1 when any tensor
-differs. See llama_quantize.py for the libraries.
+checkpoint through ours, both with the importance matrix if there is one: a file that is given, or with
+--calib the one that `dsconvert imatrix` makes of the text (builtin, c4, a file). ggml's own reader reads the
+matrix for llama_model_quantize. Exit code 1 when any tensor differs. See llama_quantize.py for the libraries.
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ from converters.gguf.convert import convert
 from converters.gguf.job import Options
 from converters.gguf.parse import open_gguf
 from converters.gguf.recipe import MIXTURES
+from dsconvert.calibrate import Wanted
+from dsconvert.commands.imatrix import make
 
 QUANTIZE = Path(__file__).with_name("llama_quantize.py")
+SAMPLES, LENGTH = 16, 256  # windows of the calibration text, and their tokens
 
 
 def ours(model: str, quant: str, out: Path, imatrix: Path | None = None) -> None:
@@ -43,6 +47,13 @@ def compare(first: Path, second: Path) -> tuple[int, list[str]]:
     return len(set(a) | set(b)), different
 
 
+def measured(model: str, text: str, out: Path) -> Path:
+    """The importance matrix of a model on a calibration text."""
+    for _ in make(model, outfile=out, wanted=Wanted(text, SAMPLES, LENGTH), force=True):
+        pass
+    return out
+
+
 def defaults(with_imatrix: bool) -> list[str]:
     """Every quantization that can be made."""
     return [
@@ -59,18 +70,23 @@ def main() -> int:
     parser.add_argument("models", nargs="+")
     parser.add_argument("--quants", help="default: all that there are")
     parser.add_argument("--imatrix", type=Path, help="an importance matrix that fits every model given")
+    parser.add_argument("--calib", metavar="TEXT", help="make each model's matrix of this text")
     parser.add_argument("--package", help="folder of the unpacked npm package")
     given = parser.parse_args()
-    quants = (given.quants or ",".join(defaults(given.imatrix is not None))).split(",")
-    extra = ["--package", given.package] if given.package else []
-    extra += ["--imatrix", str(given.imatrix)] if given.imatrix else []
+    weighted = given.imatrix is not None or given.calib is not None
+    quants = (given.quants or ",".join(defaults(weighted))).split(",")
+    package = ["--package", given.package] if given.package else []
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
         source, mine, theirs = (Path(folder) / f"{name}.gguf" for name in ("bf16", "ours", "theirs"))
         for model in given.models:
             ours(model, "bf16", source)
+            imatrix = given.imatrix
+            if given.calib is not None:
+                imatrix = measured(model, given.calib, Path(folder) / "imatrix.gguf")
+            extra = [*package, *(["--imatrix", str(imatrix)] if imatrix is not None else [])]
             for quant in quants:
-                ours(model, quant, mine, given.imatrix)
+                ours(model, quant, mine, imatrix)
                 command = [sys.executable, str(QUANTIZE), str(source), str(theirs), quant, *extra]
                 subprocess.run(command, check=True, capture_output=True)
                 count, different = compare(mine, theirs)
