@@ -61,7 +61,7 @@ def write_folder(
     pieces: Mapping[str, Piece],
     settings: Mapping[str, Any],
     *,
-    extra: Mapping[str, Mapping[str, Any]] = EMPTY,
+    extra: Mapping[str, Mapping[str, Any] | str] = EMPTY,
     beside: Mapping[str, Mapping[str, Piece]] = EMPTY,
     naming: Naming = HUB,
     force: bool = False,
@@ -71,23 +71,24 @@ def write_folder(
     """Write the folder `out`; gives the bytes of its weights.
 
     `config` is config.json of the output as the source has it, `settings` its quantization_config, `extra`
-    further JSON files by name, `pieces` every tensor in the order of the shards, `beside` more tensors by
-    the folder inside `out` that takes them, `source` the folder whose tokenizer and generation files are
-    copied. Raises OutputError when `out` exists (without `force`), when there is no room, or when the disk
-    refuses; nothing is left then.
+    further files by name, JSON or text, `pieces` every tensor in the order of the shards, `beside` more
+    tensors by the folder inside `out` that takes them, `source` the folder whose tokenizer and generation
+    files are copied, where `extra` has none of that name. Raises OutputError when `out` exists (without
+    `force`), when there is no room, or when the disk refuses; nothing is left then.
     """
     everything = [*pieces.values(), *(piece for tensors in beside.values() for piece in tensors.values())]
     with _folder(out, sum(piece.nbytes for piece in everything), force) as part:
         nbytes = _write_shards(part, pieces, naming, shard_bytes, done)
         for name, value in {"config.json": quantized_config(config, settings), **extra}.items():
-            _write_json(part / name, value)
+            _write_text(part / name, value)
         for name, tensors in beside.items():
             (part / name).mkdir()
             nbytes += sum(piece.nbytes for piece in tensors.values())
             write_safetensors(part / name / "model.safetensors", tensors, done)
             _sync(part / name)
         for file in companions(source):
-            shutil.copyfile(file, part / file.name)
+            if file.name not in extra:
+                shutil.copyfile(file, part / file.name)
     return nbytes
 
 
@@ -153,7 +154,7 @@ def _write_shards(folder: Path, pieces: Mapping[str, Piece], naming: Naming, lim
         weight_map |= dict.fromkeys(names, file)
     if naming.index:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(folder / f"{naming.stem}.safetensors.index.json", index)
+        _write_text(folder / f"{naming.stem}.safetensors.index.json", index)
     return total
 
 
@@ -244,5 +245,6 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", "utf-8")
+def _write_text(path: Path, value: Mapping[str, Any] | str) -> None:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, indent=2) + "\n"
+    path.write_text(text, "utf-8")

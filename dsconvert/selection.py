@@ -10,14 +10,16 @@ from typing import Any
 
 from dsconvert.arch import SOLVE_ORDER, Spec, WeightSource, plan
 from dsconvert.archs import ARCHS
-from dsconvert.archs.deepseek_vl import ORIGINAL
+from dsconvert.archs.deepseek_vl import HYBRID, ORIGINAL, VL
 from dsconvert.archs.llama import LLAMA
 from dsconvert.checkpoint import Checkpoint, open_checkpoint
 from dsconvert.config import ModelConfig, load_config
-from dsconvert.errors import CheckpointError, UsageError
+from dsconvert.errors import CheckpointError
 from dsconvert.inner import language_model
 from dsconvert.model_folder import NESTED
 from dsconvert.safetensors_header import BITS
+from dsconvert.vision import VisionConfig
+from dsconvert.vl_layout import in_transformers_layout
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,10 @@ class Selection:
 
     `source` is the language model under Llama's own names, `linears` what is quantized, the shapes by these
     names, `roles` their places in the solve order; `names` gives the names in the output, `kept` what is
-    copied: checkpoint names by output names. `raw` is the output's config.json without the quantization.
+    copied: checkpoint names by output names. `raw` is the output's config.json without the quantization;
+    `files` are further files that are not the source's, by name, JSON or text. `vision` is set where
+    DeepSeek-VL's original layout came in: `checkpoint` has transformers' names then, and both are still to be
+    made of it (see vl_layout).
     """
 
     checkpoint: Checkpoint
@@ -37,6 +42,8 @@ class Selection:
     names: Mapping[str, str] = field(repr=False)
     kept: Mapping[str, str] = field(repr=False)
     raw: Mapping[str, Any] = field(repr=False)
+    files: Mapping[str, Mapping[str, Any] | str] = field(repr=False, default_factory=dict)
+    vision: VisionConfig | None = field(repr=False, default=None)
 
     @property
     def kept_nbytes(self) -> int:
@@ -56,11 +63,13 @@ class Selection:
 def select(model: str, language_only: bool) -> Selection:
     """Open a checkpoint and match it with its table both ways; reads no weights.
 
-    With `language_only` the language model of a bigger model is taken out of it. Raises what
-    `open_checkpoint` and `plan` raise, and UsageError for a layout that is not written as a whole.
+    With `language_only` the language model of a bigger model is taken out of it; else DeepSeek-VL comes out
+    in transformers' layout, whatever layout it has. Raises what `open_checkpoint` and `plan` raise.
     """
-    checkpoint = open_checkpoint(model)
+    checkpoint, vision = open_checkpoint(model), None
     outer = load_config(checkpoint.folder)
+    if outer.architecture == ORIGINAL and not language_only:
+        checkpoint, outer, vision = in_transformers_layout(checkpoint, outer)
     arch = ARCHS.get(outer.architecture)
     if arch is None:
         known = ", ".join(sorted(ARCHS))
@@ -70,13 +79,6 @@ def select(model: str, language_only: bool) -> Selection:
     source, config = language_model(checkpoint, outer)
     inside = {spec.gguf: spec.hf for spec in plan(LLAMA, config, source.shapes())}
     whole = outer.architecture in LLAMA.classes or not language_only
-    if outer.architecture == ORIGINAL and whole:
-        raise UsageError(
-            "the original layout of DeepSeek-VL is not written as a whole",
-            where=checkpoint.folder,
-            why="runtimes read GPTQ folders of transformers' layout",
-            hint="Give the checkpoint in transformers' layout, or --language-only for its language model",
-        )
     chosen = [spec for spec in specs if _is_linear(spec)]
     return Selection(
         checkpoint,
@@ -86,7 +88,8 @@ def select(model: str, language_only: bool) -> Selection:
         roles={inside[spec.gguf]: spec.role for spec in chosen},
         names={inside[spec.gguf]: spec.hf if whole else inside[spec.gguf] for spec in chosen},
         kept=_kept(checkpoint, outer, specs, inside, whole),
-        raw=outer.raw if whole else plain_config(config),
+        raw=_whole_config(outer, config.tied) if whole else plain_config(config),
+        vision=vision,
     )
 
 
@@ -104,6 +107,15 @@ def _kept(
         return {spec.hf: spec.hf for spec in specs if not _is_linear(spec)}
     quantized = {spec.hf for spec in specs if _is_linear(spec)}
     return {name: name for name in checkpoint.tensors if name not in quantized}
+
+
+def _whole_config(outer: ModelConfig, tied: bool) -> dict[str, Any]:
+    """config.json of a model written as a whole: the source's."""
+    if outer.architecture not in (VL, HYBRID):
+        return outer.raw
+    # Published files say that the head is tied, or take the default that does, though a head of its own is
+    # there, which some versions of transformers then drop.
+    return {**outer.raw, "tie_word_embeddings": tied}
 
 
 def plain_config(config: ModelConfig) -> dict[str, Any]:

@@ -38,17 +38,7 @@ SIZES = pytest.mark.parametrize("hybrid", [False, True], ids=["1.3B", "7B"])
 
 @pytest.fixture(autouse=True)
 def tiny_towers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The original layout names its towers; here the names stand for tiny ones."""
-    o = VL()
-    low = {"hidden_size": o.width, "intermediate_size": o.mlp, "num_hidden_layers": o.depth}
-    high = {"hidden_size": o.sam_width, "num_hidden_layers": o.sam_depth, "num_attention_heads": o.sam_heads}
-    high |= {
-        "window_size": o.window,
-        "global_attn_indexes": list(o.global_layers),
-        "output_channels": o.channels,
-    }
-    monkeypatch.setattr(vision, "SIGLIP_L", vision.SIGLIP_L | low | {"num_attention_heads": o.tower_heads})
-    monkeypatch.setattr(vision, "SAM_B", vision.SAM_B | high)
+    tiny_vl.tiny_towers(monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,10 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 import tiny
+
+from dsconvert import vision
 
 Floats = npt.NDArray[np.float32]
 Layout = Literal["original", "transformers", "transformers4"]
@@ -220,6 +223,20 @@ def _unused(o: VL, low: str, dtype: Any) -> dict[str, tiny.Array]:
         for name in ("high_layer_norm", "low_layer_norm"):
             found |= {f"vision_model.{name}.{kind}": (w,) for kind in ("weight", "bias")}
     return {name: np.zeros(shape, dtype) for name, shape in found.items()}
+
+
+def tiny_towers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The original layout names its towers; let the names stand for tiny ones."""
+    o = VL()
+    low = {"hidden_size": o.width, "intermediate_size": o.mlp, "num_hidden_layers": o.depth}
+    high = {"hidden_size": o.sam_width, "num_hidden_layers": o.sam_depth, "num_attention_heads": o.sam_heads}
+    high |= {
+        "window_size": o.window,
+        "global_attn_indexes": list(o.global_layers),
+        "output_channels": o.channels,
+    }
+    monkeypatch.setattr(vision, "SIGLIP_L", vision.SIGLIP_L | low | {"num_attention_heads": o.tower_heads})
+    monkeypatch.setattr(vision, "SAM_B", vision.SAM_B | high)
 
 
 def vl_checkpoint(folder: Path, o: VL, layout: Layout = "transformers") -> Path:

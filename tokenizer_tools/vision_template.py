@@ -8,6 +8,15 @@ adds it.
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dsconvert.errors import CheckpointError
+from tokenizer_tools.vocabulary import CONTROL
+
+if TYPE_CHECKING:
+    from tokenizer_tools.load import TokenizerData
+
 SYSTEM = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that "
     "the user provides, and assist the user with a variety of tasks using natural language."
@@ -59,3 +68,28 @@ def vision_template(image_token: str) -> str:
     """The template's text; `image_token` stands where a picture's embeddings go, once for each picture."""
     quoted = image_token.replace("\\", "\\\\").replace("'", "\\'")
     return _TEMPLATE.replace("'IMAGE'", f"'{quoted}'").replace("'SYSTEM'", f"'{SYSTEM}'").rstrip("\n")
+
+
+def image_token(tokenizer: TokenizerData, text: str, stated: object, folder: Path) -> tuple[str, int]:
+    """The text and id of the token that stands for a picture: a special one, on which all files agree.
+
+    `text` is what processor_config.json names, "" for nothing, `stated` the id in config.json or None.
+    Raises CheckpointError.
+    """
+    known = {token: i for i, token in enumerate(tokenizer.tokens) if tokenizer.types[i] == CONTROL}
+    if text and text not in known:
+        why = f"processor_config.json names {text[:60]!r}, which is no special token of the tokenizer"
+    elif not text and stated not in known.values():
+        why = f"config.json gives the id {stated!r}, which is no special token of the tokenizer"
+    elif text and stated is not None and stated != known[text]:
+        why = f"{text[:60]!r} is token {known[text]}, config.json says {stated!r}"
+    else:
+        token_id = known[text] if text else stated
+        assert isinstance(token_id, int)
+        return tokenizer.tokens[token_id], token_id
+    raise CheckpointError(
+        "the token for pictures cannot be told",
+        where=folder,
+        why=why,
+        hint="Fetch the tokenizer and the processor files of the same model again",
+    )

@@ -12,14 +12,12 @@ from dsconvert.arch import Spec, plan
 from dsconvert.archs.deepseek_vl import UNUSED, towers
 from dsconvert.checkpoint import Checkpoint
 from dsconvert.config import ModelConfig
-from dsconvert.errors import CheckpointError
 from dsconvert.processor import CLIP_MEAN, CLIP_STD, HALF
 from dsconvert.vision import VisionConfig, has_towers, load_vision
 from tokenizer_tools import chat_template
 from tokenizer_tools.chat_template import ChatTemplates
 from tokenizer_tools.load import TokenizerData
-from tokenizer_tools.vision_template import vision_template
-from tokenizer_tools.vocabulary import CONTROL
+from tokenizer_tools.vision_template import image_token, vision_template
 
 MODEL_TEMPLATE = "model"  # the name under which the checkpoint's own template travels
 
@@ -65,33 +63,10 @@ def plan_towers(checkpoint: Checkpoint, config: ModelConfig, tokenizer: Tokenize
     arch = towers(config.architecture, vision.sam is not None, shapes)
     specs = tuple(plan(arch, vision, shapes))
     checkpoint.check_readable(spec.hf for spec in specs)
-    token, token_id = image_token(checkpoint, config, vision, tokenizer)
+    stated = config.raw.get("image_token_id")
+    token, token_id = image_token(tokenizer, vision.processor.token, stated, checkpoint.folder)
     unused = tuple(name for name in shapes if any(re.fullmatch(pattern, name) for pattern in UNUSED))
     return Towers(vision, specs, token, token_id, unused)
-
-
-def image_token(
-    checkpoint: Checkpoint, config: ModelConfig, vision: VisionConfig, tokenizer: TokenizerData
-) -> tuple[str, int]:
-    """The text and id of the token that stands for a picture: a special one, on which all files agree."""
-    stated, text = config.raw.get("image_token_id"), vision.processor.token
-    known = {token: i for i, token in enumerate(tokenizer.tokens) if tokenizer.types[i] == CONTROL}
-    if text and text not in known:
-        why = f"processor_config.json names {text[:60]!r}, which is no special token of the tokenizer"
-    elif not text and stated not in known.values():
-        why = f"config.json gives the id {stated!r}, which is no special token of the tokenizer"
-    elif text and stated is not None and stated != known[text]:
-        why = f"{text[:60]!r} is token {known[text]}, config.json says {stated!r}"
-    else:
-        token_id = known[text] if text else stated
-        assert isinstance(token_id, int)
-        return tokenizer.tokens[token_id], token_id
-    raise CheckpointError(
-        "the token for pictures cannot be told",
-        where=checkpoint.folder,
-        why=why,
-        hint="Fetch the tokenizer and the processor files of the same model again",
-    )
 
 
 def with_template(tokenizer: TokenizerData, found: Towers) -> TokenizerData:

@@ -65,6 +65,8 @@ def describe(job: Job) -> Iterator[Event]:
     """What will be written, to the byte, and which runtimes will not take it."""
     for note in job.tokenizer.notes:
         yield Warn(note)
+    if job.model.vision is not None:
+        yield Step("written in transformers' layout; what no forward pass uses is left out")
     model, bits = job.model, job.options.bits
     rows = [
         TensorPlan(model.names[name], name, shape, model.source.dtype(name), f"gptq{bits}", job.nbytes(name))
@@ -171,7 +173,7 @@ def write(job: Job, calibration: Calibration, state: State) -> int:
         pieces |= {name: from_stored(tensor) for name, tensor in state.tensors(index).items()}
     settings = quantization_settings(job.layout, job.options.damp)
     settings["meta"] = {**settings["meta"], **provenance(job, calibration, state)}
-    extra = {"quantize_config.json": settings}  # where old readers look
+    extra = {**model.files, "quantize_config.json": settings}  # where old readers look
     return write_folder(
         job.out, model.checkpoint.folder, model.raw, pieces, settings, extra=extra, force=job.options.force
     )

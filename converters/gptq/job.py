@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from converters.gptq.grid import Scheme
 from converters.gptq.pack import stored_shapes
@@ -14,8 +15,12 @@ from dsconvert.calibrate import check_chat
 from dsconvert.errors import UsageError
 from dsconvert.model_folder import check_target
 from dsconvert.resume import check_state
-from dsconvert.selection import Selection, select
+from dsconvert.selection import Selection, plain_config, select
+from dsconvert.vision import VisionConfig
+from dsconvert.vl_layout import TOKENIZER, model_config, processor_files
+from tokenizer_tools.library import read_object
 from tokenizer_tools.load import TokenizerData, load_tokenizer
+from tokenizer_tools.vision_template import image_token, vision_template
 
 STORED = {"I32": 4, "F16": 2}
 
@@ -84,12 +89,28 @@ def prepare(options: Options) -> Job:
     model = select(options.model, options.language_only)
     folder = model.checkpoint.folder
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
+    if model.vision is not None:
+        model = with_files(model, model.vision, tokenizer)
     out = (options.out or Path(default_name(options, folder))).absolute()
     job = Job(options, model, tokenizer, out)
     check_shapes(model.linears, job.layout)
     check_state(out, options.resume, options.force)
     check_target(out, 2 * job.total, options.force)  # the state and the folder, side by side
     return job
+
+
+def with_files(model: Selection, vision: VisionConfig, tokenizer: TokenizerData) -> Selection:
+    """The selection with the configs and processor files of transformers' layout, made of the original's."""
+    folder, raw = model.checkpoint.folder, model.raw
+    token, token_id = image_token(tokenizer, vision.processor.token, raw.get("image_token_id"), folder)
+    special = {f"{name}_token_id": tokenizer.special.get(name) for name in ("bos", "eos", "pad")}
+    text = plain_config(model.config) | {key: value for key, value in special.items() if value is not None}
+    files: dict[str, dict[str, Any] | str] = {
+        **processor_files(vision, token, read_object(folder / TOKENIZER))
+    }
+    if not tokenizer.chat_template:  # the original keeps its prompt's format in code
+        files["chat_template.jinja"] = vision_template(token)
+    return replace(model, raw=model_config(raw, text, vision, token_id, model.config.tied), files=files)
 
 
 def _check(options: Options) -> None:

@@ -30,7 +30,7 @@ def prove(job: Job) -> Iterator[Event]:
         return
     model = open_model(job.out)
     yield check_structure(job, model)
-    yield proof.check_companions(job.model.checkpoint.folder, job.out)
+    yield proof.check_companions(job.model.checkpoint.folder, job.out, job.model.files)
     yield from proof.check_logits(
         (job.model.source, job.model.config),
         language_model(model, load_config(job.out)),
