@@ -14,7 +14,7 @@ from dsconvert.archs.deepseek_vl import HYBRID, ORIGINAL, VL
 from dsconvert.archs.llama import LLAMA
 from dsconvert.checkpoint import Checkpoint, open_checkpoint
 from dsconvert.config import ModelConfig, load_config
-from dsconvert.errors import CheckpointError
+from dsconvert.errors import CheckpointError, UsageError
 from dsconvert.inner import language_model
 from dsconvert.model_folder import NESTED
 from dsconvert.safetensors_header import BITS
@@ -60,11 +60,12 @@ class Selection:
         return [name for name in self.linears if int(name.split(".")[2]) == index]
 
 
-def select(model: str, language_only: bool) -> Selection:
+def select(model: str, language_only: bool, head: bool = False) -> Selection:
     """Open a checkpoint and match it with its table both ways; reads no weights.
 
     With `language_only` the language model of a bigger model is taken out of it; else DeepSeek-VL comes out
-    in transformers' layout, whatever layout it has. Raises what `open_checkpoint` and `plan` raise.
+    in transformers' layout, whatever layout it has. With `head` the head is among the linears, the last of
+    them. Raises what `open_checkpoint` and `plan` raise, UsageError for a head that is the embedding.
     """
     checkpoint, vision = open_checkpoint(model), None
     outer = load_config(checkpoint.folder)
@@ -79,7 +80,16 @@ def select(model: str, language_only: bool) -> Selection:
     source, config = language_model(checkpoint, outer)
     inside = {spec.gguf: spec.hf for spec in plan(LLAMA, config, source.shapes())}
     whole = outer.architecture in LLAMA.classes or not language_only
-    chosen = [spec for spec in specs if _is_linear(spec)]
+    heads = [spec for spec in specs if head and spec.role == "head"]
+    if head and (not heads or config.tied):
+        raise UsageError(
+            "this model has no head of its own to be quantized",
+            where=checkpoint.folder,
+            why="It is tied to the embedding, which stays in 16 bits",
+            hint="Leave --lm-head out",
+        )
+    chosen = [*(spec for spec in specs if _is_linear(spec)), *heads]
+    rest = [spec for spec in specs if spec not in chosen]
     return Selection(
         checkpoint,
         source,
@@ -87,7 +97,7 @@ def select(model: str, language_only: bool) -> Selection:
         linears={inside[spec.gguf]: spec.shape for spec in chosen},
         roles={inside[spec.gguf]: spec.role for spec in chosen},
         names={inside[spec.gguf]: spec.hf if whole else inside[spec.gguf] for spec in chosen},
-        kept=_kept(checkpoint, outer, specs, inside, whole),
+        kept=_kept(checkpoint, outer, rest, inside, whole),
         raw=_whole_config(outer, config.tied) if whole else plain_config(config),
         vision=vision,
     )
@@ -98,15 +108,16 @@ def _is_linear(spec: Spec) -> bool:
 
 
 def _kept(
-    checkpoint: Checkpoint, config: ModelConfig, specs: list[Spec], inside: Mapping[str, str], whole: bool
+    checkpoint: Checkpoint, config: ModelConfig, rest: list[Spec], inside: Mapping[str, str], whole: bool
 ) -> dict[str, str]:
-    """What is copied: all that is planned, and of a bigger model all that belongs to its other parts."""
+    """What is copied: the `rest` of the language model, and of a bigger model all its other parts."""
     if not whole:
-        return {inside[spec.gguf]: spec.hf for spec in specs if not _is_linear(spec)}
+        return {inside[spec.gguf]: spec.hf for spec in rest}
+    language = {spec.hf: spec.hf for spec in rest}
     if config.architecture in LLAMA.classes:
-        return {spec.hf: spec.hf for spec in specs if not _is_linear(spec)}
-    quantized = {spec.hf for spec in specs if _is_linear(spec)}
-    return {name: name for name in checkpoint.tensors if name not in quantized}
+        return language
+    known = {spec.hf for spec in plan(ARCHS[config.architecture], config, checkpoint.shapes())}
+    return {name: name for name in checkpoint.tensors if name in language or name not in known}
 
 
 def _whole_config(outer: ModelConfig, tied: bool) -> dict[str, Any]:

@@ -292,6 +292,44 @@ def test_a_faithful_result_passes_at_every_width(tmp_path: Path, bits: int) -> N
     assert [check.detail for check in checks if not check.passed] == []
 
 
+def test_the_head_is_quantized_where_asked(tmp_path: Path, model: Path, stopping: list[int]) -> None:
+    """After the last block, on what the final norm gives; read back, judged, and resumed as a block is."""
+    events = run("sample:", tmp_path / "sample", verify="quick", lm_head=True, group_size=128)
+    assert all(e.passed for e in events if isinstance(e, Check))
+    assert load_json(tmp_path / "sample" / "config.json")["quantization_config"]["lm_head"] is True
+    read, source = open_model(tmp_path / "sample"), open_checkpoint("sample:")
+    assert read.shapes() == source.shapes()
+    assert read.dtype("lm_head.weight") == "gptq4"
+    assert read.dtype("model.embed_tokens.weight") == "bf16"
+    (head,) = (e for e in events if isinstance(e, LinearSolved) and e.name == "lm_head.weight")
+    assert 0 < head.loss < head.rtn_loss
+    error = np.square(read.float32("lm_head.weight") - source.float32("lm_head.weight")).sum()
+    assert error < 0.03 * np.square(source.float32("lm_head.weight")).sum()
+    warned = " ".join(e.text for e in events if isinstance(e, Warn))
+    assert "transformers will not read this: it takes the head in 16 bits only" in warned
+    run(model, tmp_path / "whole", lm_head=True)
+    stopped(model, tmp_path / "out", stopping, 3, lm_head=True)
+    with pytest.raises(CheckpointError, match="another options"):
+        run(model, tmp_path / "out", resume=True)
+    events = run(model, tmp_path / "out", resume=True, lm_head=True)
+    assert [e.name for e in events if isinstance(e, LinearSolved)] == ["lm_head.weight"]
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_a_head_that_is_the_embedding_is_refused(tmp_path: Path) -> None:
+    tied = tiny.tiny_checkpoint(tmp_path / "tied", tied=True)
+    with pytest.raises(UsageError, match="no head of its own"):
+        run(tied, tmp_path / "out", lm_head=True)
+
+
+@pytest.mark.parametrize("language_only", [False, True])
+def test_the_head_of_a_model_with_a_tower(tmp_path: Path, language_only: bool) -> None:
+    run("sample-vl:", tmp_path / "out", lm_head=True, language_only=language_only, bits=8)
+    read = open_model(tmp_path / "out")
+    assert read.dtype("lm_head.weight") == "gptq8"
+    assert len(read.linears) == 15
+
+
 @pytest.mark.parametrize("language_only", [False, True])
 def test_a_model_with_a_tower(tmp_path: Path, language_only: bool) -> None:
     """Whole, or its language model as a plain Llama folder; the tower stays as it is."""

@@ -11,7 +11,7 @@ from converters.gptq import pack as packing
 from converters.gptq.job import Job, Options, prepare
 from converters.gptq.proof import evaluation, prove
 from converters.gptq.settings import quantization_settings
-from converters.gptq.shapes import refusing_runtimes
+from converters.gptq.shapes import HEAD_RULE, refusing_runtimes
 from converters.gptq.solver import Solved, solve
 from dsconvert import __version__
 from dsconvert import streaming as st
@@ -81,6 +81,8 @@ def describe(job: Job) -> Iterator[Event]:
     yield Planned((str(job.out),), quant, tuple(rows), (job.total,), model.checkpoint.nbytes, "as it is")
     for runtime, rule in refusing_runtimes(model.linears, job.layout).items():
         yield Warn(f"{runtime} will not read this: {rule.partition(': ')[2]}")
+    if job.options.lm_head:
+        yield Warn(f"transformers will not read this: {HEAD_RULE}")
 
 
 def draw(job: Job) -> Generator[Event, None, Calibration]:
@@ -111,7 +113,7 @@ def identity(job: Job, calibration: Calibration, decoder: st.Decoder) -> dict[st
     settings = (
         f"{options.bits} bits, group {options.group_size}, act-order {options.act_order}, dynamic groups "
         f"{options.dynamic_groups}, sym {options.sym}, damp {options.damp:g}, mse {options.mse}, language "
-        f"only {options.language_only}, {decoder.device.type} {decoder.dtype}"
+        f"only {options.language_only}, lm_head {options.lm_head}, {decoder.device.type} {decoder.dtype}"
     )
     return {
         "model": model_digest(job.model.checkpoint),
@@ -148,7 +150,7 @@ def solve_blocks(
         packed = packing.Packed(**{p: values(stored[f"{stem}.{p}"]) for p in packing.PARTS})
         return torch.from_numpy(packing.dequantize(packed, job.options.bits))
 
-    yield from quantize_blocks(decoder, calibration.tokens, state, solve_one, restore)
+    yield from quantize_blocks(decoder, calibration.tokens, state, solve_one, restore, job.options.lm_head)
 
 
 def packed_of(solved: Solved, bits: int) -> packing.Packed:
@@ -171,7 +173,7 @@ def write(job: Job, calibration: Calibration, state: State) -> int:
     pieces = {out: from_stored(model.checkpoint.tensors[name]) for out, name in model.kept.items()}
     for index in range(len(state.records())):
         pieces |= {name: from_stored(tensor) for name, tensor in state.tensors(index).items()}
-    settings = quantization_settings(job.layout, job.options.damp)
+    settings = quantization_settings(job.layout, job.options.damp, job.options.lm_head)
     settings["meta"] = {**settings["meta"], **provenance(job, calibration, state)}
     extra = {**model.files, "quantize_config.json": settings}  # where old readers look
     return write_folder(

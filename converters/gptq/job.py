@@ -48,6 +48,7 @@ class Options:
     force: bool = False
     device: str = "auto"
     language_only: bool = False
+    lm_head: bool = False
     verify: str = "quick"
 
     @property
@@ -86,7 +87,7 @@ class Job:
 def prepare(options: Options) -> Job:
     """Open, validate and plan; refuses by name every shape that readers could not take, before any work."""
     _check(options)
-    model = select(options.model, options.language_only)
+    model = select(options.model, options.language_only, options.lm_head)
     folder = model.checkpoint.folder
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
     if model.vision is not None:
@@ -123,4 +124,5 @@ def default_name(options: Options, folder: Path) -> str:
     """The name of a folder for these settings: model-gptq-4bit-128g."""
     group = "" if options.group_size == -1 else f"-{options.group_size}g"
     asym = "" if options.sym else "-asym"
-    return f"{folder.resolve().name}-gptq-{options.bits}bit{group}{asym}"
+    head = "-head" if options.lm_head else ""
+    return f"{folder.resolve().name}-gptq-{options.bits}bit{group}{asym}{head}"

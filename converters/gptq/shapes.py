@@ -11,6 +11,8 @@ from dsconvert.errors import QuantizationError, UsageError
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (32, 64, 128, -1)
 RUNTIMES = ("format", "gptqmodel", "exllamav2", "vllm")
+# What transformers (with optimum 2.3) does: it makes quantized linears in the blocks alone.
+HEAD_RULE = "it takes the head in 16 bits only, and would make up one at random"
 # Linears that runtimes fuse into one, by the last part of their names.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
