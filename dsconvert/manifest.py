@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +19,19 @@ class RawSource(Protocol):
     """A source whose tensors can be read as they are stored."""
 
     def raw(self, name: str) -> npt.NDArray[Any]: ...
+
+
+def origin(folder: Path, config: ModelConfig) -> tuple[str, str]:
+    """Organization (empty when unknown) and name, from the config, a hub cache folder or the folder."""
+    stated = config.raw.get("_name_or_path")
+    if isinstance(stated, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", stated):
+        organization, name = stated.split("/")
+        return organization, name
+    for part in reversed(folder.absolute().parts):
+        if part.startswith("models--") and part.count("--") == 2:
+            _, organization, name = part.split("--")
+            return organization, name
+    return "", folder.resolve().name or "model"
 
 
 def pairing_id(source: RawSource, specs: Iterable[Spec], config: ModelConfig) -> str:

@@ -48,6 +48,11 @@ def from_array(array: npt.NDArray[Any]) -> Piece:
     return Piece(NAMES[array.dtype.name], array.shape, chunks)
 
 
+def from_bytes(dtype: str, shape: tuple[int, ...], data: bytes) -> Piece:
+    """A piece of its bytes; `dtype` is the format's type name."""
+    return Piece(dtype, shape, lambda: iter((data,)))
+
+
 def from_stored(stored: Stored) -> Piece:
     """A piece copied as it is from a weight file."""
     if stored.offset is None:

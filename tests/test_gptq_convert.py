@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from click.testing import CliRunner
 
 from converters.gptq import convert as flow
 from converters.gptq.convert import LinearSolved, convert
-from converters.gptq.job import Options
+from converters.gptq.job import Options, prepare
 from converters.gptq.reader import open_model
 from dsconvert.checkpoint import open_checkpoint
 from dsconvert.cli import cli
@@ -273,6 +274,31 @@ def test_the_folder_is_named_after_the_settings(
     options = Options(str(model), **{**SMALL, "bits": 3, "verify": "off"})
     (finished,) = (e for e in convert(options) if isinstance(e, Finished))
     assert finished.path == str(tmp_path / "model-gptq-3bit-32g")
+
+
+def test_a_model_of_the_hub_gives_its_name_and_not_its_commit(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = tmp_path / "models--deepseek-ai--some-model" / "snapshots" / ("0" * 40)
+    shutil.copytree(model, snapshot)
+    monkeypatch.chdir(tmp_path)
+    assert prepare(Options(str(snapshot), **SMALL)).out == tmp_path / "some-model-gptq-4bit-32g"
+
+
+def test_without_a_path_the_current_folder_is_taken(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the README has it: `dsconvert gptq --bits 4 --calib builtin` in a model's folder."""
+    shutil.copytree(model, tmp_path / "mine")
+    monkeypatch.chdir(tmp_path / "mine")
+    small = ["--calib-samples", "4", "--calib-len", "64", "-g", "32", "--verify", "off"]
+    done = CliRunner().invoke(cli, ["gptq", "--bits", "4", "--calib", "builtin", *small])
+    assert done.exit_code == 0, done.output
+    assert open_model(tmp_path / "mine" / "mine-gptq-4bit-32g").bits == 4
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(cli, ["gptq", "--bits", "4", "--calib", "builtin", *small])
+    assert done.exit_code == 2
+    assert "No model is given and this folder holds no config.json" in done.output
 
 
 def test_the_plan_is_exact(tmp_path: Path, model: Path) -> None:

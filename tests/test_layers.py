@@ -38,7 +38,7 @@ def forbidden(module: str, imported: str) -> bool:
     def inside(*names: str) -> bool:
         return any(imported == name or imported.startswith(name + ".") for name in names)
 
-    if module == "dsconvert.cli" or module.startswith("dsconvert.commands"):
+    if module in ("dsconvert.cli", "dsconvert.__main__") or module.startswith("dsconvert.commands"):
         return False
     if inside("dsconvert.cli", "dsconvert.commands"):
         return True

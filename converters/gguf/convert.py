@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
-from converters.gguf.calibrated import plan_measured, weighed
 from converters.gguf.job import Job, Options, prepare
 from converters.gguf.mmproj import CANNOT
 from converters.gguf.pipeline import write_tensors
@@ -21,13 +20,13 @@ def convert(options: Options) -> Iterator[Event]:
     whatever happens later, no incomplete file is left under a final name.
     """
     started = time.monotonic()
-    job, drawn = prepare(options), None
-    if not options.dry_run:
-        job, drawn = yield from plan_measured(job)
-    yield from describe(job)
+    job = prepare(options)
+    if options.dry_run or options.calibration is None:
+        yield from describe(job)
+    else:
+        job = yield from measure(job)
     if options.dry_run:
         return
-    job = yield from weighed(job, drawn)
     sizes = [layout.nbytes for layout in job.layouts]
     with part_files(job.paths, sizes, options.force) as parts:
         yield from write_tensors(job, parts)
@@ -36,6 +35,15 @@ def convert(options: Options) -> Iterator[Event]:
     yield from prove(job, time.monotonic() - started)
     if job.projector is not None and job.towers is not None and job.towers.vision.sam is not None:
         yield Warn(CANNOT)
+
+
+def measure(job: Job) -> Generator[Event, None, Job]:
+    """Describe the job and give it the importance matrix that is made on the way."""
+    from converters.gguf.calibrated import plan_measured, weighed  # what calibrates is not loaded for others
+
+    job, drawn = yield from plan_measured(job)
+    yield from describe(job)
+    return (yield from weighed(job, drawn))
 
 
 def describe(job: Job) -> Iterator[Event]:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from converters.gguf import importance, metadata, mmproj, qtypes, recipe
 from converters.gguf.layout import KeyValues, Layout, Tensor, lay_out, lay_out_split
@@ -18,14 +18,16 @@ from converters.gguf.towers import Towers, plan_towers, with_template
 from converters.gguf.writer import check_targets
 from dsconvert.arch import Arch, Sizes, Spec, plan
 from dsconvert.archs import ARCHS
-from dsconvert.calibrate import Wanted, check_chat
 from dsconvert.checkpoint import Checkpoint, open_checkpoint
 from dsconvert.config import ModelConfig, load_config
 from dsconvert.errors import CheckpointError, UsageError
-from dsconvert.manifest import pairing_id
+from dsconvert.manifest import origin, pairing_id
 from tokenizer_tools.load import TokenizerData, load_tokenizer
 from tokenizer_tools.pretokenizer import resolve
 from tokenizer_tools.rebuild import gguf_keys
+
+if TYPE_CHECKING:
+    from dsconvert.calibrate import Wanted
 
 
 @dataclass(frozen=True)
@@ -212,6 +214,8 @@ def check_calibration(options: Options) -> None:
             why="one gives an importance matrix, the other makes one",
             hint="Leave one of them out",
         )
+    from dsconvert.calibrate import check_chat
+
     check_chat(options.calibration.chat)
 
 
@@ -304,7 +308,7 @@ def output_paths(options: Options, config: ModelConfig, source: Path) -> list[Pa
     if len(set(options.quants)) != len(options.quants):
         raise UsageError("--quant names a type twice", why=",".join(options.quants))
     if options.outfile is None:
-        _, name = metadata.origin(source, config)
+        _, name = origin(source, config)
         return [Path.cwd() / f"{name}-{quant}.gguf" for quant in options.quants]
     if options.outfile.suffix != ".gguf":
         raise UsageError(

@@ -10,6 +10,7 @@ import dsconvert
 from converters.gguf.layout import KeyValues
 from dsconvert.config import ModelConfig
 from dsconvert.errors import CheckpointError
+from dsconvert.manifest import origin
 
 # A size in a model's name: "7b", "1.3B", "135M", also between separators.
 SIZE_IN_NAME = re.compile(r"\d+(?:\.\d+)?[bBmM]")
@@ -109,19 +110,6 @@ def model_card(folder: Path) -> dict[str, Any]:
     except (yaml.YAMLError, IndexError, ValueError):
         return {}
     return card if isinstance(card, dict) else {}
-
-
-def origin(folder: Path, config: ModelConfig) -> tuple[str, str]:
-    """Organization (empty when unknown) and name, from the config, a hub cache folder or the folder."""
-    stated = config.raw.get("_name_or_path")
-    if isinstance(stated, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", stated):
-        organization, name = stated.split("/")
-        return organization, name
-    for part in reversed(folder.absolute().parts):
-        if part.startswith("models--") and part.count("--") == 2:
-            _, organization, name = part.split("--")
-            return organization, name
-    return "", folder.resolve().name or "model"
 
 
 def _card_keys(card: dict[str, Any]) -> dict[str, tuple[str, Any]]:

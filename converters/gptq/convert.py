@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,8 @@ from dsconvert.calibrate import Wanted, calibrate
 from dsconvert.calibration import Calibration
 from dsconvert.events import Event, Finished, Planned, Step, TensorDone, TensorPlan, Warn
 from dsconvert.model_folder import write_folder
-from dsconvert.resume import State, open_state
+from dsconvert.ranks import ALONE, Ranks
+from dsconvert.resume import State, open_state, state_folder
 from dsconvert.safetensors_header import Stored, values
 from dsconvert.safetensors_writer import from_array, from_stored
 from dsconvert.selection import model_digest
@@ -42,20 +44,35 @@ class LinearSolved(Event):
     seconds: float
 
 
-def convert(options: Options) -> Iterator[Event]:
+def convert(options: Options, ranks: Ranks = ALONE) -> Iterator[Event]:
     """Quantize a checkpoint by GPTQ as `options` say, yielding what happens.
 
+    Of several `ranks`, processes that all call this, the first draws the text, writes and proves.
     Raises ConversionError before any work for everything that can be known by then. A run that is stopped
     leaves the blocks that it finished beside the output, for `resume`, and nothing under the final name.
     """
     started = time.monotonic()
-    job = prepare(options)
+    with ranks.together():
+        job = prepare(options)
     yield from describe(job)
-    calibration = yield from draw(job)
-    decoder = open_decoder(job)
-    yield Step(f"calibrating on {calibration.report.tokens:,} tokens of {calibration.report.text}")
-    with open_state(job.out, identity(job, calibration, decoder), options.resume) as state:
-        yield from solve_blocks(job, decoder, calibration, state)
+    drawn: Calibration | None = None
+    with ranks.together():
+        decoder = open_decoder(job, ranks)
+        if ranks.first:
+            drawn = yield from draw(job)
+    calibration = ranks.shared(drawn)
+    assert calibration is not None  # an error has ended all
+    by = f", {ranks.count} processes" if ranks.count > 1 else ""
+    yield Step(f"calibrating on {calibration.report.tokens:,} tokens of {calibration.report.text}{by}")
+    with ExitStack() as stack:
+        with ranks.together():  # the others read what the first one keeps
+            state = State(state_folder(job.out))
+            if ranks.first:
+                known = identity(job, calibration, decoder, ranks)
+                state = stack.enter_context(open_state(job.out, known, options.resume))
+        yield from solve_blocks(job, decoder, calibration, state, ranks)
+        if not ranks.first:
+            return
         nbytes = write(job, calibration, state)
     yield Finished(str(job.out), nbytes, time.monotonic() - started)
     yield from prove(job)
@@ -101,19 +118,20 @@ def draw(job: Job) -> Generator[Event, None, Calibration]:
     return (yield from calibrate(wanted, data.encode, context, evaluation(job).tokens, data.render))
 
 
-def open_decoder(job: Job) -> st.Decoder:
+def open_decoder(job: Job, ranks: Ranks) -> st.Decoder:
     """The language model on the device asked for, in the device's own type."""
-    device = st.pick_device(job.options.device)
+    device = st.pick_device(ranks.device(job.options.device))
     return st.open_decoder(job.model.source, job.model.config, device, st.pick_dtype(None, device))
 
 
-def identity(job: Job, calibration: Calibration, decoder: st.Decoder) -> dict[str, Any]:
+def identity(job: Job, calibration: Calibration, decoder: st.Decoder, ranks: Ranks) -> dict[str, Any]:
     """What a resumed run must have in common with the one that began."""
     options = job.options
     settings = (
         f"{options.bits} bits, group {options.group_size}, act-order {options.act_order}, dynamic groups "
         f"{options.dynamic_groups}, sym {options.sym}, damp {options.damp:g}, mse {options.mse}, language "
-        f"only {options.language_only}, lm_head {options.lm_head}, {decoder.device.type} {decoder.dtype}"
+        f"only {options.language_only}, lm_head {options.lm_head}, {decoder.device.type} {decoder.dtype}, "
+        f"{ranks.count} processes"
     )
     return {
         "model": model_digest(job.model.checkpoint),
@@ -124,7 +142,7 @@ def identity(job: Job, calibration: Calibration, decoder: st.Decoder) -> dict[st
 
 
 def solve_blocks(
-    job: Job, decoder: st.Decoder, calibration: Calibration, state: State
+    job: Job, decoder: st.Decoder, calibration: Calibration, state: State, ranks: Ranks
 ) -> Generator[Event, None, None]:
     """Quantize every block that `state` does not hold yet."""
     nbytes = {name: job.nbytes(name) for name in job.model.linears}
@@ -150,7 +168,9 @@ def solve_blocks(
         packed = packing.Packed(**{p: values(stored[f"{stem}.{p}"]) for p in packing.PARTS})
         return torch.from_numpy(packing.dequantize(packed, job.options.bits))
 
-    yield from quantize_blocks(decoder, calibration.tokens, state, solve_one, restore, job.options.lm_head)
+    yield from quantize_blocks(
+        decoder, calibration.tokens, state, solve_one, restore, job.options.lm_head, ranks
+    )
 
 
 def packed_of(solved: Solved, bits: int) -> packing.Packed:

@@ -13,6 +13,7 @@ from converters.gptq.shapes import Layout, check_shapes
 from converters.gptq.solver import Options as SolverOptions
 from dsconvert.calibrate import check_chat
 from dsconvert.errors import UsageError
+from dsconvert.manifest import origin
 from dsconvert.model_folder import check_target
 from dsconvert.resume import check_state
 from dsconvert.selection import Selection, plain_config, select
@@ -92,7 +93,7 @@ def prepare(options: Options) -> Job:
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
     if model.vision is not None:
         model = with_files(model, model.vision, tokenizer)
-    out = (options.out or Path(default_name(options, folder))).absolute()
+    out = (options.out or Path(default_name(options, origin(folder, model.config)[1]))).absolute()
     job = Job(options, model, tokenizer, out)
     check_shapes(model.linears, job.layout)
     check_state(out, options.resume, options.force)
@@ -120,9 +121,9 @@ def _check(options: Options) -> None:
     check_chat(options.calib_chat)
 
 
-def default_name(options: Options, folder: Path) -> str:
+def default_name(options: Options, model: str) -> str:
     """The name of a folder for these settings: model-gptq-4bit-128g."""
     group = "" if options.group_size == -1 else f"-{options.group_size}g"
     asym = "" if options.sym else "-asym"
     head = "-head" if options.lm_head else ""
-    return f"{folder.resolve().name}-gptq-{options.bits}bit{group}{asym}{head}"
+    return f"{model}-gptq-{options.bits}bit{group}{asym}{head}"

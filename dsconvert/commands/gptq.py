@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from dsconvert.commands.calibrating import calibration_options
-from dsconvert.commands.running import run
+from dsconvert.commands.running import on_each_rank, run
+
+if TYPE_CHECKING:
+    from dsconvert.events import Event
 
 
 def _number(ctx: click.Context, param: click.Parameter, value: str) -> int:
@@ -86,7 +90,8 @@ def gptq(model_path: str, as_json: bool, quiet: bool, debug: bool, **asked: Any)
     """Quantize a checkpoint by GPTQ with calibration, block by block, and prove the result.
 
     MODEL_PATH is a Hugging Face folder, a .safetensors file, a hub id, or `sample:` (the embedded sample);
-    default: the current folder. Exit code 0: quantized and proven, 2: stopped, 3: a check failed.
+    default: the current folder. Several GPUs: torchrun --nproc-per-node N -m dsconvert gptq ... Exit code 0:
+    quantized and proven, 2: stopped, 3: a check failed.
     """  # fmt: skip
 
     def work() -> int:
@@ -94,6 +99,9 @@ def gptq(model_path: str, as_json: bool, quiet: bool, debug: bool, **asked: Any)
         from converters.gptq.job import Options
         from dsconvert import console
 
-        return console.render(convert(Options(model=model_path, **asked)), as_json=as_json, quiet=quiet)
+        def show(events: Iterator[Event]) -> int:
+            return console.render(events, as_json=as_json, quiet=quiet)
+
+        return on_each_rank(lambda ranks: convert(Options(model=model_path, **asked), ranks), show)
 
     run(work, as_json=as_json, debug=debug)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from dsconvert.errors import ConversionError
 
 if TYPE_CHECKING:
     from types import FrameType
+
+    from dsconvert.events import Event
+    from dsconvert.ranks import Ranks
 
 
 def run(work: Callable[[], int], *, as_json: bool, debug: bool) -> None:
@@ -35,6 +38,22 @@ def run(work: Callable[[], int], *, as_json: bool, debug: bool) -> None:
             raise
         code = console.fail(_unexpected(error), as_json)
     sys.exit(code)
+
+
+def on_each_rank(work: Callable[[Ranks], Iterator[Event]], show: Callable[[Iterator[Event]], int]) -> int:
+    """Run `work` on every process that torchrun has started; the first one shows what happens."""
+    from dsconvert.console import PASSED, STOPPED
+    from dsconvert.ranks import Gone, ToldElsewhere, joined
+
+    with joined() as ranks:
+        if ranks.first:
+            return show(work(ranks))
+        try:
+            for _ in work(ranks):
+                pass
+        except (ToldElsewhere, Gone, KeyboardInterrupt):
+            return STOPPED
+        return PASSED
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
