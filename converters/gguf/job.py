@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -19,6 +17,7 @@ from converters.gguf.writer import check_targets
 from dsconvert.arch import Arch, Sizes, Spec, plan
 from dsconvert.archs import ARCHS
 from dsconvert.checkpoint import Checkpoint, open_checkpoint
+from dsconvert.collector import collector_paused
 from dsconvert.config import ModelConfig, load_config
 from dsconvert.errors import CheckpointError, UsageError
 from dsconvert.manifest import origin, pairing_id
@@ -124,19 +123,6 @@ class Job:
     def paths(self) -> list[Path]:
         """The final name of every file, in the order of `layouts`."""
         return [path for output in self.every_output for path in output.paths]
-
-
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """Leave garbage alone for a while: a vocabulary is a million objects, none of them garbage, and the
-    collector would go through them again and again, for a quarter of the time that a start takes."""
-    running = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if running:
-            gc.enable()
 
 
 def prepare(options: Options) -> Job:

@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from converters.gguf import kernels
-from converters.gguf.job import Job, collector_paused, thread_count
+from converters.gguf.job import Job, thread_count
 from converters.gguf.qtypes import QType
 from converters.gguf.writer import PartFile
+from dsconvert.collector import collector_paused
 from dsconvert.errors import QuantizationError
 from dsconvert.events import Event, Step, TensorDone, Warn
 
