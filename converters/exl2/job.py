@@ -14,6 +14,7 @@ from converters.exl2.shapes import HEAD, check_shapes
 from dsconvert.calibrate import check_chat
 from dsconvert.errors import UsageError
 from dsconvert.inner import Inner
+from dsconvert.manifest import origin
 from dsconvert.model_folder import check_target
 from dsconvert.resume import check_state
 from dsconvert.selection import Selection, select
@@ -128,7 +129,7 @@ def prepare(options: Options) -> Job:
     model = select(options.model, language_only=True)
     folder = model.checkpoint.folder
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
-    out = (options.out or Path(default_name(options, folder))).absolute()
+    out = (options.out or Path(default_name(options, origin(folder, model.config)[1]))).absolute()
     known = None
     if options.measurement is not None and options.measurement.exists():
         known = measure.load(options.measurement, model.linears)
@@ -160,9 +161,9 @@ def _check_budget(job: Job) -> None:
         )
 
 
-def default_name(options: Options, folder: Path) -> str:
+def default_name(options: Options, model: str) -> str:
     """The name of a folder for these settings: model-exl2-4.0bpw."""
-    return f"{folder.resolve().name}-exl2-{float(options.bpw)}bpw"
+    return f"{model}-exl2-{float(options.bpw)}bpw"
 
 
 def raw_config(job: Job) -> dict[str, Any]:

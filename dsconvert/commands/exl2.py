@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from dsconvert.commands.calibrating import calibration_options
 from dsconvert.commands.running import run
 
 
@@ -45,31 +46,7 @@ def _number(ctx: click.Context, param: click.Parameter, value: str) -> int:
     show_default=True,
     help="Fraction of the mean of H's diagonal that is added to it.",
 )
-@click.option(
-    "--calib",
-    default="c4",
-    show_default=True,
-    metavar="c4|wikitext2|builtin|FILE|DIR",
-    help="Calibration text.",
-)
-@click.option(
-    "--calib-samples", type=click.IntRange(1), default=128, show_default=True, help="Calibration windows."
-)
-@click.option(
-    "--calib-len",
-    type=click.IntRange(2),
-    default=2048,
-    show_default=True,
-    help="Tokens in a calibration window.",
-)
-@click.option(
-    "--calib-chat",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Conversations as JSON lines, written with the model's chat template, instead of --calib.",
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="Which windows are drawn.")
-@click.option("--offline", is_flag=True, help="Take cached texts or the built-in one; ask no network.")
+@calibration_options("c4", 2048)
 @click.option(
     "-o",
     "--out",
