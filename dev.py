@@ -2,8 +2,9 @@
 
     python3 dev.py sample    install into .venv, convert the embedded sample to q4_0, prove the result
     python3 dev.py test      install into .venv if need be, lint, type-check and run the tests
+    python3 dev.py peers     install gptqmodel beside it into .venv-peers, run the tests against it
 
-Further arguments of `test` go to pytest.
+Further arguments of `test` and `peers` go to pytest.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
-STAMP = VENV / "installed"
-BIN = VENV / ("Scripts" if sys.platform == "win32" else "bin")
+PROGRAMS = "Scripts" if sys.platform == "win32" else "bin"
+BIN = VENV / PROGRAMS
+NEEDED_BY_PEERS = "tests/peers/requirements.txt"
+PEER = "gptqmodel==7.7.0"
 
 
 def run(*command: str | Path) -> None:
@@ -27,19 +30,25 @@ def run(*command: str | Path) -> None:
         sys.exit(code)
 
 
-def install() -> None:
-    """Make .venv and install the package with its test tools, unless that has been done for these files."""
+def install(folder: Path = VENV, *steps: list[str], files: tuple[str, ...] = ()) -> Path:
+    """Make a virtual environment and run pip's `steps` in it, unless that has been done for these files.
+
+    By default .venv, with the package and its test tools. Gives the folder of its programs.
+    """
     if sys.version_info < (3, 11):
         sys.exit(f"dsconvert needs Python 3.11 or newer; this is {sys.version.split()[0]}")
-    wanted = hashlib.sha256(
-        b"".join((ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt"))
-    )
-    if STAMP.is_file() and STAMP.read_text() == wanted.hexdigest():
-        return
-    print("Setting up .venv (once; about 2 GB of disk with torch)", flush=True)
-    venv.create(VENV, with_pip=True, clear=STAMP.exists())
-    run(BIN / "python", "-m", "pip", "install", "--quiet", "-c", "constraints.txt", "-e", ".[dev]")
-    STAMP.write_text(wanted.hexdigest())
+    names = ("pyproject.toml", "constraints.txt", *files)
+    steps = steps or (["-e", ".[dev]"],)
+    wanted = hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in names) + repr(steps).encode())
+    stamp, programs = folder / "installed", folder / PROGRAMS
+    if stamp.is_file() and stamp.read_text() == wanted.hexdigest():
+        return programs
+    print(f"Setting up {folder.name} (once; about 2 GB of disk with torch)", flush=True)
+    venv.create(folder, with_pip=True, clear=stamp.exists())
+    for step in steps:
+        run(programs / "python", "-m", "pip", "install", "--quiet", "-c", "constraints.txt", *step)
+    stamp.write_text(wanted.hexdigest())
+    return programs
 
 
 def sample() -> None:
@@ -67,6 +76,13 @@ def test(arguments: list[str]) -> None:
     run(BIN / "python", "-m", "pytest", *arguments)
 
 
+def peers(arguments: list[str]) -> None:
+    """The tests against other tools, in an environment of their own."""
+    steps = (["-e", ".", "pytest", "-r", NEEDED_BY_PEERS], ["--no-deps", PEER])
+    programs = install(ROOT / ".venv-peers", *steps, files=(NEEDED_BY_PEERS,))
+    run(programs / "python", "-m", "pytest", "tests/peers", *arguments)
+
+
 def main() -> None:
     match sys.argv[1:]:
         case ["sample"]:
@@ -75,6 +91,8 @@ def main() -> None:
         case ["test", *arguments]:
             install()
             test(arguments)
+        case ["peers", *arguments]:
+            peers(arguments)
         case _:
             sys.exit(__doc__)
 

@@ -1,0 +1,170 @@
+"""GPTQ folders load in transformers with gptqmodel's kernels on the CPU, and mean what our reader says.
+
+Two kernels run each folder. "torch" multiplies by the weights in float16, so that logits are held against
+those of our read-back rounded to float16: 1e-5 of their norm. The default kernel, whichever gptqmodel picks
+for the folder, may compute in bfloat16: 2e-2 against the read-back as it is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import tiny_vl
+from click.testing import CliRunner
+
+from converters.gptq.reader import GPTQModel, open_model
+from dsconvert.cli import cli
+from dsconvert.config import load_json
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of other packages, all of them
+EXACT, DEFAULT = 1e-5, 2e-2
+CALIBRATION = ("--calib", "builtin", "--calib-samples", "4", "--calib-len", "128", "--verify", "off")
+
+
+def quantized(model: Path | str, out: Path, *options: str) -> Path:
+    """The folder that the command line writes."""
+    done = CliRunner().invoke(cli, ["gptq", str(model), "--out", str(out), *CALIBRATION, *options])
+    assert done.exit_code == 0, done.output
+    return out
+
+
+def load(auto: str, folder: Path | str, backend: str | None = None) -> Any:
+    """transformers' model of a folder in float32; with `backend`, gptqmodel's kernel of that name."""
+    import torch
+    import transformers
+
+    more: dict[str, Any] = {}
+    if backend is not None:
+        settings = load_json(Path(folder) / "config.json")["quantization_config"]
+        more["quantization_config"] = transformers.GPTQConfig(bits=settings["bits"], backend=backend)
+    cls = getattr(transformers, auto)
+    return cls.from_pretrained(folder, device_map="cpu", dtype=torch.float32, **more).eval()
+
+
+def read_back(auto: str, source: Path, model: GPTQModel, half: bool) -> Any:
+    """transformers' plain model with the weights of our reader, the quantized ones rounded to float16."""
+    import torch
+
+    plain = load(auto, source)
+    state = plain.state_dict()
+    assert set(model.shapes()) <= set(state)
+    for name in model.shapes():
+        array = model.float32(name)
+        if half and model.dtype(name).startswith("gptq"):
+            array = array.astype(np.float16).astype(np.float32)
+        state[name].copy_(torch.from_numpy(np.ascontiguousarray(array)))
+    return plain
+
+
+def apart(
+    auto: str,
+    source: Path,
+    folder: Path,
+    inputs: dict[str, Any],
+    kernels: tuple[str | None, ...] = (None, "torch"),
+) -> dict[str, float]:
+    """Distance of the logits, relative to their norm, by kernel."""
+    import torch
+
+    model, found = open_model(folder), {}
+    with torch.no_grad():
+        for kernel in kernels:
+            logits = load(auto, folder, kernel)(**inputs).logits.double()
+            expected = read_back(auto, source, model, half=kernel is not None)(**inputs).logits.double()
+            found[kernel or "default"] = float((logits - expected).norm() / expected.norm())
+    return found
+
+
+def held(found: dict[str, float]) -> None:
+    assert found["torch"] < EXACT, found
+    assert found["default"] < DEFAULT, found
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With biases, grouped heads, and a down projection of no whole number of groups of 128 or 64."""
+    folder = tmp_path_factory.mktemp("peers") / "model"
+    return tiny.tiny_checkpoint(folder, d=128, ff=352, bias=True, shards=2)
+
+
+OPTIONS = {
+    "default": "--bits 4",
+    "natural": "--bits 4 --group-size 32 --no-act-order",
+    "dynamic groups": "--bits 4 --group-size 32 --act-order --dynamic-groups",
+    "asymmetric": "--bits 4 --group-size 64 --asym --mse",
+    "2 bits": "--bits 2 --group-size 32",
+    "3 bits": "--bits 3 --group-size 64",
+    "8 bits": "--bits 8 --group-size 128",
+}
+
+
+def ids(vocab: int, length: int = 96) -> Any:
+    import torch
+
+    return torch.from_numpy(np.random.default_rng(0).integers(0, vocab, (1, length)))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_logits_are_those_of_our_reader(tmp_path: Path, source: Path, name: str) -> None:
+    out = quantized(source, tmp_path / "out", *OPTIONS[name].split())
+    held(apart("AutoModelForCausalLM", source, out, {"input_ids": ids(512)}))
+
+
+def test_whole_rows_as_groups(tmp_path: Path, source: Path) -> None:
+    """By the "torch" kernel only: the default one, PyTorch's int4 product, takes groups of 32 to 256."""
+    out = quantized(source, tmp_path / "out", "--bits", "4", "--group-size", "-1")
+    found = apart("AutoModelForCausalLM", source, out, {"input_ids": ids(512)}, ("torch",))
+    assert found["torch"] < EXACT, found
+
+
+def test_the_sample_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trained model of DeepSeek's layout, its output cut into shards."""
+    from converters.gptq import convert as flow
+    from dsconvert.checkpoint import open_checkpoint
+
+    whole = flow.write_folder
+    monkeypatch.setattr(flow, "write_folder", lambda *args, **more: whole(*args, shard_bytes=1 << 20, **more))
+    out = quantized("sample:", tmp_path / "out")
+    assert len(list(out.glob("model-*-of-*.safetensors"))) > 2
+    folder = open_checkpoint("sample:").folder
+    held(apart("AutoModelForCausalLM", folder, out, {"input_ids": ids(2048)}))
+
+
+@pytest.mark.parametrize("hybrid", [False, True], ids=["deepseek_vl", "deepseek_vl_hybrid"])
+def test_a_model_with_a_tower_loads_whole(tmp_path: Path, hybrid: bool) -> None:
+    """The language model quantized, the tower and the aligner as they were; a text with a picture in it."""
+    import torch
+
+    sizes = tiny_vl.VL(hybrid=hybrid, d=128, ff=256)
+    source = tiny_vl.vl_checkpoint(tmp_path / "source", sizes)
+    out = quantized(source, tmp_path / "out", "--group-size", "32")
+    text = ids(400)
+    text[0, 5 : 5 + sizes.tokens] = load_json(source / "config.json")["image_token_id"]
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        "input_ids": text,
+        "pixel_values": torch.randn(1, 3, sizes.image, sizes.image, generator=generator),
+    }
+    if hybrid:
+        side = sizes.sam_image
+        inputs["high_res_pixel_values"] = torch.randn(1, 3, side, side, generator=generator)
+    held(apart("AutoModelForImageTextToText", source, out, inputs))
+
+
+@pytest.mark.parametrize("hybrid", [False, True], ids=["deepseek_vl", "deepseek_vl_hybrid"])
+def test_the_language_model_alone_loads_as_a_llama(tmp_path: Path, hybrid: bool) -> None:
+    source = tiny_vl.vl_checkpoint(tmp_path / "source", tiny_vl.VL(hybrid=hybrid, d=128, ff=256), "original")
+    out = quantized(source, tmp_path / "out", "--group-size", "32", "--language-only")
+    plain = tmp_path / "plain"  # the same, unquantized
+    plain.mkdir()
+    model = open_model(out)
+    config = load_json(out / "config.json")
+    del config["quantization_config"]
+    tiny.write_json(plain / "config.json", config)
+    arrays = {name: model.float32(name) for name in model.shapes()}
+    (plain / "model.safetensors").write_bytes(tiny.safetensors_bytes(arrays))
+    held(apart("AutoModelForCausalLM", plain, out, {"input_ids": ids(400)}))
