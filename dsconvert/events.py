@@ -74,11 +74,17 @@ class Finished(Event):
 
 
 @dataclass(frozen=True)
-class BlockCompared(Event):
-    """One decoder block of both models has run; `index` counts from 0 to `layers` - 1."""
+class BlockRun(Event):
+    """One decoder block has run; `index` counts from 0 to `layers` - 1."""
 
     index: int
     layers: int
+
+
+@dataclass(frozen=True)
+class BlockCompared(BlockRun):
+    """One decoder block of both models has run: the relative error of its states and their cosine."""
+
     relative: float
     cosine: float
 

@@ -111,20 +111,26 @@ def token_figures(
 
     With `floor`, `base` holds log-probabilities, and those at or below it are left out of KL.
     """
-    log_q = candidate.double().log_softmax(-1)
     log_base = base.double() if floor is not None else base.double().log_softmax(-1)
+    return log_figures(log_base, candidate.double().log_softmax(-1), targets, floor=floor)
+
+
+def log_figures(
+    log_base: torch.Tensor, log_q: torch.Tensor, targets: torch.Tensor, *, floor: float | None = None
+) -> dict[str, Any]:
+    """As `token_figures`, of log-probabilities in float64."""
     terms = log_base.exp() * (log_base - log_q)
     kld = (terms if floor is None else terms.where(log_base > floor, 0.0)).sum(-1)
     index = targets[:, None]
-    count = min(TOP, base.shape[1])
-    five_base, five = base.topk(count).indices, candidate.topk(count).indices
+    count = min(TOP, log_base.shape[1])
+    five_base, five = log_base.topk(count).indices, log_q.topk(count).indices
     same = (five_base[:, :, None] == five[:, None, :]).any(-1)
     columns = {
         "nll_base": -log_base.gather(1, index)[:, 0],
         "nll": -log_q.gather(1, index)[:, 0],
         "kld": kld.clamp(min=0.0) if floor is None else kld,  # rounding can give -1e-17; a NaN stays one
-        "top_base": base.argmax(-1),
-        "top": candidate.argmax(-1),
+        "top_base": log_base.argmax(-1),
+        "top": log_q.argmax(-1),
         "overlap": same.double().mean(-1),
     }
     return {name: column.cpu().numpy() for name, column in columns.items()}

@@ -22,8 +22,9 @@ from dsconvert import streaming as st
 from dsconvert.arch import WeightSource
 from dsconvert.config import ModelConfig
 from dsconvert.errors import CheckpointError, OutputError, UsageError
-from dsconvert.events import Event, Step
+from dsconvert.events import Event
 from dsconvert.figures import IntArray, TokenFigures, joined, summary, token_figures
+from dsconvert.scoring import hidden_states
 from dsconvert.verify import Comparison
 from dsconvert.windows import Windows, consecutive
 
@@ -177,11 +178,7 @@ def _hidden_states(
     """One model's decoder and its states after the last block."""
     place = st.pick_device(device)
     decoder = st.open_decoder(source, config, place, st.pick_dtype(dtype, place))
-    hidden = st.embed(st.read(decoder, st.EMBED), windows.tokens, decoder.dtype)
-    for index in range(config.layers):
-        yield Step(f"block {index + 1} of {config.layers}")
-        hidden = st.run_block(decoder, st.load_block(decoder, index), hidden)
-    return decoder, hidden
+    return decoder, (yield from hidden_states(decoder, windows))
 
 
 def _write(file: BinaryIO, decoder: st.Decoder, windows: Windows, hidden: torch.Tensor) -> None:

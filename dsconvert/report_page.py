@@ -10,12 +10,16 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from html import escape
+from typing import TYPE_CHECKING
 
 from dsconvert import charts
 from dsconvert.figures import Figures, TensorError
 from dsconvert.report import OUTCOME_COLUMNS, Outcome, Report, outcome_row, worst_tokens
 from dsconvert.report_style import STYLE
 from dsconvert.thresholds import Thresholds, snr_floor
+
+if TYPE_CHECKING:
+    from dsconvert.engines.parity import EngineFigures
 
 LAYERED = re.compile(r"model\.layers\.(\d+)\.(?:self_attn\.|mlp\.)?(.+)")
 
@@ -26,6 +30,7 @@ def as_html(report: Report) -> str:
         _head(report),
         _checks(report),
         _figures(report),
+        _engine(report),
         *_charts(report),
         _worst(report),
         _sizes(report),
@@ -97,6 +102,42 @@ def figure_rows(figures: Figures, limits: Thresholds) -> list[tuple[str, str, st
         rows.append(("Bits per byte (Q)", f"{figures.bits_per_byte:.4f}", "", ""))
         rows.append(("Bits per byte (base)", f"{figures.bits_per_byte_base:.4f}", "", ""))
     return rows
+
+
+ENGINE_COLUMNS = ("run", "PPL", "PPL ratio", "mean KLD", "99 % KLD", "same top p")
+
+
+def engine_rows(own: Figures, engine: EngineFigures) -> list[tuple[str, ...]]:
+    """The cells of ENGINE_COLUMNS: the file's weights, what is predicted of the runtime, the runtime."""
+    runs = {
+        "weights in float32": own,
+        f"predicted for {engine.name}": engine.predicted,
+        engine.name: engine.figures,
+    }
+    return [
+        (
+            name,
+            f"{run.ppl.value:.4f}",
+            f"{run.ppl_ratio.value:.5f}",
+            f"{run.kld.value:.6f}",
+            f"{run.kld_percentiles['99']:.5f}",
+            f"{run.same_top.value:.3%}",
+        )
+        for name, run in runs.items()
+    ]
+
+
+def _engine(report: Report) -> str:
+    engine, own = report.engine, report.comparison.figures
+    if engine is None or own is None:
+        return ""
+    ratio, apart = engine.parity.ppl_ratio, engine.parity.kld.value
+    note = (
+        f"Predicted: the file's weights with activations rounded as {engine.name} rounds them. The runtime's "
+        f"perplexity is {ratio.value - 1:+.2%} ± {ratio.error:.2%} from the prediction, its mean KLD from it "
+        f"{apart:.3g}; the rounding alone makes {engine.rounding.kld.value:.3g}."
+    )
+    return f"<h2>Runtime</h2>{table(ENGINE_COLUMNS, engine_rows(own, engine))}<p>{note}</p>"
 
 
 def _charts(report: Report) -> Iterable[str]:

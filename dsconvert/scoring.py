@@ -6,10 +6,12 @@ carried from slice to slice (the running maximum and sum of online softmax; Mila
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dsconvert import streaming as st
+from dsconvert.events import BlockRun, Event
 from dsconvert.figures import TOP
 from dsconvert.windows import Windows
 
@@ -116,3 +118,17 @@ def scored_states(
     places = windows.all_places()
     at = tuple(torch.from_numpy(places[name]).to(hidden.device) for name in ("window", "position"))
     return st.normed(decoder, norm, hidden[at])
+
+
+def hidden_states(
+    decoder: st.Decoder,
+    windows: Windows,
+    observers: Callable[[st.Block], Mapping[str, st.Observer]] | None = None,
+) -> Generator[Event, None, torch.Tensor]:
+    """One model's states [n, length, d] after the last block, a BlockRun for each; see run_block."""
+    hidden = st.embed(st.read(decoder, st.EMBED), windows.tokens, decoder.dtype)
+    for index in range(decoder.config.layers):
+        block = st.load_block(decoder, index)
+        hidden = st.run_block(decoder, block, hidden, observers(block) if observers else None)
+        yield BlockRun(index, decoder.config.layers)
+    return hidden

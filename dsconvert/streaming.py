@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from dsconvert.arch import WeightSource, plan
-from dsconvert.archs import ARCHS
+from dsconvert import plain
+from dsconvert.arch import WeightSource
 from dsconvert.config import ModelConfig, short
 from dsconvert.errors import CheckpointError, UsageError
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     import torch
 
 IntArray = npt.NDArray[np.int64]
-Observer = Callable[["torch.Tensor"], None]
+Observer = Callable[["torch.Tensor"], "torch.Tensor | None"]
 DTYPES = ("float32", "bfloat16", "float16")
 BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}  # bounds the MLP's intermediate activations
+EMBED, NORM = plain.EMBED, plain.NORM
 LOGITS_AT_ONCE = 1 << 23  # one float64 array of them is 64 MB
 ROWS_AT_ONCE = 1 << 23  # values of embedding or head that are read together: 32 MB in float32
-EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -102,22 +102,12 @@ def open_decoder(
     import torch
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    arch = ARCHS.get(config.architecture)
-    if arch is None:
-        known = ", ".join(sorted(ARCHS))
-        raise CheckpointError(f"{config.architecture} cannot be run here", why=f"known: {known}")
-    blocks: list[dict[str, str]] = [{} for _ in range(config.layers)]
-    names = set()
-    for spec in plan(arch, config, source.shapes()):
-        names.add(spec.hf)
-        if spec.layer is not None:
-            blocks[spec.layer][spec.hf.split(f".{spec.layer}.", 1)[1]] = spec.hf
+    blocks, head = plain.tensor_names(source, config)
     llama = llama_config(config)
     rotary = LlamaRotaryEmbedding(config=llama).to(device)  # inv_freq stays float32
     if config.rope_scaling is not None and config.rope_scaling.factors:
         rotary.inv_freq /= torch.tensor(config.rope_scaling.factors, device=device)
-    head = HEAD if HEAD in names else EMBED
-    return Decoder(source, config, device, dtype, tuple(blocks), head, llama, rotary)
+    return Decoder(source, config, device, dtype, blocks, head, llama, rotary)
 
 
 def llama_config(config: ModelConfig) -> Any:
@@ -227,7 +217,7 @@ def run_block(
     """Hidden states [n, length, d] through one block, in batches of windows; returns new states.
 
     `observers` are called with the input [batch, length, in] of the linear whose tensor they are named
-    by, before it is applied.
+    by, before it is applied; what they return, if anything, is the input in its stead.
     """
     import torch
 
@@ -260,7 +250,7 @@ def batches(decoder: Decoder, windows: int, length: int) -> Iterator[slice]:
 
 @contextmanager
 def _watching(block: Block, observers: Mapping[str, Observer]) -> Iterator[None]:
-    def hook(observer: Observer) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:
+    def hook(observer: Observer) -> Callable[[Any, tuple[torch.Tensor, ...]], torch.Tensor | None]:
         return lambda module, args: observer(args[0])
 
     handles = [block.linears[name].register_forward_pre_hook(hook(o)) for name, o in observers.items()]

@@ -57,6 +57,24 @@ LIMITS: dict[str, Thresholds] = {
     "exl2_2": Thresholds(4.00, 30.0, 0.10, 1.0),
 }
 
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """How near a real runtime must come to what its own arithmetic predicts of the file.
+
+    `ppl` bounds |PPL(engine)/PPL(predicted) - 1| beyond three standard errors. Rounding is chaotic: the last
+    bit of a sum decides which way the next value goes, so two runs of the same arithmetic are as far apart as
+    two roundings. `spread` bounds KL(predicted || engine) in multiples of what rounding itself does,
+    KL(weights || predicted), and `least` nats are always allowed.
+    """
+
+    ppl: float = 0.003
+    spread: float = 4.0
+    least: float = 1e-5
+
+
+ENGINE_LIMITS = EngineLimits()
+
 # The least signal to noise in dB of a tensor stored in a type: about 7 dB below the least that was measured
 # (q8_0 43.7, q6_k 34.7, q5_0 25.1, q4_0 19.1, q3_k 16.4, q2_k 10.5, bf16 55). Weights in the wrong place
 # give -3 dB and zeroed ones 0 dB, whatever the type.

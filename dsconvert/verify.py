@@ -29,6 +29,7 @@ from dsconvert.figures import (
     snr,
     summary,
 )
+from dsconvert.plain import rope
 from dsconvert.scoring import Scores, scored_states
 from dsconvert.thresholds import Thresholds, Verdict, judge_blocks, judge_figures, judge_tensors, verdict
 from dsconvert.windows import Windows
@@ -54,7 +55,7 @@ class Comparison:
     tensors: tuple[TensorError, ...]
     config: tuple[str, ...] = ()
     broken: str = ""
-    states: torch.Tensor | None = field(default=None, repr=False, compare=False)
+    states: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, repr=False, compare=False)
 
 
 def result(run: Generator[Event, None, Result]) -> Result:
@@ -91,7 +92,7 @@ def compare(
     place = st.pick_device(device)
     kind = st.pick_dtype(dtype, place)
     pair = (st.open_decoder(reference, config, place, kind), st.open_decoder(candidate, other, place, kind))
-    run = Run(pair, windows, differences(pair), [], [])
+    run = Run(pair, windows, differences(config, other), [], [])
     name = str(kind).removeprefix("torch.")
     yield Step(f"comparing {config.layers} blocks over {windows.tokens.size} tokens on {place} in {name}")
     hidden = run.embed()
@@ -107,14 +108,13 @@ def compare(
     if tokens is None:
         return run.ended(broken)
     found = replace(run.ended(""), figures=summary(tokens, token_bytes), tokens=tokens)
-    return replace(found, states=states[0]) if keep_states else found
+    return replace(found, states=(states[0], states[1])) if keep_states else found
 
 
-def differences(pair: tuple[st.Decoder, st.Decoder]) -> tuple[str, ...]:
+def differences(reference: ModelConfig, candidate: ModelConfig) -> tuple[str, ...]:
     """The numbers that a runtime goes by and that differ; floats as float32 can hold them."""
-    reference, candidate = pair[0].config, pair[1].config
     names = ("norm_eps", "heads", "kv_heads", "head_dim", "context_length")
-    found = [text] if (text := rope_difference(*pair)) else []
+    found = [text] if (text := rope_difference(reference, candidate)) else []
     for name in names:
         a, b = getattr(reference, name), getattr(candidate, name)
         if isinstance(a, float) and isinstance(b, float) and math.isclose(a, b, rel_tol=1e-6):
@@ -124,14 +124,12 @@ def differences(pair: tuple[st.Decoder, st.Decoder]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def rope_difference(a: st.Decoder, b: st.Decoder) -> str:
+def rope_difference(one: ModelConfig, other: ModelConfig) -> str:
     """What differs in the two decoders' RoPE angles, or nothing."""
-    import torch
-
-    same = torch.allclose(a.rotary.inv_freq, b.rotary.inv_freq, rtol=1e-5, atol=0.0)
-    if same and math.isclose(a.rotary.attention_scaling, b.rotary.attention_scaling, rel_tol=1e-5):
+    (a, scale), (b, other_scale) = rope(one), rope(other)
+    same = a.shape == b.shape and np.allclose(a, b, rtol=1e-5, atol=0.0)
+    if same and math.isclose(scale, other_scale, rel_tol=1e-5):
         return ""
-    one, other = a.config, b.config
     if one.rope_theta != other.rope_theta:
         return f"rope_theta is {other.rope_theta}, the reference has {one.rope_theta}"
     return f"RoPE scaling is {other.rope_scaling}, the reference has {one.rope_scaling}"

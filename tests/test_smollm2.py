@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,11 +30,9 @@ from tokenizers import Tokenizer
 
 from converters.gguf.parse import open_gguf
 from converters.gguf.reader import open_model
+from dsconvert.engines.activations import ROUNDINGS
 from dsconvert.engines.llamacpp import Engine
 from dsconvert.text import evaluation_page, evaluation_pages
-
-if TYPE_CHECKING:
-    import torch
 
 pytestmark = pytest.mark.slow
 
@@ -161,25 +159,8 @@ def read_back(path: Path, model: Any) -> Any:
     for name, module in changed.named_modules():
         if isinstance(module, torch.nn.Linear):
             kind = source.dtype("model.embed_tokens.weight" if name == "lm_head" else f"{name}.weight")
-            module.register_forward_pre_hook(lambda _, inputs, to=ACTIVATIONS[kind]: (to(inputs[0]),))
+            module.register_forward_pre_hook(lambda _, inputs, to=ROUNDINGS[kind]: (to(inputs[0]),))
     return changed
-
-
-def blocks_of_32(x: torch.Tensor) -> torch.Tensor:
-    """ggml's q8_0: -127 ... 127 times a float16 scale."""
-    blocks = x.reshape(*x.shape[:-1], -1, 32)
-    top = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-30)
-    return ((blocks * (127 / top)).round() * (top / 127).half().float()).reshape(x.shape)
-
-
-def blocks_of_256(x: torch.Tensor) -> torch.Tensor:
-    """ggml's q8_k: the value of largest size becomes -127, the scale is float32."""
-    blocks = x.reshape(*x.shape[:-1], -1, 256)
-    top = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
-    return ((blocks * (-127 / top)).round().clamp(max=127) * (top / -127)).reshape(x.shape)
-
-
-ACTIVATIONS = {"q8_0": blocks_of_32, "q4_0": blocks_of_32, "q6_k": blocks_of_256}
 
 
 def agreement(pairs: Iterator[tuple[npt.NDArray[np.int64], Logits, Logits]]) -> Agreement:

@@ -209,15 +209,24 @@ def test_the_real_runtime_agrees(files: dict[str, Path]) -> None:
         assert result.exit_code == 0, result.output
         found = json.loads(result.stdout)
         checks = {check["name"]: check for check in found["checks"]}
-        assert {"engine ids", "engine BOS", "engine template", "engine PPL", "engine KLD"} <= set(checks)
+        names = ("ids", "BOS", "template", "PPL", "KLD", "parity")
+        assert {f"engine {name}" for name in names} <= set(checks)
         assert checks["engine PPL"]["value"] == pytest.approx(found["figures"]["ppl"]["value"], rel=5e-3)
         engine = found["engine"]
         assert engine["name"] == "llama.cpp"
         assert engine["figures"]["tokens"] == found["figures"]["tokens"]
         ratio = engine["figures"]["ppl"]["value"] / found["figures"]["ppl"]["value"]
         assert engine["ppl_to_weights"]["value"] == pytest.approx(ratio)
-        if quant == "f32":
+        parity, rounding = engine["parity"], engine["rounding"]
+        assert parity["ppl_base"]["value"] == pytest.approx(engine["predicted"]["ppl"]["value"])
+        assert rounding["ppl_base"]["value"] == pytest.approx(found["figures"]["ppl"]["value"], rel=1e-6)
+        assert abs(parity["ppl_ratio"]["value"] - 1) < 1e-3
+        if quant == "f32":  # nothing is rounded
             assert checks["engine KLD"]["value"] < 1e-5
+            assert rounding["kld"]["value"] == 0.0
+            assert parity["kld"]["value"] < 1e-9
+        else:
+            assert rounding["kld"]["value"] > 1e-5
 
 
 @needs_llamacpp

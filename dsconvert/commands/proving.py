@@ -12,6 +12,7 @@ import numpy as np
 
 import dsconvert
 from dsconvert import effort, kld_base, text, verify
+from dsconvert import streaming as st
 from dsconvert.calibration import evaluation_windows
 from dsconvert.commands.sources import Opened, Reference, limits_name, open_output
 from dsconvert.errors import TokenizerError, UsageError
@@ -84,7 +85,8 @@ def prove(path: Path, reference: Reference, asked: Asked) -> Generator[Event, No
     yield Step(f"{path}: {opened.kind} {opened.quant}, {opened.bits:.2f} bits per weight")
     checks = check_text(opened, reference, chosen_text.pages)
     yield from checks
-    where: dict[str, Any] = {"device": asked.device, "dtype": asked.dtype}
+    dtype = asked.dtype or ("float32" if asked.engine else None)  # the runtime computes in float32
+    where: dict[str, Any] = {"device": asked.device, "dtype": dtype}
     comparison = yield from compare(opened, reference, chosen_text, asked, where)
     found = list(verify.judge(comparison, limits).checks)
     yield from found
@@ -181,24 +183,24 @@ def run_engine(
 ) -> Generator[Event, None, tuple[EngineFigures, list[Check]]]:
     """The same text through llama.cpp: ids, BOS, template, logits; yields each Check as it is known.
 
-    Raises ConversionError where llama.cpp is not installed or does not load the file.
+    The logits are judged by what the runtime's own arithmetic predicts. Raises ConversionError where
+    llama.cpp is not installed or does not load the file.
     """
     from dsconvert.engines import parity as runtime
     from dsconvert.engines.llamacpp import Engine
 
     own, windows, pages = handling(reference, opened), chosen_text.windows, chosen_text.pages
-    assert comparison.tokens is not None
-    assert comparison.figures is not None
+    place = st.pick_device(where["device"])
+    dtype = st.pick_dtype(where["dtype"], place)
+    sides = ((reference.source, reference.config), (opened.source, opened.config))
+    pair = tuple(st.open_decoder(source, config, place, dtype) for source, config in sides)
     with Engine(opened.path, n_ctx=windows.length, threads=len(os.sched_getaffinity(0))) as engine:
         checks = runtime.check_engine_text(
             engine, pages, encode(own.tokenizer, pages), reference.tokenizer.first_id, own.template
         )
         yield from checks
-        tokens = yield from runtime.engine_figures(
-            engine, reference.source, reference.config, windows, states=comparison.states, **where
-        )
-    found = runtime.engine_summary(tokens, comparison.tokens)
-    judged = runtime.judge_engine(found, comparison.figures, limits)
+        found = yield from runtime.engine_figures(engine, (pair[0], pair[1]), windows, comparison.states)
+    judged = runtime.judge_engine(found, limits)
     yield from judged
     return found, [*checks, *judged]
 

@@ -1,16 +1,21 @@
-"""The same windows through llama.cpp: what it makes of a file, against the reference's own logits."""
+"""The same windows through llama.cpp: what it makes of a file, beside what its own arithmetic predicts.
+
+Three runs of a file are told apart: its weights in float32; the prediction, the same weights with activations
+rounded as the runtime rounds them (`activations`); and the runtime. From the first to the second is the
+runtime's arithmetic; from the second to the third should be nothing but chance.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dsconvert import streaming as st
-from dsconvert.arch import WeightSource
-from dsconvert.config import ModelConfig
+from dsconvert.engines.activations import rounded_inputs, rounding
 from dsconvert.engines.llamacpp import Engine
 from dsconvert.events import Check, Event, Step
 from dsconvert.figures import (
@@ -19,58 +24,85 @@ from dsconvert.figures import (
     TokenFigures,
     exponential,
     joined,
+    log_figures,
     mean,
     summary,
-    token_figures,
 )
-from dsconvert.scoring import scored_states
-from dsconvert.thresholds import Thresholds
+from dsconvert.scoring import hidden_states, scored_states
+from dsconvert.thresholds import ENGINE_LIMITS, EngineLimits, Thresholds
 from dsconvert.windows import Windows
 
 if TYPE_CHECKING:
     import torch
 
-# llama.cpp rounds activations to 8 bits for quantized types and to bf16 for bf16: on SmolLM2-135M that alone
-# gives a mean KLD of .003 and .3 % of perplexity. A wrong RoPE, tokenizer or key gives far more.
-KLD_FLOOR = 0.01
-PPL_MARGIN = 0.01
+REFERENCE, WEIGHTS, PREDICTED, ENGINE = range(4)
+PAIRS = {
+    "figures": (REFERENCE, ENGINE),
+    "predicted": (REFERENCE, PREDICTED),
+    "rounding": (WEIGHTS, PREDICTED),
+    "parity": (PREDICTED, ENGINE),
+}
+
+
+@dataclass(frozen=True)
+class EngineFigures:
+    """What a runtime made of a file: its figures, and the predicted ones, both against the reference.
+
+    `rounding` are the figures of the prediction against the file's weights in float32, `parity` those of the
+    runtime against the prediction; `ppl_to_weights` is the runtime's perplexity over that of the weights.
+    """
+
+    name: str
+    figures: Figures
+    predicted: Figures
+    rounding: Figures
+    parity: Figures
+    ppl_to_weights: Estimate
 
 
 def engine_figures(
     engine: Engine,
-    reference: WeightSource,
-    config: ModelConfig,
+    pair: tuple[st.Decoder, st.Decoder],
     windows: Windows,
-    *,
-    states: torch.Tensor | None = None,
-    device: str = "auto",
-    dtype: str | None = None,
-) -> Generator[Event, None, TokenFigures]:
-    """The engine's figures against the reference, window by window over the same tokens.
+    states: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> Generator[Event, None, EngineFigures]:
+    """Run the prediction and the engine over the windows; `pair` are the reference and the file.
 
-    `states` are the reference's final ones, see verify.Comparison; where there are none it is run once
-    more. Yields Steps. Holds the reference's head and one window's logits. Raises what both raise.
+    `states` are the final ones of both, see verify.Comparison; where there are none both are run once more.
+    Yields Steps. Holds both heads and one window's logits. Raises what decoders and engine raise.
     """
-    place = st.pick_device(device)
-    decoder = st.open_decoder(reference, config, place, st.pick_dtype(dtype, place))
-    norm, head = st.head_weights(decoder)
+    file = pair[1]
+    (norm, base_head), (file_norm, head) = (st.head_weights(decoder) for decoder in pair)
     if states is None:
-        hidden = st.embed(st.read(decoder, st.EMBED), windows.tokens, decoder.dtype)
-        for index in range(config.layers):
-            hidden = st.run_block(decoder, st.load_block(decoder, index), hidden)
-        states = scored_states(decoder, norm, hidden, windows)
-    parts, done = [], 0
-    for window, first in enumerate(windows.first.tolist()):
+        first = yield from hidden_states(pair[0], windows)
+        second = yield from hidden_states(file, windows)
+        states = scored_states(pair[0], norm, first, windows), scored_states(file, file_norm, second, windows)
+    yield Step("running the file's weights with activations rounded as llama.cpp rounds them")
+    hidden = yield from hidden_states(file, windows, partial(rounded_inputs, file))
+    predicted = rounding(file, file.head)(scored_states(file, file_norm, hidden, windows))
+    runs = ((states[0], base_head), (states[1], head), (predicted, head))
+    parts: dict[str, list[dict[str, object]]] = {name: [] for name in PAIRS}
+    done = 0
+    for window, start in enumerate(windows.first.tolist()):
         yield Step(f"llama.cpp: window {window + 1} of {len(windows.first)}")
-        theirs = engine.logits(windows.tokens[window])
-        for rows in st.chunks(first, windows.length - 1, config.vocab_size):
-            count = rows.stop - rows.start
-            own = (states[done : done + count] @ head.T).float()
-            other = _tensor(theirs[rows, : config.vocab_size], own)
-            targets = _tensor(windows.targets(window, rows), own)
-            parts.append(token_figures(own, other, targets) | windows.places(window, rows))
-            done += count
-    return joined(parts)
+        theirs = engine.logits(windows.tokens[window])[:, : file.config.vocab_size]
+        for rows in st.chunks(start, windows.length - 1, file.config.vocab_size):
+            at = slice(done, done + rows.stop - rows.start)
+            done = at.stop
+            logits = [x[at] @ matrix.T for x, matrix in runs]
+            logits.append(_tensor(theirs[rows], head))
+            logs = [x.double().log_softmax(-1) for x in logits]
+            targets, places = _tensor(windows.targets(window, rows), head), windows.places(window, rows)
+            for name, (a, b) in PAIRS.items():
+                parts[name].append(log_figures(logs[a], logs[b], targets) | places)
+    return _summaries({name: joined(part) for name, part in parts.items()})
+
+
+def _summaries(tokens: dict[str, TokenFigures]) -> EngineFigures:
+    ratio = exponential(mean(tokens["figures"].nll - tokens["rounding"].nll_base))
+    return EngineFigures(
+        "llama.cpp", ppl_to_weights=ratio, **{name: summary(part) for name, part in tokens.items()}
+    )
 
 
 def _tensor(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]], like: torch.Tensor) -> torch.Tensor:
@@ -79,44 +111,35 @@ def _tensor(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]], like: torc
     return torch.as_tensor(array).to(like.device)
 
 
-@dataclass(frozen=True)
-class EngineFigures:
-    """What the runtime made of a file: its figures against the reference, and against the file's weights.
-
-    `ppl_to_weights` is its perplexity over that of the file's weights read here; the rest of its error is
-    the runtime's arithmetic.
-    """
-
-    name: str
-    figures: Figures
-    ppl_to_weights: Estimate
-
-
-def engine_summary(engine: TokenFigures, own: TokenFigures) -> EngineFigures:
-    """The runtime's figures; `own` are the file's as read here, over the same predictions."""
-    ratio = exponential(mean(engine.nll - own.nll))
-    return EngineFigures("llama.cpp", summary(engine), ratio)
-
-
-def judge_engine(engine: EngineFigures, own: Figures, limits: Thresholds) -> list[Check]:
-    """The runtime's divergence from the reference, and its perplexity beside that of the file's weights."""
-    found, weights, ratio = engine.figures, own, engine.ppl_to_weights
-    margin = PPL_MARGIN + 3 * ratio.error
-    limit = limits.max_kld + KLD_FLOOR
+def judge_engine(
+    engine: EngineFigures, limits: Thresholds, near: EngineLimits = ENGINE_LIMITS
+) -> list[Check]:
+    """The runtime's divergence from the reference, and how near it is to what was predicted of it."""
+    found, parity, rounding = engine.figures, engine.parity, engine.rounding
+    off, margin = parity.ppl_ratio.value - 1, near.ppl + 3 * parity.ppl_ratio.error
+    limit, apart = limits.max_kld + rounding.kld.value, near.least + near.spread * rounding.kld.value
     return [
         Check(
             "engine PPL",
-            abs(ratio.value - 1) <= margin,
-            f"llama.cpp's perplexity {found.ppl.value:.4f}, of the file's weights {weights.ppl.value:.4f} "
-            f"({ratio.value - 1:+.2%} ± {ratio.error:.2%}, limit {margin:.2%})",
+            abs(off) <= margin,
+            f"llama.cpp's perplexity {found.ppl.value:.4f}, predicted {parity.ppl_base.value:.4f} "
+            f"({off:+.2%} ± {parity.ppl_ratio.error:.2%}, limit {margin:.2%}); of the weights in float32 "
+            f"{rounding.ppl_base.value:.4f} ({engine.ppl_to_weights.value - 1:+.2%})",
             found.ppl.value,
         ),
         Check(
             "engine KLD",
             found.kld.value <= limit,
-            f"llama.cpp's mean KLD {found.kld.value:.3g}, of the file's weights {weights.kld.value:.3g}, "
-            f"limit {limit:g}",
+            f"llama.cpp's mean KLD {found.kld.value:.3g}, predicted {engine.predicted.kld.value:.3g}, "
+            f"limit {limit:.3g}",
             found.kld.value,
+        ),
+        Check(
+            "engine parity",
+            parity.kld.value <= apart,
+            f"mean KLD of llama.cpp from its prediction {parity.kld.value:.3g}, limit {apart:.3g}; its "
+            f"rounding alone makes {rounding.kld.value:.3g}",
+            parity.kld.value,
         ),
     ]
 

@@ -1,0 +1,128 @@
+"""A Llama decoder in numpy, for a proof that has to begin at once.
+
+Importing torch and transformers takes longer than many a conversion. This is their arithmetic, in float32, on
+the CPU, for a few blocks or a small model; `streaming` is for everything else, and the oracle of the tests.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from dsconvert.arch import WeightSource, plan, rope_factors
+from dsconvert.archs import ARCHS
+from dsconvert.config import ModelConfig, RopeScaling
+from dsconvert.errors import CheckpointError
+
+Floats = npt.NDArray[np.float32]
+EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+FAST, SLOW = 32.0, 1.0  # turns within the original context between which YaRN blends
+
+
+def tensor_names(source: WeightSource, config: ModelConfig) -> tuple[tuple[dict[str, str], ...], str]:
+    """Per layer module attribute -> tensor name, and the tensor that gives logits (the embedding if tied).
+
+    Raises PlanError when tensors are missing, unknown or misshapen, CheckpointError for a class without a
+    table.
+    """
+    arch = ARCHS.get(config.architecture)
+    if arch is None:
+        known = ", ".join(sorted(ARCHS))
+        raise CheckpointError(f"{config.architecture} cannot be run here", why=f"known: {known}")
+    blocks: list[dict[str, str]] = [{} for _ in range(config.layers)]
+    names = set()
+    for spec in plan(arch, config, source.shapes()):
+        names.add(spec.hf)
+        if spec.layer is not None:
+            blocks[spec.layer][spec.hf.split(f".{spec.layer}.", 1)[1]] = spec.hf
+    return tuple(blocks), HEAD if HEAD in names else EMBED
+
+
+def rope(config: ModelConfig) -> tuple[Floats, float]:
+    """Angles per position, float32 [head_dim / 2], and the factor on their cosines and sines.
+
+    As transformers' modeling_rope_utils computes them for the types of config.ROPE_TYPES.
+    """
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
+    angles = (1.0 / np.float32(config.rope_theta) ** exponents).astype(np.float32)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return angles, 1.0
+    if scaling.factors:
+        return (angles / np.array(scaling.factors)).astype(np.float32), 1.0
+    if scaling.type == "llama3":
+        return angles / rope_factors(config)["rope_freqs.weight"], 1.0
+    if scaling.type == "yarn":
+        return _yarn(angles, config, scaling)
+    return (angles / scaling.factor).astype(np.float32), 1.0
+
+
+def _yarn(angles: Floats, config: ModelConfig, scaling: RopeScaling) -> tuple[Floats, float]:
+    """Fast angles are kept, slow ones divided by the factor, those between blended (Peng et al., 2023)."""
+    context = scaling.original_context or config.context_length
+
+    def place(turns: float) -> float:
+        size = config.head_dim * math.log(context / (turns * 2 * math.pi))
+        return size / (2 * math.log(config.rope_theta))
+
+    low = max(math.floor(place(FAST)), 0)
+    high = min(math.ceil(place(SLOW)), config.head_dim - 1)
+    slow = np.clip((np.arange(len(angles)) - low) / max(high - low, 1e-3), 0, 1)
+    usual = 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
+    attention = usual if scaling.attention_factor is None else scaling.attention_factor
+    blended = angles / scaling.factor * slow + angles * (1 - slow)
+    return blended.astype(np.float32), attention
+
+
+def norm(x: Floats, weight: Floats, eps: float) -> Floats:
+    """RMSNorm over the last axis."""
+    scale: Floats = 1 / np.sqrt(np.mean(np.square(x), -1, keepdims=True) + np.float32(eps))
+    return x * scale * weight
+
+
+def block(config: ModelConfig, weights: Mapping[str, Floats], x: Floats) -> Floats:
+    """One decoder layer: states [n, length, d] to new states; `weights` by module attribute."""
+
+    def linear(name: str, states: Floats) -> Floats:
+        out = states @ weights[name + ".weight"].T
+        return out + weights[name + ".bias"] if name + ".bias" in weights else out
+
+    states = norm(x, weights["input_layernorm.weight"], config.norm_eps)
+    q, k, v = (
+        linear(f"self_attn.{part}_proj", states).reshape(*x.shape[:2], -1, config.head_dim).swapaxes(1, 2)
+        for part in "qkv"
+    )
+    mixed = attention(*rotate(config, q, k), v).swapaxes(1, 2).reshape(*x.shape[:2], -1)
+    x = x + linear("self_attn.o_proj", mixed)
+    states = norm(x, weights["post_attention_layernorm.weight"], config.norm_eps)
+    gate = linear("mlp.gate_proj", states)
+    with np.errstate(over="ignore"):  # exp of a very negative gate is inf, and the gate is closed
+        gate /= 1 + np.exp(-gate)
+    return x + linear("mlp.down_proj", gate * linear("mlp.up_proj", states))
+
+
+def rotate(config: ModelConfig, q: Floats, k: Floats) -> tuple[Floats, Floats]:
+    """Queries and keys [n, heads, length, head_dim] turned by their positions."""
+    angles, scale = rope(config)
+    turns = np.outer(np.arange(q.shape[2], dtype=np.float32), angles)
+    cos, sin = np.cos(turns) * np.float32(scale), np.sin(turns) * np.float32(scale)
+    half = len(angles)
+
+    def turned(x: Floats) -> Floats:
+        a, b = x[..., :half], x[..., half:]
+        return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+    return turned(q), turned(k)
+
+
+def attention(q: Floats, k: Floats, v: Floats) -> Floats:
+    """Causal attention of q [n, heads, length, head_dim] over k and v with as many or fewer heads."""
+    k, v = (np.repeat(x, q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = q @ k.swapaxes(2, 3) / np.float32(math.sqrt(q.shape[-1]))
+    scores += np.triu(np.full(scores.shape[2:], -np.inf, np.float32), 1)
+    scores = np.exp(scores - scores.max(-1, keepdims=True))
+    shares: Floats = scores / scores.sum(-1, keepdims=True)
+    return shares @ v

@@ -1,0 +1,120 @@
+"""What is predicted of llama.cpp is near enough to show what its own rounding would hide."""
+
+from __future__ import annotations
+
+import importlib.util
+import struct
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from random_llama import make, tokens
+
+from dsconvert import streaming as st
+from dsconvert import text, verify, windows
+from dsconvert.cli import cli
+from dsconvert.events import Check
+from dsconvert.figures import Estimate
+from dsconvert.scoring import hidden_states
+from dsconvert.thresholds import EngineLimits, thresholds_for
+
+torch = pytest.importorskip("torch")
+from dsconvert.engines import parity  # noqa: E402
+from dsconvert.engines.activations import ROUNDINGS, rounded_inputs  # noqa: E402
+
+KEY = b"llama.rope.freq_base"
+QUANTS = ("bf16", "q8_0", "q4_k_m")
+
+
+def test_rounded_inputs_are_what_each_linear_sees() -> None:
+    """The run with hooks is the run of linears that round their inputs themselves."""
+    _, source, config = make(num_key_value_heads=2)
+    source = replace(source, type="q8_0")
+    decoder = st.open_decoder(source, config, torch.device("cpu"), torch.float32)
+    text = windows.whole(tokens(config, 2, 24))
+    found = verify.result(hidden_states(decoder, text, lambda block: rounded_inputs(decoder, block)))
+    expected = st.embed(st.read(decoder, st.EMBED), text.tokens, decoder.dtype)
+    for index in range(config.layers):
+        block = st.load_block(decoder, index)
+        for name, linear in block.linears.items():
+            weight = linear.weight
+            linear.forward = lambda x, w=weight: ROUNDINGS["q8_0"](x) @ w.T
+            assert name in rounded_inputs(decoder, block)
+        expected = st.run_block(decoder, block, expected)
+    assert torch.allclose(found, expected, atol=1e-5)
+    plain = verify.result(hidden_states(decoder, text))
+    assert not torch.allclose(found, plain, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    if importlib.util.find_spec("xllamacpp") is None:
+        pytest.skip("needs llama.cpp: pip install xllamacpp")
+    out = tmp_path_factory.mktemp("parity") / "sample.gguf"
+    arguments = ["gguf", "sample:", "-q", ",".join(QUANTS), "-o", str(out), "--verify", "off"]
+    made = CliRunner().invoke(cli, arguments)
+    assert made.exit_code == 0, made.output
+    return {quant: out.with_name(f"sample-{quant}.gguf") for quant in QUANTS}
+
+
+def run(path: Path, believed: Path) -> parity.EngineFigures:
+    """llama.cpp's run of `path`, with the prediction for `believed`."""
+    from converters.gguf.parse import open_gguf
+    from converters.gguf.reader import open_model
+    from dsconvert.commands.sources import open_reference
+    from dsconvert.engines.llamacpp import Engine
+    from tokenizer_tools.library import ids as encode
+
+    reference, model = open_reference("sample:"), open_model(open_gguf(believed))
+    ids = np.array(encode(reference.tokenizer.tokenizer, [text.evaluation_page(12_000)])[0][:1024])
+    sides = ((reference.source, reference.config), (model, model.config))
+    first, second = (st.open_decoder(*side, torch.device("cpu"), torch.float32) for side in sides)
+    with Engine(path, n_ctx=512) as engine:
+        return verify.result(parity.engine_figures(engine, (first, second), windows.consecutive(ids, 512)))
+
+
+def failed(checks: list[Check]) -> set[str]:
+    return {check.name for check in checks if not check.passed}
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+def test_the_runtime_is_as_near_as_chance_lets_it(quant: str, files: dict[str, Path]) -> None:
+    found = run(files[quant], files[quant])
+    assert failed(parity.judge_engine(found, thresholds_for(quant))) == set()
+    assert abs(found.parity.ppl_ratio.value - 1) < 1e-3
+    assert 0 < found.parity.kld.value < 2 * found.rounding.kld.value
+    # Where rounding is no accident, the runtime's divergence is the predicted one.
+    assert found.figures.kld.value == pytest.approx(found.predicted.kld.value, rel=0.05)
+    assert found.ppl_to_weights.value == pytest.approx(
+        found.parity.ppl_ratio.value * found.rounding.ppl_ratio.value, rel=1e-9
+    )
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+def test_a_fault_of_the_runtime_smaller_than_its_floor_is_seen(
+    quant: str, files: dict[str, Path], tmp_path: Path
+) -> None:
+    """RoPE angles some percent off, as by a rule for scaling that a runtime reads otherwise."""
+    data = bytearray(files[quant].read_bytes())
+    at = data.index(KEY) + len(KEY) + 4
+    assert struct.unpack_from("<f", data, at) == (10000.0,)
+    struct.pack_into("<f", data, at, 11000.0)
+    (tmp_path / "bad.gguf").write_bytes(data)
+    found = run(tmp_path / "bad.gguf", files[quant])
+    assert "engine parity" in failed(parity.judge_engine(found, thresholds_for(quant)))
+    assert abs(found.ppl_to_weights.value - 1) < 0.01  # too little to be seen beside the rounding of a model
+    assert found.figures.kld.value < 0.01
+
+
+def test_each_limit_can_fail(files: dict[str, Path]) -> None:
+    found, limits = run(files["q8_0"], files["q8_0"]), thresholds_for("q8_0")
+    tight = EngineLimits(ppl=0.0, spread=1e-3, least=0.0)
+    assert failed(parity.judge_engine(found, limits, tight)) == {"engine parity"}
+    off = replace(found.parity, ppl_ratio=Estimate(0.99, 1e-4))
+    assert failed(parity.judge_engine(replace(found, parity=off), limits)) == {"engine PPL"}
+    assert failed(parity.judge_engine(found, replace(limits, max_kld=0.0), tight)) == {
+        "engine KLD",
+        "engine parity",
+    }
