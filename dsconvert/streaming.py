@@ -27,7 +27,7 @@ IntArray = npt.NDArray[np.int64]
 Observer = Callable[["torch.Tensor"], "torch.Tensor | None"]
 DTYPES = ("float32", "bfloat16", "float16")
 BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}  # bounds the MLP's intermediate activations
-EMBED, NORM = plain.EMBED, plain.NORM
+EMBED, NORM, HEAD = plain.EMBED, plain.NORM, plain.HEAD
 LOGITS_AT_ONCE = 1 << 23  # one float64 array of them is 64 MB
 ROWS_AT_ONCE = 1 << 23  # values of embedding or head that are read together: 32 MB in float32
 

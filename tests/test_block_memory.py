@@ -46,7 +46,16 @@ def test_memory_grows_with_the_block_and_not_with_the_model(kind: str, tmp_path:
         model = tiny.tiny_checkpoint(
             tmp_path / f"model{layers}", layers=layers, d=512, ff=1376, heads=8, kv_heads=8, vocab=1024
         )
-        command = [sys.executable, "-W", "ignore", "-c", MEASURE, kind, str(model), str(tmp_path / f"{layers}")]
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-c",
+            MEASURE,
+            kind,
+            str(model),
+            str(tmp_path / f"{layers}"),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout))
