@@ -48,13 +48,13 @@ def factorize(H: torch.Tensor, dead: torch.Tensor, columns: torch.Tensor, damp: 
     for rung in range(TRIES):
         fraction = damp * 10**rung if damp else (0.0, 0.01, 0.1)[rung]
         # Cholesky of the matrix with rows and columns reversed is an upper factor of the matrix itself.
-        A = H[flipped][:, flipped].double()
+        A = H[flipped[:, None], flipped].double()
         A.diagonal().add_(dead[flipped].double()).add_(fraction * mean)
         L, info = torch.linalg.cholesky_ex(A)
         del A
         pivots = L.diagonal().clone()
         if int(info) == 0 and float(pivots.min()) > WEAKEST * float(pivots.max()):
-            U = L.div_(pivots).flip(0, 1).to(H.dtype)
+            U = L.div_(pivots).to(H.dtype).flip(0, 1)  # rounded first: two copies in float64 are the peak
             return Factor(U, pivots.flip(0).square().to(H.dtype), fraction * mean, fraction)
     return None
 
