@@ -50,7 +50,7 @@ def log_histogram(values: Floats, x_label: str, marks: Mapping[str, float], bins
     low = math.log10(max(float(positive.min()), 1e-14))
     high = max(math.log10(float(positive.max())), low + 1e-3)
     counts, edges = np.histogram(np.log10(positive.clip(min=10**low)), bins, (low, high))
-    top = float(counts.max())
+    top = float(counts.max()) * 1.25  # room for the marks' names above the bars
     parts = _frame(x_label, "tokens", [(t / top, f"{t:g}") for t in nice_ticks(top) if t <= top])
     width = (WIDTH - LEFT - RIGHT) / bins
     for i, count in enumerate(counts):
@@ -66,7 +66,7 @@ def log_histogram(values: Floats, x_label: str, marks: Mapping[str, float], bins
         if value > 0:
             x = _x(min(max((math.log10(value) - low) / (high - low), 0), 1))
             parts.append(f'<line class="limit" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-            anchor = "end" if x > WIDTH - 120 else "start"
+            anchor = "end" if x > WIDTH - 160 else "start"
             parts.append(_text(x + (-4 if anchor == "end" else 4), TOP + 10 + 13 * row, name, anchor))
     zeros = len(values) - len(positive)
     note = f"<p>{zeros} of {len(values)} values are exactly zero and not drawn.</p>" if zeros else ""

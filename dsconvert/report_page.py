@@ -67,7 +67,7 @@ def _head(report: Report) -> str:
 
 def _checks(report: Report) -> str:
     rows = [("ok" if c.passed else "FAIL", c.name, c.detail) for c in report.verdict.checks]
-    return "<h2>Checks</h2>" + table(("", "check", "found"), rows)
+    return f"<h2>Checks</h2><div class='checks'>{table(('', 'check', 'found'), rows)}</div>"
 
 
 def _figures(report: Report) -> str:
@@ -152,7 +152,8 @@ def _charts(report: Report) -> Iterable[str]:
         yield "<h2>Sampled blocks</h2>" + table(("block", "error of what it adds", "limit"), rows)
     yield _tensors(found.tensors)
     if found.tokens is not None and found.figures is not None:
-        marks = {"mean": found.figures.kld.value, "99 %": found.figures.kld_percentiles["99"]}
+        mean, high = found.figures.kld.value, found.figures.kld_percentiles["99"]
+        marks = {f"mean {mean:.3g}": mean, f"99 % below {high:.3g}": high}
         chart = charts.log_histogram(found.tokens.kld, "KL divergence of a prediction, nats", marks)
         yield f"<h2>KL divergence</h2>{chart}"
 
@@ -190,9 +191,9 @@ def _worst(report: Report) -> str:
     if not words:
         return ""
     rows = "".join(
-        f"<tr><td>{w.kld:.3f}</td><td>{w.p_base:.1%}</td><td>{w.p:.1%}</td>"
+        f"<tr><td>{w.kld:.3f}</td><td>{w.p_base:.2%}</td><td>{w.p:.2%}</td>"
         f"<td class='text'>{_shown(w.context)}<mark>{_shown(w.target)}</mark></td>"
-        f"<td class='text'>{_shown(w.top_base)}</td><td class='text'>{_shown(w.top)}</td></tr>"
+        f"<td class='text'>{_shown(w.top_base, '·')}</td><td class='text'>{_shown(w.top, '·')}</td></tr>"
         for w in words
     )
     names = ("KLD", "p(base)", "p(Q)", "text and the token that follows", "base expects", "Q expects")
@@ -200,8 +201,9 @@ def _worst(report: Report) -> str:
     return f"<h2>Worst tokens</h2><table><tr>{heads}</tr>{rows}</table>"
 
 
-def _shown(text: str) -> str:
-    """Escaped, with white space and control characters made visible."""
+def _shown(text: str, space: str = " ") -> str:
+    """Escaped, with white space and control characters made visible; `space` stands for a space."""
+    text = text.replace(" ", space)
     shown = "".join("⏎" if c == "\n" else "⇥" if c == "\t" else c if c.isprintable() else "�" for c in text)
     return escape(shown)
 

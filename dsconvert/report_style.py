@@ -20,6 +20,7 @@ th { text-align: left; color: var(--soft); font-weight: 600; }
 th, td { padding: 3px 12px 3px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 td.text { font-family: ui-monospace, monospace; font-size: 12.5px; white-space: pre-wrap;
   overflow-wrap: anywhere; min-width: 70px; }
+.checks td:nth-child(-n+2) { white-space: nowrap; }
 mark { background: var(--mark); color: inherit; border-radius: 2px; }
 svg { width: 100%; height: auto; display: block; margin: 6px 0; }
 svg text { font-size: 11px; fill: var(--soft); paint-order: stroke; stroke: var(--back); stroke-width: 3px; }

@@ -102,7 +102,7 @@ def prove(path: Path, reference: Reference, asked: Asked) -> Generator[Event, No
         limits=limits,
         windows=chosen_text.windows,
         sizes=opened.sizes,
-        provenance=provenance(opened, reference, chosen_text, asked, comparison),
+        provenance=provenance(opened, reference, chosen_text, where, comparison),
         engine=engine,
         decode=lambda ids: str(reference.tokenizer.tokenizer.decode(list(ids), skip_special_tokens=False)),
     )
@@ -249,12 +249,13 @@ def token_bytes(reference: Reference) -> IntArray:
 
 
 def provenance(
-    opened: Opened, reference: Reference, chosen_text: Text, asked: Asked, comparison: Comparison
+    opened: Opened, reference: Reference, chosen_text: Text, where: dict[str, Any], comparison: Comparison
 ) -> dict[str, str]:
     """What was compared with what, on which text, by which versions."""
     import torch
     import transformers
 
+    place = st.pick_device(where["device"])
     scored = 0 if comparison.figures is None else comparison.figures.tokens
     return {
         "output": str(opened.path),
@@ -262,7 +263,7 @@ def provenance(
         "reference": str(reference.folder),
         "text": f"{chosen_text.source}; windows of {chosen_text.windows.length} tokens, "
         f"{scored} predictions scored",
-        "arithmetic": f"device {asked.device}, type {asked.dtype or 'of the device'}",
+        "arithmetic": f"{str(st.pick_dtype(where['dtype'], place)).removeprefix('torch.')} on {place}",
         "versions": f"dsconvert {dsconvert.__version__}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}",
     }
