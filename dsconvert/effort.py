@@ -31,6 +31,14 @@ LEAST_WINDOWS = 2
 
 
 @dataclass(frozen=True)
+class Speed:
+    """What a device does in a second: floating-point operations; weights read and compared on one side."""
+
+    flops: float
+    reading: float
+
+
+@dataclass(frozen=True)
 class Effort:
     """What to run: over all blocks when `blocks` is None, else those; `text` says it and why."""
 
@@ -41,38 +49,48 @@ class Effort:
 
 
 def choose(
-    config: ModelConfig, windows: Windows, mode: Literal["quick", "full"], device: str, seconds: float = 20.0
+    config: ModelConfig,
+    windows: Windows,
+    mode: Literal["quick", "full"],
+    device: str,
+    seconds: float = 20.0,
+    *,
+    speed: Speed | None = None,
+    least: int = LEAST_WINDOWS,
+    tokens: int = SAMPLE_TOKENS,
 ) -> Effort:
     """Size a comparison: "full" runs everything; "quick" what takes about `seconds` by estimate.
 
-    Quick takes as many of the windows as fit, at least two of them, or, where even they do not fit, a
-    sample of blocks on one short window: the first, the middle one, more where they fit.
+    Quick takes as many of the windows as fit, at least `least` of them, or, where even they do not fit, a
+    sample of blocks on one window of at most `tokens`: the first, the middle one, more where they fit.
+    `speed` is the device's own estimate when None.
     """
-    import torch
-
-    place = st.pick_device(device)
-    rate = CUDA_FLOPS if place.type == "cuda" else CPU_FLOPS_PER_CORE * torch.get_num_threads()
+    speed = speed or _speed(device)
     n, length = windows.tokens.shape
-    reading = 2 * weights(config) / READ_RATE
-    window = 2 * length * forward_flops(config, length) / rate
+    reading = 2 * weights(config) / speed.reading
+    window = 2 * length * forward_flops(config, length) / speed.flops
     fit = n if mode == "full" else min(n, int((seconds - reading) / window))
-    if fit >= min(LEAST_WINDOWS, n):
+    if fit >= min(least, n):
         total = reading + fit * window
         text = f"all {config.layers} blocks over {fit} of {n} windows of {length} tokens, about {total:.0f} s"
         return Effort(Windows(windows.tokens[:fit], windows.first[:fit]), None, total, text)
-    short = min(length, SAMPLE_TOKENS)
-    block = block_weights(config) * (2 / READ_RATE + 4 * short / rate)
-    tables = 2 * config.vocab_size * config.hidden_size / READ_RATE  # the embedding, of both
-    count = min(max(2, int((seconds - tables) / block)), config.layers)
+    short = min(length, tokens)
+    block = block_weights(config) * (2 / speed.reading + 4 * short / speed.flops)
+    count = min(max(2, int(seconds / block)), config.layers)
     spread = np.linspace(0, config.layers - 1, count) if count > 2 else (0, config.layers // 2)
     blocks = tuple(sorted({int(i) for i in spread}))
     text = (
         f"blocks {', '.join(map(str, blocks))} of {config.layers} on {short} tokens, each on the reference's "
         f"input; all of it would take about {reading + n * window:.0f} s: --verify full"
     )
-    return Effort(
-        Windows(windows.tokens[:1, :short], windows.first[:1]), blocks, tables + len(blocks) * block, text
-    )
+    return Effort(Windows(windows.tokens[:1, :short], windows.first[:1]), blocks, len(blocks) * block, text)
+
+
+def _speed(device: str) -> Speed:
+    import torch
+
+    cuda = st.pick_device(device).type == "cuda"
+    return Speed(CUDA_FLOPS if cuda else CPU_FLOPS_PER_CORE * torch.get_num_threads(), READ_RATE)
 
 
 def forward_flops(config: ModelConfig, length: int) -> float:

@@ -224,12 +224,17 @@ class Noise:
 
     @property
     def decibel(self) -> float:
-        """Signal to noise: inf when equal, -inf when only noise, nan when a value was not finite."""
-        if not math.isfinite(self.signal + self.noise):
-            return math.nan
-        if not self.noise:
-            return math.inf
-        return 10 * math.log10(self.signal / self.noise) if self.signal else -math.inf
+        """Signal to noise, see `decibel`."""
+        return decibel(self.signal, self.noise)
+
+
+def decibel(signal: float, noise: float) -> float:
+    """Signal to noise of two energies: inf without noise, -inf without signal, nan when not finite."""
+    if not math.isfinite(signal + noise):
+        return math.nan
+    if not noise:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf
 
 
 def snr(base: torch.Tensor, candidate: torch.Tensor) -> float:

@@ -77,12 +77,14 @@ def _yarn(angles: Floats, config: ModelConfig, scaling: RopeScaling) -> tuple[Fl
     return blended.astype(np.float32), attention
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def norm(x: Floats, weight: Floats, eps: float) -> Floats:
     """RMSNorm over the last axis."""
     scale: Floats = 1 / np.sqrt(np.mean(np.square(x), -1, keepdims=True) + np.float32(eps))
     return x * scale * weight
 
 
+@np.errstate(over="ignore", invalid="ignore")  # exp of a gate may be inf; what is broken shows in the result
 def block(config: ModelConfig, weights: Mapping[str, Floats], x: Floats) -> Floats:
     """One decoder layer: states [n, length, d] to new states; `weights` by module attribute."""
 
@@ -99,9 +101,15 @@ def block(config: ModelConfig, weights: Mapping[str, Floats], x: Floats) -> Floa
     x = x + linear("self_attn.o_proj", mixed)
     states = norm(x, weights["post_attention_layernorm.weight"], config.norm_eps)
     gate = linear("mlp.gate_proj", states)
-    with np.errstate(over="ignore"):  # exp of a very negative gate is inf, and the gate is closed
-        gate /= 1 + np.exp(-gate)
+    gate /= 1 + np.exp(-gate)
     return x + linear("mlp.down_proj", gate * linear("mlp.up_proj", states))
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def logits(x: Floats, weight: Floats, head: Floats, eps: float) -> Floats:
+    """Final norm and head [vocab, d]: states [tokens, d] to logits [tokens, vocab]."""
+    found: Floats = norm(x, weight, eps) @ head.T
+    return found
 
 
 def rotate(config: ModelConfig, q: Floats, k: Floats) -> tuple[Floats, Floats]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from math import prod
@@ -17,7 +18,7 @@ from converters.gguf.job import Job, Output
 from converters.gguf.parse import GGUFFile, StoredTensor, open_gguf
 from converters.gguf.reader import GGUFModel, open_model
 from converters.gguf.towers import Towers
-from dsconvert import effort, text, thresholds, windows
+from dsconvert import effort, quick, text, thresholds, windows
 from dsconvert.arch import Sizes, Spec
 from dsconvert.events import Check, Event, Step
 from dsconvert.inner import language_model
@@ -25,11 +26,11 @@ from tokenizer_tools import identity, parity
 from tokenizer_tools.library import ids as encode
 
 QUICK_PARAMETERS = 50_000_000  # of towers whose embeddings a quick check compares
-QUICK_SHARE = 0.2  # of the conversion's time, for running blocks in a quick check
-QUICK_SECONDS = 5.0  # and at least so many: two blocks are always run
+QUICK_SHARE = 1 / 3  # of the conversion's time, for a quick check
+QUICK_SECONDS = 2.0  # and at least so many: two blocks are always run
 BLOCK_BYTES = 12  # of memory per weight of a block: two models in float32, and a tensor being read
 PAGE = 8_000  # characters of held-out text whose logits are compared
-WINDOW = 128  # tokens; short, so that two windows fit where time is scarce
+WINDOW = 128  # tokens; short, so that one fits where time is scarce
 SAMPLED = (8, 4)  # rows in a row, places: how much of every tensor is compared with its source
 
 
@@ -38,27 +39,28 @@ def prove(job: Job, seconds: float = 0.0) -> Iterator[Event]:
 
     `--verify off` checks nothing and says so. Else structure, token ids, chat template and sampled rows of
     every tensor are compared; then "full" runs both models over a page of text, and "quick" as much of that
-    as fits into a fifth of the `seconds` that the conversion took: all of a small model, some blocks of a
-    big one. What was chosen is said.
+    as fits into a third of the `seconds` that the conversion took: all of a small model, some blocks of a
+    big one, in numpy, since importing torch alone takes longer. What was chosen is said.
     """
     if job.options.verify == "off":
         yield Step("verification is off: the files were not read back")
         return
-    budget = max(QUICK_SECONDS, QUICK_SHARE * seconds)
+    budget = max(QUICK_SECONDS, QUICK_SHARE * seconds) / len(job.outputs)
     for output in job.outputs:
-        yield from _prove_output(job, output, output.paths[0], budget / len(job.outputs))
+        yield from _prove_output(job, output, output.paths[0], budget)
     if job.towers is not None and job.projector is not None:
         for check in _prove_projector(job, job.towers, job.projector):
             yield replace(check, name="mmproj " + check.name) if isinstance(check, Check) else check
 
 
 def _prove_output(job: Job, output: Output, path: Path, seconds: float) -> Iterator[Event]:
+    started = time.monotonic()
     file = open_gguf(path)
     yield check_structure(job, output, file)
     yield from check_text(job, file)
     model = open_model(file)
     yield from check_weights(job, output, file, [(spec, job.config) for spec in job.specs])
-    yield from _check_logits(job, output, model, seconds)
+    yield from _check_logits(job, output, model, seconds - (time.monotonic() - started))
 
 
 def _prove_projector(job: Job, towers: Towers, output: Output) -> Iterator[Event]:
@@ -159,11 +161,14 @@ def _check_logits(job: Job, output: Output, model: GGUFModel, seconds: float) ->
         short = f"two decoder blocks need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
         yield Step(f"no blocks were run and no logits compared: {short}; --verify full does it all the same")
         return
-    chosen = effort.choose(config, windows.whole(page.tokens), "full" if full else "quick", "auto", seconds)
-    limits = thresholds.thresholds_for(output.quant)
-    comparison, _ = yield from effort.check(
-        source, model, config, chosen, limits, candidate_config=model.config
-    )
+    limits, score = thresholds.thresholds_for(output.quant), windows.whole(page.tokens)
+    if full:
+        chosen = effort.choose(config, score, "full", "auto")
+        comparison, _ = yield from effort.check(
+            source, model, config, chosen, limits, candidate_config=model.config
+        )
+    else:
+        comparison = yield from quick.check(source, model, config, score, limits, seconds, model.config)
     figures = comparison.figures
     if figures is not None:
         yield Step(

@@ -1,0 +1,275 @@
+"""The quick comparison of a conversion: in numpy, on the CPU, read by threads, so that it begins at once.
+
+What `verify.compare` and `effort.compare_blocks` find with torch, found without it. See `plain`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dsconvert import effort, plain
+from dsconvert import streaming as st
+from dsconvert.arch import WeightSource
+from dsconvert.config import ModelConfig
+from dsconvert.effort import Effort, Speed
+from dsconvert.events import BlockCompared, Event, Step
+from dsconvert.figures import TOP, BlockError, TensorError, decibel, joined, summary
+from dsconvert.plain import EMBED, NORM, Floats
+from dsconvert.thresholds import Thresholds
+from dsconvert.verify import Comparison, check_sizes, differences, judge
+from dsconvert.windows import Windows
+
+Pair = tuple[Floats, Floats]
+SLICE = 1 << 16  # values whose squares are summed at once, in cache
+TOKENS = 64  # on which sampled blocks run
+WHOLE_SECONDS = 2.0  # what running all of a small model may take by estimate
+LEAST_BLOCKS = 2
+FLOPS_PER_CORE, READS_PER_CORE = 45e9, 0.2e9  # measured on a quiet machine
+
+
+def speed() -> Speed:
+    """What all cores do together, by estimate."""
+    cores = len(os.sched_getaffinity(0))
+    return Speed(FLOPS_PER_CORE * cores, READS_PER_CORE * cores)
+
+
+def spread(layers: int) -> tuple[int, ...]:
+    """Every layer, in an order whose beginnings are spread over the model: first, middle, last, quarters."""
+    order, parts = [0, layers // 2, layers - 1], 4
+    while len(set(order)) < layers:
+        order += [layers * k // parts for k in range(1, parts, 2)]
+        parts *= 2
+    return tuple(dict.fromkeys(order))
+
+
+def check(
+    reference: WeightSource,
+    candidate: WeightSource,
+    config: ModelConfig,
+    windows: Windows,
+    limits: Thresholds,
+    seconds: float,
+    candidate_config: ModelConfig,
+) -> Generator[Event, None, Comparison]:
+    """Choose, say it, compare and judge, as `effort.check`; a big model's blocks for about `seconds`."""
+    chosen = effort.choose(
+        config, windows, "quick", "cpu", WHOLE_SECONDS, speed=speed(), least=1, tokens=TOKENS
+    )
+    if chosen.blocks is None:
+        yield Step(f"verifying {chosen.text}")
+    else:
+        chosen = replace(chosen, blocks=spread(config.layers), seconds=seconds)
+        least = min(LEAST_BLOCKS, config.layers)
+        yield Step(
+            f"verifying blocks for about {max(seconds, 0):.1f} s, at least {least} of {config.layers}, on "
+            f"{chosen.windows.length} tokens, each on the reference's input; --verify full runs all of it"
+        )
+    comparison = yield from compare(reference, candidate, config, chosen, candidate_config)
+    if chosen.blocks is not None:
+        ran = ", ".join(str(block.index) for block in comparison.blocks)
+        yield Step(f"ran blocks {ran} of {config.layers}; no logits were compared")
+    yield from judge(comparison, limits).checks
+    return comparison
+
+
+def compare(
+    reference: WeightSource,
+    candidate: WeightSource,
+    config: ModelConfig,
+    chosen: Effort,
+    candidate_config: ModelConfig | None = None,
+) -> Generator[Event, None, Comparison]:
+    """Run what was chosen of both models over the windows; the same findings as with torch.
+
+    All blocks and the logits, or the chosen blocks in their order, each on the reference's input (see
+    effort.compare_blocks), until the next would end after the chosen seconds, but LEAST_BLOCKS at least.
+    Yields BlockCompared. Raises CheckpointError, PlanError when the two cannot be the same model.
+    """
+    other = candidate_config or config
+    check_sizes(config, other)
+    st.check_ids(chosen.windows.tokens, config.vocab_size)
+    names, heads = zip(
+        *(plain.tensor_names(*side) for side in ((reference, config), (candidate, other))), strict=True
+    )
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        run = _Run((reference, candidate), (config, other), names[0], chosen.windows, pool)
+        run.config += differences(config, other)
+        if chosen.blocks is None:
+            return (yield from run.whole(heads))
+        return (yield from run.sample(chosen.blocks, chosen.seconds))
+
+
+@dataclass
+class _Run:
+    sources: tuple[WeightSource, WeightSource]
+    configs: tuple[ModelConfig, ModelConfig]
+    names: tuple[dict[str, str], ...]
+    windows: Windows
+    pool: ThreadPoolExecutor
+    config: tuple[str, ...] = ()
+    blocks: list[BlockError] = field(default_factory=list)
+    tensors: list[TensorError] = field(default_factory=list)
+
+    def whole(self, heads: tuple[str, str]) -> Generator[Event, None, Comparison]:
+        """Every block on its own model's states, then the logits of every scored prediction."""
+        tables = self.read([EMBED])[EMBED]
+        hidden = [table[self.windows.tokens] for table in tables]
+        for index in range(len(self.names)):
+            hidden = self.apply(index, hidden)
+            if broken := _broken(hidden, f"after block {index}"):
+                return self.ended(broken)
+            relative, cosine = hidden_error(*hidden)
+            self.blocks.append(BlockError(index, relative, cosine))
+            yield BlockCompared(index, len(self.names), relative, cosine)
+        norms = self.read([NORM])[NORM]
+        tied = heads == (EMBED, EMBED)
+        matrices = tables if tied else self.read_pair(*heads)
+        parts = []
+        for window, first in enumerate(self.windows.first.tolist()):
+            rows = slice(first, self.windows.length - 1)
+            logits = [
+                plain.logits(x[window, rows], norm, head, config.norm_eps)
+                for x, norm, head, config in zip(hidden, norms, matrices, self.configs, strict=True)
+            ]
+            if broken := _broken(logits, f"as logits in window {window}"):
+                return self.ended(broken)
+            columns = token_figures(logits[0], logits[1], self.windows.targets(window, rows))
+            parts.append(columns | self.windows.places(window, rows))
+        tokens = joined(parts)
+        return replace(self.ended(""), figures=summary(tokens), tokens=tokens)
+
+    def sample(self, blocks: tuple[int, ...], seconds: float) -> Generator[Event, None, Comparison]:
+        """Block 0 on the embedded text, the others on what the reference's block 0 made of it."""
+        started = before = time.monotonic()
+        start = self.embedded()
+        for index in blocks:
+            base, candidate = self.apply(index, [start, start])
+            if broken := _broken([base, candidate], f"after block {index}"):
+                return self.ended(broken)
+            relative, cosine = hidden_error(base, candidate)
+            update = float(np.mean(_length(candidate - base) / np.maximum(_length(base - start), 1e-38)))
+            self.blocks.append(BlockError(index, relative, cosine, update))
+            yield BlockCompared(index, len(self.names), relative, cosine)
+            start = base if index == 0 else start
+            now = time.monotonic()
+            if len(self.blocks) >= LEAST_BLOCKS and now + (now - before) > started + seconds:
+                break
+            before = now
+        return self.ended("")
+
+    def ended(self, broken: str) -> Comparison:
+        """The comparison without figures, as it stands."""
+        return Comparison(None, None, tuple(self.blocks), tuple(self.tensors), self.config, broken)
+
+    def embedded(self) -> Floats:
+        """The reference's embedded text; of both tables only the rows in use are read and compared."""
+        used, places = np.unique(self.windows.tokens, return_inverse=True)
+        base, candidate = (
+            np.concatenate([source.float32_rows(EMBED, i, i + 1) for i in used.tolist()])
+            for source in self.sources
+        )
+        self.note(EMBED, base, candidate)
+        states: Floats = base[places.reshape(self.windows.tokens.shape)]
+        return states
+
+    def apply(self, index: int, hidden: list[Floats]) -> list[Floats]:
+        """What block `index` of both makes of their states; its tensors are compared too."""
+        names = self.names[index]
+        both = self.read(names.values())
+        return [
+            plain.block(config, {attribute: both[name][side] for attribute, name in names.items()}, x)
+            for side, (config, x) in enumerate(zip(self.configs, hidden, strict=True))
+        ]
+
+    def read(self, names: Iterable[str]) -> dict[str, Pair]:
+        """These tensors of both in float32, read on every core, each one's error noted."""
+        names = list(names)
+        return dict(zip(names, self.pool.map(lambda name: self.read_pair(name, name), names), strict=True))
+
+    def read_pair(self, name: str, other: str) -> Pair:
+        """A tensor of the reference and its counterpart."""
+        base, candidate = self.sources[0].float32(name), self.sources[1].float32(other)
+        self.note(other, base, candidate)
+        return base, candidate
+
+    def note(self, name: str, base: Floats, candidate: Floats) -> None:
+        """Keep the error of a tensor of the candidate."""
+        kind, shape = self.sources[1].dtype(name), self.sources[1].shapes()[name]
+        self.tensors.append(TensorError(name, kind, shape, snr(base, candidate)))
+
+
+def _broken(values: list[Floats], where: str) -> str:
+    """Which of the two gives a value that is not finite, if one does."""
+    for who, array in zip(("the reference", "the candidate"), values, strict=True):
+        if not np.isfinite(np.abs(array).max()):
+            return f"{who} gives non-finite values {where}"
+    return ""
+
+
+def _length(x: Floats) -> npt.NDArray[np.float64]:
+    length: npt.NDArray[np.float64] = np.sqrt(np.einsum("...d,...d->...", x, x, dtype=np.float64))
+    return length
+
+
+def hidden_error(base: Floats, candidate: Floats) -> tuple[float, float]:
+    """The means over tokens of |q - base| / |base| and of the cosine; see figures.BlockError."""
+    sizes, error = np.maximum(_length(base), 1e-38), _length(candidate - base)
+    dots = np.einsum("...d,...d->...", base, candidate, dtype=np.float64)
+    cosine = np.where(error == 0, 1.0, dots / (sizes * np.maximum(_length(candidate), 1e-38)))
+    return float(np.mean(error / sizes)), float(np.mean(cosine))
+
+
+def snr(base: Floats, candidate: Floats) -> float:
+    """Signal to noise of a tensor in dB; see figures.decibel."""
+    signal = noise = 0.0
+    for a, b in zip(_slices(base), _slices(candidate), strict=True):
+        energies = _energies(a, b)
+        if not (math.isfinite(sum(energies)) and all(energies)):  # broken, equal, or beyond float32's squares
+            energies = _energies(a.astype(np.float64), b.astype(np.float64))
+        signal, noise = signal + energies[0], noise + energies[1]
+    return decibel(signal, noise)
+
+
+def _energies(base: npt.NDArray[Any], candidate: npt.NDArray[Any]) -> tuple[float, float]:
+    with np.errstate(all="ignore"):
+        difference = candidate - base
+        # einsum, since BLAS would start its threads for every slice, on each thread of the pool
+        return float(np.einsum("i,i", base, base)), float(np.einsum("i,i", difference, difference))
+
+
+def _slices(array: Floats) -> Iterator[Floats]:
+    flat = array.reshape(-1)
+    for start in range(0, len(flat), SLICE):
+        yield flat[start : start + SLICE]
+
+
+def token_figures(base: Floats, candidate: Floats, targets: npt.NDArray[np.int64]) -> dict[str, Any]:
+    """Logits [tokens, vocab] of both and the tokens that follow: the measured columns of TokenFigures."""
+    logs = [_log_softmax(base), _log_softmax(candidate)]
+    count = min(TOP, base.shape[1])
+    best = [np.argpartition(-x, count - 1, 1)[:, :count] for x in logs]
+    rows = np.arange(len(targets))
+    return {
+        "nll_base": -logs[0][rows, targets],
+        "nll": -logs[1][rows, targets],
+        "kld": np.maximum(np.sum(np.exp(logs[0]) * (logs[0] - logs[1]), 1), 0.0),
+        "top_base": base.argmax(1),
+        "top": candidate.argmax(1),
+        "overlap": (best[0][:, :, None] == best[1][:, None, :]).any(2).mean(1),
+    }
+
+
+def _log_softmax(logits: Floats) -> npt.NDArray[np.float64]:
+    x = logits.astype(np.float64)
+    x -= x.max(1, keepdims=True)
+    x -= np.log(np.exp(x).sum(1, keepdims=True))
+    return x
