@@ -41,22 +41,38 @@ def factorize(H: torch.Tensor, dead: torch.Tensor, columns: torch.Tensor, damp: 
     `dead` bool [K] are the inputs that were never active; their pivots are 1. Damping grows tenfold, twice
     at the most, where H is not positive definite.
     """
-    import torch
 
     mean = float(H.diagonal().double().sum()) / int((~dead).sum())
     flipped = columns.flip(0)
     for rung in range(TRIES):
         fraction = damp * 10**rung if damp else (0.0, 0.01, 0.1)[rung]
-        # Cholesky of the matrix with rows and columns reversed is an upper factor of the matrix itself.
-        A = H[flipped[:, None], flipped].double()
-        A.diagonal().add_(dead[flipped].double()).add_(fraction * mean)
-        L, info = torch.linalg.cholesky_ex(A)
-        del A
+        L, failed = _cholesky(H, flipped, dead, fraction * mean)
         pivots = L.diagonal().clone()
-        if int(info) == 0 and float(pivots.min()) > WEAKEST * float(pivots.max()):
-            U = L.div_(pivots).to(H.dtype).flip(0, 1)  # rounded first: two copies in float64 are the peak
-            return Factor(U, pivots.flip(0).square().to(H.dtype), fraction * mean, fraction)
+        if not failed and float(pivots.min()) > WEAKEST * float(pivots.max()):
+            U = L.div_(pivots).to(H.dtype)
+            del L  # before U is turned round: a second float64 matrix would be the peak of the whole solve
+            return Factor(U.flip(0, 1), pivots.flip(0).square().to(H.dtype), fraction * mean, fraction)
     return None
+
+
+def _cholesky(
+    H: torch.Tensor, flipped: torch.Tensor, dead: torch.Tensor, shift: float
+) -> tuple[torch.Tensor, bool]:
+    """The lower factor of the damped H in float64, in the order `flipped`, and whether it failed.
+
+    Cholesky of a matrix with rows and columns reversed is an upper factor of the matrix itself. One float64
+    matrix is all that it takes: LAPACK's layout is the transpose's, so the factor replaces the matrix.
+    """
+    import torch
+
+    A = torch.empty(H.shape, dtype=torch.float64, device=H.device)
+    for start in range(0, len(A), BLOCK):
+        rows = flipped[start : start + BLOCK]
+        A[start : start + BLOCK] = H[rows[:, None], flipped]
+    A.diagonal().add_(dead[flipped].double()).add_(shift)
+    info = torch.empty(0, dtype=torch.int32, device=H.device)
+    torch.linalg.cholesky_ex(A.mT, out=(A.mT, info))
+    return A.mT, bool(info)
 
 
 def walk(
