@@ -25,7 +25,7 @@ def sample():
         for line in open("/proc/self/status"):
             if line.startswith("RssAnon"):
                 peak = max(peak, int(line.split()[1]) * 1024)
-        time.sleep(0.002)
+        time.sleep(0.01)
 
 thread = threading.Thread(target=sample)
 thread.start()
@@ -35,7 +35,7 @@ done.set()
 thread.join()
 print(peak)
 """
-LAYERS = (2, 10)
+LAYERS = (2, 6)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc to measure memory (Linux)")
