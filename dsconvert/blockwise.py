@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from dsconvert import capture
 from dsconvert import streaming as st
 from dsconvert.errors import ConversionError
-from dsconvert.events import Event, Step
+from dsconvert.events import Event, Step, TensorDone
 from dsconvert.ranks import ALONE, Ranks
 from dsconvert.resume import State
 from dsconvert.safetensors_header import Stored
-from dsconvert.safetensors_writer import Piece, from_bytes
+from dsconvert.safetensors_writer import Piece, from_bytes, from_stored
 
 if TYPE_CHECKING:
     import torch
@@ -186,6 +186,23 @@ def _weight(block: st.Block, name: str) -> torch.Tensor:
     """The weight that a linear computes with."""
     weight: torch.Tensor = block.linears[name].weight  # type: ignore[assignment]
     return weight
+
+
+def collected(state: State) -> tuple[dict[str, Piece], dict[str, str]]:
+    """The tensors of all blocks in `state`, and why a linear is rounded to nearest, by name, where one is."""
+    pieces: dict[str, Piece] = {}
+    fell_back: dict[str, str] = {}
+    for index, record in enumerate(state.records()):
+        pieces |= {name: from_stored(tensor) for name, tensor in state.tensors(index).items()}
+        fell_back |= {one["name"]: one["fell_back"] for one in record["linears"] if one["fell_back"]}
+    return pieces, fell_back
+
+
+def progress(nbytes: Mapping[str, int], name: str, kind: str) -> TensorDone:
+    """How far a run is that has just finished the linear `name`, counted in bytes of the output's linears."""
+    order = list(nbytes)
+    done = sum(nbytes[other] for other in order[: order.index(name) + 1])
+    return TensorDone(name, kind, nbytes[name], done, sum(nbytes.values()))
 
 
 def summary(what: str, linears: list[dict[str, Any]], seconds: float) -> str:

@@ -55,10 +55,6 @@ class Selection:
         """A linear's name in the output, without ".weight"."""
         return self.names[name].removesuffix(".weight")
 
-    def layer(self, index: int) -> list[str]:
-        """The linears of one block, in the table's order."""
-        return [name for name in self.linears if int(name.split(".")[2]) == index]
-
 
 def select(model: str, language_only: bool, head: bool = False) -> Selection:
     """Open a checkpoint and match it with its table both ways; reads no weights.

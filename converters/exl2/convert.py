@@ -19,10 +19,10 @@ from converters.exl2.shapes import HEAD
 from converters.exl2.solver import Solved, solve
 from dsconvert import __version__
 from dsconvert import streaming as st
-from dsconvert.blockwise import Solution, quantize_blocks
+from dsconvert.blockwise import Solution, progress, quantize_blocks
 from dsconvert.calibrate import Wanted, calibrate
 from dsconvert.calibration import Calibration
-from dsconvert.events import Event, Finished, Planned, Step, TensorDone, TensorPlan, Warn
+from dsconvert.events import Event, Finished, Planned, Step, TensorPlan, Warn
 from dsconvert.resume import State, open_state
 from dsconvert.safetensors_header import Stored, values
 from dsconvert.safetensors_writer import from_array
@@ -181,8 +181,7 @@ def solve_blocks(
         figures = (solved.loss, solved.rtn_loss, solved.damp, solved.dead, solved.fell_back)
         event = LinearSolved(name, choice.text(name), *figures, time.monotonic() - started)
         yield event
-        done = sum(n for other, n in list(nbytes.items())[: list(nbytes).index(name) + 1])
-        yield TensorDone(name, choice.text(name), nbytes[name], done, sum(nbytes.values()))
+        yield progress(nbytes, name, choice.text(name))
         if solved.fell_back:
             yield Warn(f"{name} is rounded to nearest: {solved.fell_back}")
         pieces = {n: from_array(a) for n, a in packed.tensors(choice.stem(job, name)).items()}

@@ -15,6 +15,7 @@ from converters.exl2.measure import Measured
 from converters.exl2.settings import Group
 from converters.exl2.shapes import HEAD
 from dsconvert import __version__
+from dsconvert.blockwise import collected
 from dsconvert.calibration import Calibration
 from dsconvert.checkpoint import Checkpoint
 from dsconvert.errors import QuantizationError
@@ -52,15 +53,14 @@ def write(job: Job, calibration: Calibration, measured: Measured, choice: Choice
     """Write the folder; gives the bytes of its weights."""
     checkpoint = job.model.checkpoint
     pieces = {out: as_half(checkpoint, name) for out, name in job.kept.items()}
-    for index in range(len(state.records())):
-        pieces |= {name: from_stored(tensor) for name, tensor in state.tensors(index).items()}
+    solved, fell_back = collected(state)
     vision = {name: from_stored(checkpoint.tensors[name]) for name in job.vision}
     return write_folder(
         job.out,
         checkpoint.folder,
         raw_config(job),
-        pieces,
-        quantization_settings(job, calibration, choice, state),
+        pieces | solved,
+        quantization_settings(job, calibration, choice, fell_back),
         extra={"measurement.json": measuring.as_file(measured, job.model.linears)},
         beside={VISION: vision} if vision else {},
         naming=NAMING,
@@ -91,11 +91,11 @@ def as_half(checkpoint: Checkpoint, name: str) -> Piece:
     return Piece("F16", shape, chunks)
 
 
-def quantization_settings(job: Job, calibration: Calibration, choice: Choice, state: State) -> dict[str, Any]:
+def quantization_settings(
+    job: Job, calibration: Calibration, choice: Choice, fell_back: Mapping[str, str]
+) -> dict[str, Any]:
     """The `quantization_config` of config.json: what the runtime's own converter states, and provenance."""
     rows, length = calibration.tokens.shape
-    linears = [linear for record in state.records() for linear in record["linears"]]
-    fell_back = {linear["name"]: linear["fell_back"] for linear in linears if linear["fell_back"]}
     found: dict[str, Any] = {
         "quantizer": [f"dsconvert:{__version__}"],
         "bits_per_weight": round(choice.bpw, 4),

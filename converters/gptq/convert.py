@@ -16,10 +16,10 @@ from converters.gptq.shapes import HEAD_RULE, refusing_runtimes
 from converters.gptq.solver import Solved, solve
 from dsconvert import __version__
 from dsconvert import streaming as st
-from dsconvert.blockwise import Solution, quantize_blocks
+from dsconvert.blockwise import Solution, collected, progress, quantize_blocks
 from dsconvert.calibrate import Wanted, calibrate
 from dsconvert.calibration import Calibration
-from dsconvert.events import Event, Finished, Planned, Step, TensorDone, TensorPlan, Warn
+from dsconvert.events import Event, Finished, Planned, Step, TensorPlan, Warn
 from dsconvert.model_folder import write_folder
 from dsconvert.ranks import ALONE, Ranks
 from dsconvert.resume import State, open_state, state_folder
@@ -154,7 +154,7 @@ def solve_blocks(
         figures = (solved.loss, solved.rtn_loss, solved.damp, solved.dead, solved.fell_back)
         event = LinearSolved(name, *figures, time.monotonic() - started)
         yield event
-        yield progress(job, nbytes, name)
+        yield progress(nbytes, name, f"gptq{job.options.bits}")
         if solved.fell_back:
             yield Warn(f"{name} is rounded to nearest: {solved.fell_back}")
         pieces = {n: from_array(a) for n, a in packed.tensors(job.model.stem(name)).items()}
@@ -180,31 +180,27 @@ def packed_of(solved: Solved, bits: int) -> packing.Packed:
     return packing.pack(codes, scales, zeros, g_idx, bits)
 
 
-def progress(job: Job, nbytes: Mapping[str, int], name: str) -> TensorDone:
-    """How far the run is, counted in bytes of the output's linears."""
-    order = list(nbytes)
-    done = sum(nbytes[n] for n in order[: order.index(name) + 1])
-    return TensorDone(name, f"gptq{job.options.bits}", nbytes[name], done, sum(nbytes.values()))
-
-
 def write(job: Job, calibration: Calibration, state: State) -> int:
     """The folder, of what is kept and of the blocks in `state`; gives the bytes of its weights."""
     model = job.model
     pieces = {out: from_stored(model.checkpoint.tensors[name]) for out, name in model.kept.items()}
-    for index in range(len(state.records())):
-        pieces |= {name: from_stored(tensor) for name, tensor in state.tensors(index).items()}
+    solved, fell_back = collected(state)
     settings = quantization_settings(job.layout, job.options.damp, job.options.lm_head)
-    settings["meta"] = {**settings["meta"], **provenance(job, calibration, state)}
+    settings["meta"] = {**settings["meta"], **provenance(job, calibration, fell_back)}
     extra = {**model.files, "quantize_config.json": settings}  # where old readers look
     return write_folder(
-        job.out, model.checkpoint.folder, model.raw, pieces, settings, extra=extra, force=job.options.force
+        job.out,
+        model.checkpoint.folder,
+        model.raw,
+        pieces | solved,
+        settings,
+        extra=extra,
+        force=job.options.force,
     )
 
 
-def provenance(job: Job, calibration: Calibration, state: State) -> Mapping[str, Any]:
+def provenance(job: Job, calibration: Calibration, fell_back: Mapping[str, str]) -> Mapping[str, Any]:
     """What the weights depend on besides the checkpoint, and which linears fell back."""
-    linears = [linear for record in state.records() for linear in record["linears"]]
-    fell_back = {linear["name"]: linear["fell_back"] for linear in linears if linear["fell_back"]}
     found: dict[str, Any] = {"act_order": job.options.act_order, "mse": job.options.mse}
     found["calibration"] = calibration.report.as_dict()
     return found | ({"round_to_nearest": fell_back} if fell_back else {})
