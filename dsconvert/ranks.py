@@ -8,6 +8,7 @@ the first process tells it, the others leave without a word.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -159,6 +160,12 @@ def joined() -> Iterator[Ranks]:
     distributed.init_process_group(backend, timeout=TIMEOUT)
     yield ranks
     distributed.destroy_process_group()  # after an error the process only ends: the others may be gone
+
+
+def still_joined() -> bool:
+    """Whether this process is in a group, which it leaves only without an error."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and bool(distributed.is_available() and distributed.is_initialized())
 
 
 @contextmanager

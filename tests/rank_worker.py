@@ -6,6 +6,7 @@ rank_worker.py dies RANK BLOCK WORDS...    `dsconvert WORDS...`; ends where BLOC
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from pathlib import Path
@@ -35,7 +36,10 @@ def moments(ranks: Ranks = ALONE) -> dict[str, Any]:
 
 
 def dies(rank: int, block: int) -> None:
-    """Let the process of this number end without a word in the block, as after kill -9."""
+    """Let the process of this number end without a word in the block, as after kill -9.
+
+    The others abort at their end, as torch's threads of a broken group make them do now and then.
+    """
     load, alone = st.load_block, os.environ["RANK"] != str(rank)
 
     def ending(decoder: Any, index: int) -> Any:
@@ -44,6 +48,8 @@ def dies(rank: int, block: int) -> None:
         return load(decoder, index)
 
     st.load_block = ending
+    if alone:
+        atexit.register(os.abort)
 
 
 if __name__ == "__main__":

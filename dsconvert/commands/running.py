@@ -37,7 +37,7 @@ def run(work: Callable[[], int], *, as_json: bool, debug: bool) -> None:
         if debug:
             raise
         code = console.fail(_unexpected(error), as_json)
-    sys.exit(code)
+    _leave(code)
 
 
 def on_each_rank(work: Callable[[Ranks], Iterator[Event]], show: Callable[[Iterator[Event]], int]) -> int:
@@ -54,6 +54,17 @@ def on_each_rank(work: Callable[[Ranks], Iterator[Event]], show: Callable[[Itera
         except (ToldElsewhere, Gone, KeyboardInterrupt):
             return STOPPED
         return PASSED
+
+
+def _leave(code: int) -> None:
+    """End the process; one that an error took out of its group at once, or torch may abort it on the way out."""
+    from dsconvert.ranks import still_joined
+
+    if still_joined():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
