@@ -57,7 +57,7 @@ def on_each_rank(work: Callable[[Ranks], Iterator[Event]], show: Callable[[Itera
 
 
 def _leave(code: int) -> None:
-    """End the process; at once where an error took it out of its group: torch might abort it on the way out."""
+    """End the process; at once where an error took it out of its group: torch might abort it at its end."""
     from dsconvert.ranks import still_joined
 
     if still_joined():
