@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tiny
 
-# One process imports once, then forks a child for each attempt and kills it at a random moment. A run that is
+# One process imports once, then forks a child for each attempt, to be killed at a random moment. A run that is
 # killed is resumed; one that ends is compared with the run that nobody killed, and the next begins anew.
 ATTEMPTS = """
 import hashlib, os, random, shutil, signal, sys, time
@@ -18,7 +18,7 @@ from converters.gptq.convert import convert
 from converters.gptq.job import Options
 
 torch.set_num_threads(1)
-model, folder, attempts = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+model, folder, kills = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 out, state = folder / "out", folder / "out.state"
 asked = dict(bits=4, group_size=32, calib="builtin", calib_samples=4, calib_len=128, verify="off")
 
@@ -48,13 +48,13 @@ assert not state.exists()
 shutil.rmtree(out)
 rng = random.Random(5)
 killed = resumed = 0
-for number in range(attempts):
+while killed < kills:
     resumed += any(state.glob("block-*.json"))
     code = attempt(rng.uniform(0, whole))
     assert code in (0, -signal.SIGKILL), code
     killed += code == -signal.SIGKILL
     if out.exists():
-        assert files() == good, number
+        assert files() == good, killed
         shutil.rmtree(out)
 if not out.exists():
     assert attempt(None) == 0
@@ -67,9 +67,9 @@ print(killed, resumed)
 def test_kill_at_20_random_moments_and_resume(tmp_path: Path) -> None:
     model = tiny.tiny_checkpoint(tmp_path / "model", layers=6, d=128, ff=352)
     (tmp_path / "out").mkdir()
-    command = [sys.executable, "-W", "ignore", "-c", ATTEMPTS, str(model), str(tmp_path / "out"), "24"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    command = [sys.executable, "-W", "ignore", "-c", ATTEMPTS, str(model), str(tmp_path / "out"), "20"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
     killed, resumed = map(int, done.stdout.split())
-    assert killed >= 15, "most attempts should have been killed before they ended"
+    assert killed == 20
     assert resumed >= 5, "several should have gone on from finished blocks"
