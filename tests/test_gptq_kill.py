@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tiny
 
-# One process imports once, then forks a child for each attempt, to be killed at a random moment. A run that is
+# One process imports once, then forks a child for each attempt and kills it at a random moment. One that is
 # killed is resumed; one that ends is compared with the run that nobody killed, and the next begins anew.
 ATTEMPTS = """
 import hashlib, os, random, shutil, signal, sys, time
