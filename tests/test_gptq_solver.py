@@ -210,7 +210,7 @@ def test_damping_climbs_the_ladder_where_it_must() -> None:
     W, H = problem(8, 64, seed=2)
     values, vectors = torch.linalg.eigh(H)
     values[0] = -0.05 * H.diagonal().mean()
-    solved = solve(W, vectors @ torch.diag(values) @ vectors.T, Options(Scheme(4, 32)))
+    solved = solve(W, vectors @ torch.diag(values) @ vectors.T, Options(Scheme(4, 32), damp=0.01))
     assert (solved.damp, solved.fell_back) == (0.1, None)
 
 

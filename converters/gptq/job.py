@@ -36,7 +36,7 @@ class Options:
     act_order: bool = True
     dynamic_groups: bool = False
     sym: bool = True
-    damp: float = 0.01
+    damp: float = 0.05
     mse: bool = False
     calib: str = "c4"
     calib_samples: int = 128

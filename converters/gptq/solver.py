@@ -26,7 +26,7 @@ class Options:
     scheme: Scheme = field(default_factory=Scheme)
     act_order: bool = False
     dynamic_groups: bool = False
-    damp: float = 0.01
+    damp: float = 0.05
     mse: bool = False
 
     @property
@@ -129,7 +129,7 @@ def _check(W: torch.Tensor, H: torch.Tensor | None, options: Options) -> None:
             why=f"The weight has shape {list(W.shape)}, {W.dtype}, {W.device}",
         )
     if not 0 <= options.damp < math.inf:
-        raise UsageError(f"a damping of {options.damp} makes no sense", hint="Give --damp 0.01 or the like")
+        raise UsageError(f"a damping of {options.damp} makes no sense", hint="Give --damp 0.05 or the like")
     if not bool(W.isfinite().all()):
         raise QuantizationError(
             "has weights that are no finite numbers",
