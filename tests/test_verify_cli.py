@@ -265,6 +265,14 @@ def test_compare_puts_outputs_side_by_side(files: dict[str, Path], tmp_path: Pat
     assert html.count("sample-q8_0.gguf") >= 2  # in the plot and in the table
 
 
+def test_compare_says_whose_checks_they_are(files: dict[str, Path]) -> None:
+    both = files["q4_0"], files["q8_0"]
+    lines = command("compare", *both, "--against", "sample:", "--windows", 1).stdout.splitlines()
+    heads = [lines.index(f"{path}:") for path in both]
+    checks = [number for number, line in enumerate(lines) if "mean KLD " in line and line.startswith("ok")]
+    assert heads[0] < checks[0] < heads[1] < checks[1]
+
+
 def test_compare_fails_when_one_fails(files: dict[str, Path]) -> None:
     limit = ("--max-kld", 0.001)
     result = command(

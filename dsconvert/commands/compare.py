@@ -38,9 +38,11 @@ def compare(
         from dsconvert.commands.sources import open_reference
 
         reference = open_reference(against)
-        proofs = [
-            console.follow(prove(path, reference, Asked(**asked)), quiet or machine) for path in outputs
-        ]
+        proofs = []
+        for path in outputs:
+            if not (quiet or machine):
+                console.say(f"{path}:")
+            proofs.append(console.follow(prove(path, reference, Asked(**asked)), quiet or machine))
         outcomes = [outcome(proof) for proof in proofs]
         title = f"Outputs of {reference.folder.resolve().name}"
         if report is not None:
