@@ -10,6 +10,7 @@ from dsconvert import capture
 from dsconvert import streaming as st
 from dsconvert.errors import ConversionError
 from dsconvert.events import Event, Step, TensorDone
+from dsconvert.memory import give_back
 from dsconvert.ranks import ALONE, Ranks
 from dsconvert.resume import State
 from dsconvert.safetensors_header import Stored
@@ -115,6 +116,7 @@ def _solve_group(
     with ranks.together():
         for index, name in enumerate(names):
             if ranks.owner(index) == ranks.rank:
+                give_back()
                 own[name] = yield from _noted(_named(name, solve(name, st.read(decoder, name), moment)))
     found: list[tuple[str, int, Known]] = []
     for index, name in enumerate(names):

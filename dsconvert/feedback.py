@@ -141,7 +141,8 @@ def undamped(total: float, error: torch.Tensor, factor: Factor) -> float:
     """The loss without damping, given the loss with it."""
     import torch
 
-    return max(total - factor.shift * float(error.square().sum(dtype=torch.float64)), 0.0)
+    squares = sum(float(part.square().sum(dtype=torch.float64)) for part in error.split(BLOCK))
+    return max(total - factor.shift * squares, 0.0)
 
 
 def row_losses(factor: Factor) -> torch.Tensor:

@@ -85,14 +85,15 @@ def solve(W: torch.Tensor, H: torch.Tensor, options: Options) -> Solved:
     dead = H.diagonal() == 0
     if bool(dead.all()):
         return _plain(round_to_nearest(W, options), 0.0, "no input of this linear was ever active")
-    W = W.masked_fill(dead, 0)
+    W = W.masked_fill(dead, 0) if bool(dead.any()) else W
     rounded = replace(round_to_nearest(W, options), dead=int(dead.sum()))
-    error = (W - rounded.dequantized()).T
     order = _order(H.diagonal(), options)
     factor = feedback.factorize(H, dead, order.columns, options.damp)
     if factor is None:
-        return _plain(rounded, feedback.loss(error, H), "the Hessian is not positive definite at any damping")
-    rtn_loss = feedback.undamped(feedback.damped_loss(error[order.columns], factor), error, factor)
+        loss = feedback.loss((W - rounded.dequantized()).T, H)
+        return _plain(rounded, loss, "the Hessian is not positive definite at any damping")
+    error = (W - rounded.dequantized()).T[order.columns]
+    rtn_loss = feedback.undamped(feedback.damped_loss(error, factor), error, factor)
     del error
     solved = replace(_walk(W, factor, order, options, rounded), rtn_loss=rtn_loss)
     if not solved.loss <= rtn_loss:
