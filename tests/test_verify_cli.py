@@ -5,20 +5,26 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 from click.testing import CliRunner, Result
+from hub_server import Hub, client_environment, serving
+from test_textdata import gzipped, parquet
 
 from converters.gguf import proof
 from converters.gguf.parse import open_gguf
-from dsconvert import effort, kld_base
+from dsconvert import effort, kld_base, text
 from dsconvert.cli import cli
 from dsconvert.locate import locate
+from dsconvert.textdata import SETS
 
 pytest.importorskip("torch")
 PEERS = Path(__file__).parents[2] / "shared" / "data" / "peers"
@@ -242,6 +248,33 @@ def test_the_real_runtime_shows_what_another_name_does(files: dict[str, Path], t
     result = command("verify", changed, "--against", "sample:", "--windows", 1, "--engine", "llama.cpp")
     assert result.exit_code == 3, result.output
     assert "llama.cpp's token ids differ" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["c4", "wikitext2"])
+def test_texts_of_the_literature_from_the_hub(files: dict[str, Path], tmp_path: Path, name: str) -> None:
+    """Their validation and test files, fetched once by the command itself, in a process of its own."""
+    chosen = next(one for one in SETS if one.name == name)
+    held = chosen.files["evaluation"]
+    pages = [text.evaluation_page(4000 * n)[-4000:] for n in range(1, 9)]
+    content = gzipped(pages) if name == "c4" else parquet(tmp_path / "p", {"text": pages}).read_bytes()
+    with serving(Hub({"datasets/" + chosen.repository: {held: content}})) as hub:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+        words = ["verify", files["q8_0"], "--against", "sample:", "--text", name]
+        done = [
+            subprocess.run(
+                [sys.executable, "-m", "dsconvert", *map(str, words), "--length", "128", "--windows", "3",
+                 "--stride", "128", "--json", "-", *more],
+                env=environment | client_environment(hub.url, tmp_path / "home"),
+                capture_output=True, text=True, check=False, timeout=120,
+            )
+            for more in ([], ["--quiet"])
+        ]  # fmt: skip
+        assert hub.methods().count("GET") == 1, "the second run takes the cached file"
+    assert [one.returncode for one in done] == [0, 0], done[0].stderr + done[1].stderr
+    first, second = (json.loads(one.stdout) for one in done)
+    assert first["provenance"]["text"].startswith(name)
+    assert first["figures"]["tokens"] == 3 * 127
+    assert first["figures"] == second["figures"]
 
 
 def test_compare_puts_outputs_side_by_side(files: dict[str, Path], tmp_path: Path) -> None:
