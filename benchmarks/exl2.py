@@ -1,6 +1,7 @@
 """Mean KL of EXL2 at several bit rates over held-out text, beside q4_0 and plain rounding to 4 bits.
 
-    python benchmarks/exl2.py MODEL_PATH [--bpw 2.5,3,4,5,6] [--samples 32] [--length 1024] [--work FOLDER]
+    python benchmarks/exl2.py MODEL_PATH [--bpw 2.5,3,4,5,6] [--samples 32] [--length 1024] [--damp 0.01]
+                              [--work FOLDER]
 
 One measurement serves all bit rates. Per rate: the bits per weight reached, the mean KL divergence and what
 the allocation had foretold of it on the calibration text, the seconds, and the process's peak memory so far.
@@ -74,6 +75,7 @@ def main() -> None:
     parser.add_argument("--bpw", default="2.5,3,4,5,6")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--damp", type=float, default=Options.damp)
     parser.add_argument("--work", type=Path)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -84,8 +86,9 @@ def main() -> None:
         }  # fmt: skip
         for bpw in map(float, given.bpw.split(",")):
             options = Options(
-                given.model, bpw=bpw, out=work / f"{bpw}", measurement=work / "measurement.json", **asked
-            )
+                given.model, bpw=bpw, damp=given.damp, out=work / f"{bpw}",
+                measurement=work / "measurement.json", **asked,
+            )  # fmt: skip
             job = prepare(options)
             seconds, events = run(convert(options))
             (more,) = (
