@@ -1,6 +1,6 @@
 """Mean KL of EXL2 at several bit rates over held-out text, beside q4_0 and plain rounding to 4 bits.
 
-    python benchmarks/exl2.py MODEL_PATH [--bpw 2.5,3,4,5,6] [--samples 32] [--length 1024] [--damp 0.01]
+    python benchmarks/exl2.py MODEL_PATH [--bpw 2.5,3,4,5,6] [--samples 32] [--length 1024] [--damp 0.05]
                               [--work FOLDER]
 
 One measurement serves all bit rates. Per rate: the bits per weight reached, the mean KL divergence and what

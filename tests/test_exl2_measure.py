@@ -19,6 +19,8 @@ from dsconvert import verify
 from dsconvert.errors import CheckpointError, QuantizationError
 from dsconvert.resume import open_state
 
+DAMP = 0.05
+
 
 def problem(outputs: int, inputs: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Weights, a Hessian of correlated inputs of different sizes, and uneven sensitivities."""
@@ -35,12 +37,12 @@ def problem(outputs: int, inputs: int, seed: int) -> tuple[torch.Tensor, torch.T
 @pytest.mark.parametrize("role", ["qkv", "gate_up", "down"])
 def test_what_is_foretold_is_what_the_solver_leaves(role: str) -> None:
     W, H, s = problem(160, 256, seed=1)
-    options = measure_linear("name", W, H, s, role, 0.01)
+    options = measure_linear("name", W, H, s, role, DAMP)
     assert [o.setting for o in options] == [setting.text for setting in settings_for(role, 256)]
     for option in options[::3]:
         groups = groups_for(256, named(option.setting))
         assert option.bits == bits_of(256, 160, groups)
-        E = W - solve(W, H, groups).weight
+        E = W - solve(W, H, groups, DAMP).weight
         real = float((((E @ H) * E).sum(1) * s).sum()) / 4
         # At 2 bits the feedback itself makes values leave the grid, which no plain rounding sees.
         rel = 0.5 if "2b" in option.setting else 0.15
@@ -49,15 +51,15 @@ def test_what_is_foretold_is_what_the_solver_leaves(role: str) -> None:
 
 def test_some_outputs_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     W, H, s = problem(640, 128, seed=2)
-    some = measure_linear("name", W, H, s, "o", 0.01)
+    some = measure_linear("name", W, H, s, "o", DAMP)
     monkeypatch.setattr(measure, "OUTPUTS", 640)
-    for part, whole in zip(some, measure_linear("name", W, H, s, "o", 0.01), strict=True):
+    for part, whole in zip(some, measure_linear("name", W, H, s, "o", DAMP), strict=True):
         assert part.error == pytest.approx(whole.error, rel=0.2)
 
 
 def test_more_bits_cost_less_on_the_whole() -> None:
     W, H, s = problem(128, 256, seed=3)
-    options = sorted(measure_linear("name", W, H, s, "qkv", 0.01), key=lambda o: o.bits)
+    options = sorted(measure_linear("name", W, H, s, "qkv", DAMP), key=lambda o: o.bits)
     assert options[0].error > 100 * options[-1].error
     assert all(a.error > b.error for a, b in zip(options, options[4:], strict=False))
 
@@ -66,7 +68,7 @@ def test_a_broken_weight_is_named() -> None:
     W, H, s = problem(64, 64, seed=4)
     W[3, 3] = float("nan")
     with pytest.raises(QuantizationError, match=r"model\.layers\.0\.x"):
-        measure_linear("model.layers.0.x", W, H, s, "o", 0.01)
+        measure_linear("model.layers.0.x", W, H, s, "o", DAMP)
 
 
 def measured(folder: Path, state_only: bool = False) -> Any:

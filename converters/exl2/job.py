@@ -30,7 +30,7 @@ class Options:
     model: str
     bpw: float = 4.0
     head_bits: int = 6
-    damp: float = 0.01
+    damp: float = 0.05
     measurement: Path | None = None
     calib: str = "c4"
     calib_samples: int = 128

@@ -74,7 +74,7 @@ def prepare(W: torch.Tensor, H: torch.Tensor, damp: float) -> Problem:
     return Problem(Wt, order, factor, int(dead.sum()), why)
 
 
-def solve(W: torch.Tensor, H: torch.Tensor, groups: Sequence[Group], damp: float = 0.01) -> Solved:
+def solve(W: torch.Tensor, H: torch.Tensor, groups: Sequence[Group], damp: float = 0.05) -> Solved:
     """Quantize W [N, K] to `groups` of rows so that tr((W-Q) H (W-Q)^T) is small.
 
     Both float32 on one device; neither is changed. Where H cannot be factored, or where rounding to nearest

@@ -42,7 +42,7 @@ def _number(ctx: click.Context, param: click.Parameter, value: str) -> int:
 @click.option(
     "--damp",
     type=click.FloatRange(0, 1),
-    default=0.01,
+    default=0.05,
     show_default=True,
     help="Fraction of the mean of H's diagonal that is added to it.",
 )
