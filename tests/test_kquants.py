@@ -22,8 +22,9 @@ each_type = pytest.mark.parametrize("name", KERNELS)
 
 def ours(name: str, rows: Rows) -> npt.NDArray[np.uint8]:
     """The bytes of our kernel, written over a pattern: a byte that it forgets is seen."""
-    out = np.full((rows.shape[0], QTYPES[name].nbytes(rows.shape[1])), 0xA5, dtype=np.uint8)
-    KERNELS[name](rows, out)
+    size = QTYPES[name].size
+    out = np.full((rows.shape[0], rows.shape[1] // SUPER * size), 0xA5, dtype=np.uint8)
+    KERNELS[name](rows.view(np.uint32).reshape(-1, SUPER), out.reshape(-1, size))
     return out
 
 
@@ -153,7 +154,7 @@ def test_any_number_of_rows_and_super_blocks(name: str, shape: tuple[int, int]) 
     values = np.random.default_rng(16).standard_normal((rows, blocks * SUPER)).astype(np.float32)
     size = QTYPES[name].nbytes(values.size)
     room = np.full(size + 4 * LANES, 0xA5, dtype=np.uint8)
-    KERNELS[name](values, room[:size].reshape(rows, -1))
+    KERNELS[name](values.view(np.uint32).reshape(-1, SUPER), room[:size].reshape(rows * blocks, -1))
     assert (room[:size] == ggml_oracle.quantize(name, values).reshape(-1)).all()
     assert (room[size:] == 0xA5).all()
 

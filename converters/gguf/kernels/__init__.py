@@ -42,6 +42,7 @@ SOURCES: dict[str, np.dtype[Any]] = {
 }
 # Values that are widened at a time where a kernel takes float32 only: 512 KiB, which stays in a core's cache.
 SLAB = 1 << 17
+SUPER = 256  # values in a block of the k-quants
 # Where the float16 scales lie in a block of the types that take an importance matrix (ggml-common.h).
 SCALES: dict[str, tuple[int, ...]] = {
     "q4_0": (0,),
@@ -72,7 +73,7 @@ def quantize(qtype: QType, rows: Array, out: Bytes, importance: Importance | Non
     flat, target = rows.reshape(-1), out.reshape(-1)
     direct = _direct(qtype.name, rows.dtype)
     if direct is not None and rows.flags.aligned:
-        return direct(_bits(flat, qtype), _units(target, qtype))
+        return _run(direct, qtype, flat, target)
     return _by_slabs(qtype, flat, target)
 
 
@@ -141,7 +142,17 @@ def _direct(name: str, source: np.dtype[Any]) -> Kernel | None:
         "q5_0": blocks.q5_0,
         "q5_1": blocks.q5_1,
     }
-    return kernels.get(name)
+    if name not in kernels:
+        from converters.gguf.kernels.kquants import KERNELS
+
+        return KERNELS[name]
+    return kernels[name]
+
+
+def _run(kernel: Kernel, qtype: QType, flat: Array, out: Bytes) -> int:
+    flags = kernel(_bits(flat, qtype), _units(out, qtype))
+    # The other types tell of an overflow themselves.
+    return flags or (_overflow(qtype, out) if qtype.block == SUPER else 0)
 
 
 def _by_slabs(qtype: QType, flat: Array, out: Bytes) -> int:
@@ -151,6 +162,7 @@ def _by_slabs(qtype: QType, flat: Array, out: Bytes) -> int:
     scratch = np.empty(min(SLAB, flat.size), dtype=np.float32)
     take = widen.widen_f16 if flat.dtype == np.float16 else widen.widen
     kernel = _direct(qtype.name, scratch.dtype)
+    assert kernel is not None  # float32 is taken by all
     flags = 0
     for start in range(0, flat.size, SLAB):
         source = flat[start : start + SLAB]
@@ -158,9 +170,8 @@ def _by_slabs(qtype: QType, flat: Array, out: Bytes) -> int:
         slab = scratch[: source.size]
         part = out[qtype.nbytes(start) : qtype.nbytes(start + source.size)]
         widened = take(_read_only(source.view(_UNSIGNED[source.itemsize])), slab)
-        result = kernel(_bits(slab, qtype), _units(part, qtype)) if kernel else _k_quant(qtype, slab, part)
         # An overflow is told of finite values only.
-        flags |= widened or result
+        flags |= widened or _run(kernel, qtype, slab, part)
     return flags
 
 
@@ -185,13 +196,6 @@ def _by_rows(qtype: QType, rows: Array, out: Bytes, importance: Importance) -> i
         kernel(slab, weights, part)
         flags |= _overflow(qtype, part.reshape(-1))
     return flags
-
-
-def _k_quant(qtype: QType, slab: Array, out: Bytes) -> int:
-    from converters.gguf.kernels.kquants import KERNELS
-
-    KERNELS[qtype.name](slab.reshape(1, -1), out.reshape(1, -1))
-    return _overflow(qtype, out)
 
 
 def _overflow(qtype: QType, out: Bytes) -> int:

@@ -7,9 +7,9 @@
     q5_k    176    8 of 32   d scale level - dmin min    d, dmin, 12 scales and mins, 32 high bits, 128 levels
     q6_k    210   16 of 16   d scale (level - 32)        128 low 4 bits, 64 high 2 bits, 16 scales, d
 
-d and dmin are float16. Every kernel takes float32 [n_rows, n_cols], n_cols a multiple of 256, and fills
-uint8 [n_rows, n_cols // 256 * bytes] with the bytes of ggml's quantize_row_*_ref; both C-contiguous. Pure,
-and free of locks. Importing this module imports numba; a kernel is compiled at its first call.
+d and dmin are float16. Every kernel takes `x`, bits [n, 256] (uint16: bf16, uint32: float32), fills `out`,
+uint8 [n, bytes], with the bytes of ggml's quantize_row_*_ref, and gives flags; both C-contiguous. Pure, and
+free of locks. Importing this module imports numba; a kernel is compiled at its first call.
 """
 
 from __future__ import annotations
@@ -23,113 +23,128 @@ from converters.gguf.kernels import kq_affine as affine
 from converters.gguf.kernels import kq_pack as pack
 from converters.gguf.kernels import kq_symmetric as symmetric
 from converters.gguf.kernels.compile import kernel
-from converters.gguf.kernels.kq_lanes import LANES, ORDER, SUPER, Bytes, Floats, gather
+from converters.gguf.kernels.kq_lanes import LANES, ORDER, SUPER, Bytes, gather
+from converters.gguf.kernels.widen import Bits, widen_rows
 
 MANY = 16 * LANES  # sub-blocks of q3_k that are settled before the restless among them are gathered
 
 
 @kernel
-def quantize_q2_k(x: Floats, out: Bytes) -> None:
+def quantize_q2_k(x: Bits, out: Bytes) -> int:
     """16 sub-blocks, levels 0..3, scales and mins of 4 bits."""
-    rows, packed = x.reshape(-1, 16), out.reshape(-1, 84)
     blocks = np.empty((3, 16, LANES), np.float32)
     lanes = np.empty((affine.ROWS, LANES), np.float32)
-    levels = np.empty((LANES, 16), np.uint8)
+    values, levels = np.empty((LANES // 16, SUPER), np.float32), np.empty((LANES, 16), np.uint8)
+    rows = values.reshape(-1, 16)
     by_super = levels.reshape(-1, SUPER)
-    for first in range(0, len(rows), LANES):
-        part = rows[first : first + LANES]
+    flags = 0
+    for first in range(0, len(x), len(values)):
+        group = out[first : first + len(values)]
+        flags |= widen_rows(x[first : first + len(values)], values)
+        part = rows[: 16 * len(group)]
         gather(part, ORDER[: len(part)], blocks)
         affine.weigh_by_size(blocks)
         affine.search_scale_and_low(blocks, lanes, float32(3), float32(-0.5), float32(0.1), 16, True)
-        group = packed[first // 16 : (first + LANES) // 16]
         for n in range(len(group)):
             pack.pack_affine_4_bit(lanes, 16 * n, group[n, 0:16], group[n, 80:84])
         affine.level_anew(part, lanes, float32(3), levels)
         for n in range(len(group)):
             pack.pack_2_bits(by_super[n], 0, group[n, 16:80])
+    return flags
 
 
 @kernel
-def quantize_q3_k(x: Floats, out: Bytes) -> None:
+def quantize_q3_k(x: Bits, out: Bytes) -> int:
     """16 sub-blocks, levels -4..3, scales of 6 bits."""
-    rows, packed = x.reshape(-1, 16), out.reshape(-1, 110)
     blocks = np.empty((3, 16, LANES), np.float32)
     lanes = np.empty((symmetric.ROWS, MANY), np.float32)
     restless = np.empty(MANY, np.int64)
     numbers = np.empty(16, np.uint8)
-    levels = np.empty((MANY, 16), np.uint8)
+    values, levels = np.empty((MANY // 16, SUPER), np.float32), np.empty((MANY, 16), np.uint8)
+    rows = values.reshape(-1, 16)
     by_super = levels.reshape(-1, SUPER)
-    for first in range(0, len(rows), MANY):
-        part = rows[first : first + MANY]
+    flags = 0
+    for first in range(0, len(x), len(values)):
+        group = out[first : first + len(values)]
+        flags |= widen_rows(x[first : first + len(values)], values)
+        part = rows[: 16 * len(group)]
         levels[:] = 0
         count = symmetric.settle(part, blocks, lanes, restless)
         symmetric.move(part, restless[:count], blocks, lanes, levels)
-        group = packed[first // 16 : (first + MANY) // 16]
         for n in range(len(group)):
             pack.pack_symmetric_6_bit(lanes, 16 * n, numbers, group[n, 96:108], group[n, 108:110])
         symmetric.level_anew(part, lanes, float32(4), levels)
         for n in range(len(group)):
             pack.pack_1_bit(by_super[n], 2, group[n, 0:32])
             pack.pack_2_bits(by_super[n], 0, group[n, 32:96])
+    return flags
 
 
 @kernel
-def quantize_q4_k(x: Floats, out: Bytes) -> None:
+def quantize_q4_k(x: Bits, out: Bytes) -> int:
     """8 sub-blocks, levels 0..15, scales and mins of 6 bits."""
-    rows, packed = x.reshape(-1, 32), out.reshape(-1, 144)
     blocks = np.empty((3, 32, LANES), np.float32)
     lanes = np.empty((affine.ROWS, LANES), np.float32)
-    levels = np.empty((LANES, 32), np.uint8)
+    values, levels = np.empty((LANES // 8, SUPER), np.float32), np.empty((LANES, 32), np.uint8)
+    rows = values.reshape(-1, 32)
     by_super = levels.reshape(-1, SUPER)
-    for first in range(0, len(rows), LANES):
-        part = rows[first : first + LANES]
+    flags = 0
+    for first in range(0, len(x), len(values)):
+        group = out[first : first + len(values)]
+        flags |= widen_rows(x[first : first + len(values)], values)
+        part = rows[: 8 * len(group)]
         gather(part, ORDER[: len(part)], blocks)
         affine.weigh_by_mean_and_size(blocks)
         affine.search_scale_and_low(blocks, lanes, float32(15), float32(-1), float32(0.1), 21, False)
-        group = packed[first // 8 : (first + LANES) // 8]
         for n in range(len(group)):
             pack.pack_affine_6_bit(lanes, 8 * n, group[n, 0:4], group[n, 4:16])
         affine.level_anew(part, lanes, float32(15), levels)
         for n in range(len(group)):
             pack.pack_low_4_bits(by_super[n], group[n, 16:144])
+    return flags
 
 
 @kernel
-def quantize_q5_k(x: Floats, out: Bytes) -> None:
+def quantize_q5_k(x: Bits, out: Bytes) -> int:
     """8 sub-blocks, levels 0..31, scales and mins of 6 bits."""
-    rows, packed = x.reshape(-1, 32), out.reshape(-1, 176)
     blocks = np.empty((3, 32, LANES), np.float32)
     lanes = np.empty((affine.ROWS, LANES), np.float32)
-    levels = np.empty((LANES, 32), np.uint8)
+    values, levels = np.empty((LANES // 8, SUPER), np.float32), np.empty((LANES, 32), np.uint8)
+    rows = values.reshape(-1, 32)
     by_super = levels.reshape(-1, SUPER)
-    for first in range(0, len(rows), LANES):
-        part = rows[first : first + LANES]
+    flags = 0
+    for first in range(0, len(x), len(values)):
+        group = out[first : first + len(values)]
+        flags |= widen_rows(x[first : first + len(values)], values)
+        part = rows[: 8 * len(group)]
         gather(part, ORDER[: len(part)], blocks)
         affine.weigh_by_mean_and_size(blocks)
         affine.search_scale_and_low(blocks, lanes, float32(31), float32(-0.5), float32(0.1), 16, False)
-        group = packed[first // 8 : (first + LANES) // 8]
         for n in range(len(group)):
             pack.pack_affine_6_bit(lanes, 8 * n, group[n, 0:4], group[n, 4:16])
         affine.level_anew(part, lanes, float32(31), levels)
         for n in range(len(group)):
             pack.pack_1_bit(by_super[n], 4, group[n, 16:48])
             pack.pack_low_4_bits(by_super[n], group[n, 48:176])
+    return flags
 
 
 @kernel
-def quantize_q6_k(x: Floats, out: Bytes) -> None:
+def quantize_q6_k(x: Bits, out: Bytes) -> int:
     """16 sub-blocks, levels -32..31, scales of 8 bits."""
-    rows, packed = x.reshape(-1, 16), out.reshape(-1, 210)
     blocks = np.empty((3, 16, LANES), np.float32)
     lanes = np.empty((symmetric.ROWS, LANES), np.float32)
-    levels = np.empty((LANES, 16), np.uint8)
+    values, levels = np.empty((LANES // 16, SUPER), np.float32), np.empty((LANES, 16), np.uint8)
+    rows = values.reshape(-1, 16)
     by_super = levels.reshape(-1, SUPER)
-    for first in range(0, len(rows), LANES):
-        part = rows[first : first + LANES]
+    flags = 0
+    for first in range(0, len(x), len(values)):
+        group = out[first : first + len(values)]
+        flags |= widen_rows(x[first : first + len(values)], values)
+        part = rows[: 16 * len(group)]
         gather(part, ORDER[: len(part)], blocks)
         symmetric.weigh_by_square(blocks)
         symmetric.search_scale(blocks, lanes, float32(32))
-        group = packed[first // 16 : (first + LANES) // 16]
         for n in range(len(group)):
             pack.pack_symmetric_8_bit(lanes, 16 * n, group[n, 192:208], group[n, 208:210])
         levels[:] = 0
@@ -137,9 +152,10 @@ def quantize_q6_k(x: Floats, out: Bytes) -> None:
         for n in range(len(group)):
             pack.pack_low_4_bits_of_halves(by_super[n], group[n, 0:128])
             pack.pack_2_bits(by_super[n], 4, group[n, 128:192])
+    return flags
 
 
-KERNELS: dict[str, Callable[[Floats, Bytes], None]] = {
+KERNELS: dict[str, Callable[[Bits, Bytes], int]] = {
     "q2_k": quantize_q2_k,
     "q3_k": quantize_q3_k,
     "q4_k": quantize_q4_k,

@@ -95,6 +95,18 @@ def flags_of(largest: Any, overflow: Any) -> Any:
     return (NONFINITE if largest >= INFINITY else 0) | (OVERFLOW if overflow else 0)
 
 
+@inlined
+def widen_rows(bits: Bits, out: npt.NDArray[np.float32]) -> Any:
+    """bf16 or float32 bits [n, size] to the first rows of float32 `out`, for kernels; gives flags."""
+    largest = uint32(0)
+    for n in range(bits.shape[0]):
+        for i in range(bits.shape[1]):
+            x = as_float(bits[n, i])
+            largest = max(largest, magnitude(x))
+            out[n, i] = x
+    return flags_of(largest, False)
+
+
 @kernel
 def widen(bits: Bits, out: npt.NDArray[np.float32]) -> int:
     """bf16 or float32 bits [n] to float32 [n]; gives flags."""
