@@ -85,6 +85,9 @@ def test_magnitude_and_root() -> None:
 def test_bits() -> None:
     assert_same_bits(run(lambda a, b: as_floats(as_ints(a) & int32(0x7FFFFFFF))), np.abs(A))
     assert_same_bits(run(lambda a, b: to_floats(as_ints(a) ^ as_ints(a) | int32(5))), np.full(COUNT, 5))
+    with np.errstate(all="ignore"):
+        assert_same_bits(run(lambda a, b: to_floats(as_ints(a) << int32(3))), A.view(np.int32) << 3)
+        assert_same_bits(run(lambda a, b: to_floats(as_ints(a) >> int32(3))), A.view(np.int32) >> 3)
 
 
 def test_lanes_of_numbers_the_lanes_from_the_lowest_bit() -> None:

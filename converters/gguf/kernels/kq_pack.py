@@ -7,24 +7,30 @@ from __future__ import annotations
 
 from typing import Any
 
-from numpy import float32, int8, int32, uint8
+from numpy import float32, int8, int32, uint8, uint64
 
 from converters.gguf.kernels import kq_affine as affine
 from converters.gguf.kernels import kq_symmetric as symmetric
 from converters.gguf.kernels.compile import inlined
 from converters.gguf.kernels.kq_lanes import (
+    LANES,
     NOTHING,
     ONE,
+    ORDER,
     ZERO,
     Bytes,
     Floats,
     clip,
+    gather,
     half_value,
     nearest_int,
     nearest_ints,
 )
-from converters.gguf.kernels.vectors import WIDTH, load, store, to_floats
+from converters.gguf.kernels.vectors import WIDTH, as_ints, load, store, to_floats, vector
 from converters.gguf.kernels.widen import half
+
+# Of words: the low half of each byte, and one byte; a shift by half a byte.
+LOW_HALVES, BYTE, HALF = uint64(0x0F0F0F0F0F0F0F0F), uint64(255), uint64(4)
 
 
 @inlined
@@ -100,27 +106,62 @@ def pack_affine_6_bit(lanes: Floats, lane: Any, ds: Bytes, scales: Bytes) -> Non
 
 
 @inlined
-def pack_symmetric_6_bit(lanes: Floats, lane: Any, numbers: Bytes, scales: Bytes, d_bytes: Bytes) -> None:
-    """16 scales of 6 bits, 32 added, in 12 bytes; d. Sets STEP; `numbers` is room for 16 bytes.
+def find_largest_scales(lanes: Floats, scales: Floats, blocks: Floats, largest: Floats) -> None:
+    """Of 16 sub-blocks each, the scale of the largest magnitude, with its sign; for LANES super-blocks."""
+    for n in range(LANES):
+        for j in range(0, 16, WIDTH):
+            store(scales, (n, j), load(lanes, (symmetric.SCALE, 16 * n + j)))
+    gather(scales, ORDER, blocks)
+    for i in range(0, LANES, WIDTH):
+        store(largest, (i,), symmetric.peak_of(blocks, i))
+
+
+@inlined
+def pack_symmetric_6_bit(lanes: Floats, n: Any, largest: Any, numbers: Any, out: Bytes) -> None:
+    """16 scales of 6 bits, 32 added, in 12 bytes; d. Sets STEP; `numbers` is room for 16 bytes, two words.
 
     Byte k of the first 8 has the low 4 bits of scales k and 8 + k; byte 8 + k, k < 4, the high 2 bits of
     scales k, 4 + k, 8 + k and 12 + k.
     """
-    largest = largest_scale(lanes, lane)
     per_scale = float32(-32) / largest if largest != ZERO else ZERO
-    d = store_half(ONE / per_scale if largest != ZERO else ZERO, d_bytes)
+    bits = half(ONE / per_scale if largest != ZERO else ZERO)
+    d = half_value(bits)
     # An all-zero super-block has 12 bytes of 0, which read as scales of -32.
     limit = int32(31) if largest != ZERO else int32(-32)
     for j in range(0, 16, WIDTH):
-        scale = as_signed_bytes(nearest_ints(per_scale * load(lanes, (symmetric.SCALE, lane + j))))
+        scale = as_signed_bytes(nearest_ints(per_scale * load(lanes, (symmetric.SCALE, 16 * n + j))))
         scale = clip(scale, int32(-32), limit)
-        store(numbers, (j,), scale + int32(32))
-        store(lanes, (symmetric.STEP, lane + j), d * to_floats(scale))
+        store(numbers, (j // 8,), scale + int32(32))
+        store(lanes, (symmetric.STEP, 16 * n + j), d * to_floats(scale))
+    low = numbers[0] & LOW_HALVES | (numbers[1] & LOW_HALVES) << HALF
+    high = numbers[0] >> HALF & LOW_HALVES | (numbers[1] >> HALF & LOW_HALVES) << HALF
+    high |= high >> uint64(30)  # bits 0, 1, 4, 5 of bytes 4..7 to bits 2, 3, 6, 7 of bytes 0..3
     for k in range(8):
-        scales[k] = (numbers[k] & 15) | (numbers[8 + k] & 15) << 4
+        out[n, 96 + k] = uint8(low >> uint64(8 * k) & BYTE)
     for k in range(4):
-        low = numbers[k] >> 4 | numbers[4 + k] >> 4 << 2
-        scales[8 + k] = low | numbers[8 + k] >> 4 << 4 | numbers[12 + k] >> 4 << 6
+        out[n, 104 + k] = uint8(high >> uint64(8 * k) & BYTE)
+    out[n, 108] = uint8(bits & 0xFF)
+    out[n, 109] = uint8(bits >> 8)
+
+
+@inlined
+def pack_3_bit_levels(x: Floats, lanes: Floats, n: Any, out: Bytes) -> None:
+    """The levels of the super-block x[16 n :] [16, 16], 4 added, in 96 bytes; its values are STEP * level.
+
+    Bit 2 of level 32 j + k is bit j of byte k < 32; bits 0 and 1 follow as in pack_2_bits.
+    """
+    for k in range(0, 32, WIDTH):
+        high = as_ints(vector(ZERO))
+        for side in range(2):
+            low = as_ints(vector(ZERO))
+            for q in range(4):
+                row = 16 * n + 8 * side + 2 * q + k // 16
+                level = nearest_ints(load(x, (row, k % 16)) / lanes[symmetric.STEP, row])
+                level = clip(level, int32(-4), int32(3)) + int32(4)
+                low |= (level & int32(3)) << int32(2 * q)
+                high |= (level & int32(4)) << int32(4 * side + q)
+            store(out, (n, 32 + 32 * side + k), low)
+        store(out, (n, k), high >> int32(2))
 
 
 @inlined

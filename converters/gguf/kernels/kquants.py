@@ -20,13 +20,15 @@ import numpy as np
 from numpy import float32
 
 from converters.gguf.kernels import kq_affine as affine
+from converters.gguf.kernels import kq_moves as moves
 from converters.gguf.kernels import kq_pack as pack
 from converters.gguf.kernels import kq_symmetric as symmetric
 from converters.gguf.kernels.compile import kernel
 from converters.gguf.kernels.kq_lanes import LANES, ORDER, SUPER, Bytes, gather
 from converters.gguf.kernels.widen import Bits, widen_rows
 
-MANY = 16 * LANES  # sub-blocks of q3_k that are settled before the restless among them are gathered
+# q3_k settles MANY sub-blocks before it gathers the restless among them, MOVERS at a time.
+MANY, MOVERS = 16 * LANES, 2 * LANES
 
 
 @kernel
@@ -57,26 +59,27 @@ def quantize_q2_k(x: Bits, out: Bytes) -> int:
 def quantize_q3_k(x: Bits, out: Bytes) -> int:
     """16 sub-blocks, levels -4..3, scales of 6 bits."""
     blocks = np.empty((3, 16, LANES), np.float32)
-    lanes = np.empty((symmetric.ROWS, MANY), np.float32)
+    lanes = np.empty((moves.ROWS, MANY), np.float32)
+    movers = np.empty((3, 16, MOVERS), np.float32)
+    moved = np.empty((MANY, 16), np.float32)
     restless = np.empty(MANY, np.int64)
-    numbers = np.empty(16, np.uint8)
-    values, levels = np.empty((MANY // 16, SUPER), np.float32), np.empty((MANY, 16), np.uint8)
+    scales = np.empty((LANES, 16), np.float32)
+    largest, numbers = np.empty(LANES, np.float32), np.empty(2, np.uint64)
+    values = np.empty((MANY // 16, SUPER), np.float32)
     rows = values.reshape(-1, 16)
-    by_super = levels.reshape(-1, SUPER)
     flags = 0
     for first in range(0, len(x), len(values)):
         group = out[first : first + len(values)]
         flags |= widen_rows(x[first : first + len(values)], values)
         part = rows[: 16 * len(group)]
-        levels[:] = 0
-        count = symmetric.settle(part, blocks, lanes, restless)
-        symmetric.move(part, restless[:count], blocks, lanes, levels)
+        count = moves.guess(part, blocks, lanes, restless)
+        moves.move(part, restless[:count], movers, lanes, moved)
+        pack.find_largest_scales(lanes, scales, blocks, largest)
         for n in range(len(group)):
-            pack.pack_symmetric_6_bit(lanes, 16 * n, numbers, group[n, 96:108], group[n, 108:110])
-        symmetric.level_anew(part, lanes, float32(4), levels)
+            pack.pack_symmetric_6_bit(lanes, n, largest[n], numbers, group)
+        moves.keep_levels(part, restless[:count], moved, lanes)
         for n in range(len(group)):
-            pack.pack_1_bit(by_super[n], 2, group[n, 0:32])
-            pack.pack_2_bits(by_super[n], 0, group[n, 32:96])
+            pack.pack_3_bit_levels(part, lanes, n, group)
     return flags
 
 

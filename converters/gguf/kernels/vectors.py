@@ -110,6 +110,8 @@ _OPERATORS: dict[Any, Makes] = {
     operator.or_: _logic("or_"),
     operator.ior: _logic("or_"),
     operator.xor: _logic("xor"),
+    operator.lshift: {INTS: (INTS, partial(_call, "shl"))},
+    operator.rshift: {INTS: (INTS, partial(_call, "ashr"))},
     operator.lt: _compare("<"),
     operator.gt: _compare(">"),
     operator.eq: _compare("=="),
