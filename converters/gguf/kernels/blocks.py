@@ -49,8 +49,8 @@ Scales = tuple[Halves, Halves, Floats, Floats]
 
 
 @inlined
-def largest_magnitude(x: Bits, start: int, n: int, out: Floats) -> None:
-    """The largest |x| of each block."""
+def outermost(x: Bits, start: int, n: int, lows: Floats, highs: Floats) -> None:
+    """The value of the largest bits and that of the largest signed bits of each block."""
     for b in range(n):
         low = x[start + b, 0]
         high = as_signed(x[start + b, 0])
@@ -59,27 +59,30 @@ def largest_magnitude(x: Bits, start: int, n: int, out: Floats) -> None:
             signed = as_signed(bits)
             low = bits if bits > low else low
             high = signed if signed > high else high
-        size = max(magnitude(as_float(low)), magnitude(as_float(high)))
-        out[b] = uint32(size).view(np.float32)
+        lows[b] = as_float(low)
+        highs[b] = as_float(high)
 
 
 @inlined
-def widest(x: Bits, start: int, n: int, out: Floats) -> None:
-    """The value of largest magnitude of each block, the first where two are equal, +0 if all are zero."""
+def largest_magnitude(lows: Floats, highs: Floats, n: int, out: Floats) -> None:
+    """The largest |x| of each block."""
     for b in range(n):
-        low = x[start + b, 0]
-        high = as_signed(x[start + b, 0])
-        for j in range(x.shape[1]):
-            bits = x[start + b, j]
-            signed = as_signed(bits)
-            low = bits if bits > low else low
-            high = signed if signed > high else high
-        below = magnitude(as_float(low))
-        above = magnitude(as_float(high))
-        value = as_float(low) if below > above else as_float(high)
-        if below == above and as_float(low) != as_float(high):
-            value = first_of(x, start + b, above)
-        out[b] = value if value != float32(0) else float32(0)
+        out[b] = uint32(max(magnitude(lows[b]), magnitude(highs[b]))).view(np.float32)
+
+
+@inlined
+def widest(x: Bits, start: int, n: int, lows: Floats, highs: Floats, out: Floats) -> None:
+    """The value of largest magnitude of each block, the first where two are equal, +0 if all are zero."""
+    ties = uint32(0)  # rare: they are seen to apart, so that this loop becomes vectors
+    for b in range(n):
+        below, above = magnitude(lows[b]), magnitude(highs[b])
+        value = lows[b] if below > above else highs[b]
+        out[b] = value if above != uint32(0) or below != uint32(0) else float32(0)
+        ties |= uint32(1) if below == above and lows[b] != highs[b] else uint32(0)
+    if ties:
+        for b in range(n):
+            if magnitude(lows[b]) == magnitude(highs[b]) and lows[b] != highs[b]:
+                out[b] = first_of(x, start + b, magnitude(highs[b]))
 
 
 @inlined
@@ -220,12 +223,14 @@ def put_five_bits(x: Bits, row: int, grid: Grid, out: Bytes, at: int) -> None:
 @kernel
 def q8_0(x: Bits, out: Bytes) -> int:
     """d = max |x| / 127, q = x / d rounded half away from zero."""
-    widths, scales = np.empty(LANES, np.float32), new_scales()
+    floats, scales = np.empty((3, LANES), np.float32), new_scales()
+    lows, highs, widths = floats[0], floats[1], floats[2]
     ds, _, ids, _ = scales
     flags = 0
     for start in range(0, x.shape[0], LANES):
         n = min(LANES, x.shape[0] - start)
-        largest_magnitude(x, start, n, widths)
+        outermost(x, start, n, lows, highs)
+        largest_magnitude(lows, highs, n, widths)
         flags |= centred_scales(widths, n, float32(127), float32(0), scales)
         for b in range(n):
             put_half(out, start + b, 0, ds[b])
@@ -241,12 +246,14 @@ def q8_0(x: Bits, out: Bytes) -> int:
 @kernel
 def q4_0(x: Bits, out: Bytes) -> int:
     """d = (the value of largest magnitude) / -8, q = x / d + 8 rounded."""
-    widths, scales = np.empty(LANES, np.float32), new_scales()
+    floats, scales = np.empty((3, LANES), np.float32), new_scales()
+    lows, highs, widths = floats[0], floats[1], floats[2]
     ds, _, ids, shifts = scales
     flags = 0
     for start in range(0, x.shape[0], LANES):
         n = min(LANES, x.shape[0] - start)
-        widest(x, start, n, widths)
+        outermost(x, start, n, lows, highs)
+        widest(x, start, n, lows, highs, widths)
         flags |= centred_scales(widths, n, float32(-8), float32(8.5), scales)
         for b in range(n):
             put_half(out, start + b, 0, ds[b])
@@ -257,12 +264,14 @@ def q4_0(x: Bits, out: Bytes) -> int:
 @kernel
 def q5_0(x: Bits, out: Bytes) -> int:
     """d = (the value of largest magnitude) / -16, q = x / d + 16 rounded."""
-    widths, scales = np.empty(LANES, np.float32), new_scales()
+    floats, scales = np.empty((3, LANES), np.float32), new_scales()
+    lows, highs, widths = floats[0], floats[1], floats[2]
     ds, _, ids, shifts = scales
     flags = 0
     for start in range(0, x.shape[0], LANES):
         n = min(LANES, x.shape[0] - start)
-        widest(x, start, n, widths)
+        outermost(x, start, n, lows, highs)
+        widest(x, start, n, lows, highs, widths)
         flags |= centred_scales(widths, n, float32(-16), float32(16.5), scales)
         for b in range(n):
             put_half(out, start + b, 0, ds[b])
