@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from numpy import float32
 
 from converters.gguf.kernels.compile import inlined
@@ -43,12 +42,13 @@ from converters.gguf.kernels.vectors import (
     vector,
 )
 
-# The rows of `lanes` behind those of kq_symmetric, and of the `sums` of the sub-blocks at hand: sum w l x,
-# sum w l l; not 0 where the last round moved a level.
-LX, LL, MOVED = 3, 4, 5
-ROWS = 6
+# The rows of `lanes` behind those of kq_symmetric, and of the sums of the sub-blocks that move:
+# sum w l x, sum w l l; not 0 where the last round moved a level.
+LX, LL, MOVED = 4, 5, 6
+ROWS = 7
 SHARE = W  # the part of `blocks` that holds |w l x|
 
+Room = tuple[Floats, Floats, Numbers]
 LOWEST, HIGHEST = float32(-4), float32(3)
 ROUNDS = 5
 
@@ -64,18 +64,16 @@ def guess(x: Floats, blocks: Floats, lanes: Floats, restless: Numbers) -> Any:
     for first in range(0, x.shape[0], LANES):
         part = x[first : first + LANES]
         gather(part, ORDER[: len(part)], blocks)
-        for i in range(0, LANES, WIDTH):
+        for i in range(0, len(part), WIDTH):
             store(lanes, (INVERSE, first + i), LOWEST / peak_or_infinite(blocks, i))
-        for i in range(0, LANES, WIDTH):
+        for i in range(0, len(part), WIDTH):
             _sum_first_levels(blocks, lanes, first, i)
-        for i in range(0, LANES, WIDTH):
+        for i in range(0, len(part), WIDTH):
             settled = _settled(blocks, i, load(lanes, (LX, first + i)), load(lanes, (LL, first + i)))
             found = lanes_of(select(settled, ZERO, load(lanes, (INVERSE, first + i))) > ZERO)
             for lane in range(WIDTH):
                 restless[count] = first + i + lane
                 count += (found >> lane) & 1
-    while count and restless[count - 1] >= x.shape[0]:
-        count -= 1
     return count
 
 
@@ -126,12 +124,13 @@ def _settled(blocks: Floats, i: Any, sum_lx: Any, sum_ll: Any) -> Any:
 
 
 @inlined
-def move(x: Floats, restless: Numbers, blocks: Floats, lanes: Floats, moved: Floats) -> None:
-    """Move the levels of x[restless]; sets their lanes[SCALE], moved[k] to the levels of x[restless[k]]."""
-    size = blocks.shape[2]
-    sums = np.empty((ROWS, size), np.float32)
-    turned = np.empty((size, 16), np.float32)
-    seats = np.empty(size, np.int64)  # for each lane, which of `restless` it has
+def move(x: Floats, restless: Numbers, blocks: Floats, lanes: Floats, room: Room, moved: Floats) -> None:
+    """Move the levels of x[restless]; sets their lanes[SCALE], moved[k] to the levels of x[restless[k]].
+
+    `room` is for as many lanes as `blocks` has: the sums of each, its levels, and which of `restless` it is.
+    """
+    sums, turned, seats = room
+    size = seats.size
     for first in range(0, restless.size, size):
         count = min(size, restless.size - first)
         _lay_out(x, restless[first : first + count], blocks, lanes, sums)

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from numpy import float32, int8, int32, uint8, uint64
+from numpy import float32, int8, int32, uint8
 
 from converters.gguf.kernels import kq_affine as affine
 from converters.gguf.kernels import kq_symmetric as symmetric
 from converters.gguf.kernels.compile import inlined
 from converters.gguf.kernels.kq_lanes import (
-    LANES,
     NOTHING,
     ONE,
     ORDER,
     ZERO,
     Bytes,
     Floats,
+    Numbers,
     clip,
     gather,
     half_value,
@@ -29,8 +29,7 @@ from converters.gguf.kernels.kq_lanes import (
 from converters.gguf.kernels.vectors import WIDTH, as_ints, load, store, to_floats, vector
 from converters.gguf.kernels.widen import half
 
-# Of words: the low half of each byte, and one byte; a shift by half a byte.
-LOW_HALVES, BYTE, HALF = uint64(0x0F0F0F0F0F0F0F0F), uint64(255), uint64(4)
+LOW_HALVES = 0x0F0F0F0F0F0F0F0F  # of the bytes of a word
 
 
 @inlined
@@ -106,23 +105,24 @@ def pack_affine_6_bit(lanes: Floats, lane: Any, ds: Bytes, scales: Bytes) -> Non
 
 
 @inlined
-def find_largest_scales(lanes: Floats, scales: Floats, blocks: Floats, largest: Floats) -> None:
-    """Of 16 sub-blocks each, the scale of the largest magnitude, with its sign; for LANES super-blocks."""
-    for n in range(LANES):
+def find_largest_scales(lanes: Floats, count: Any, scales: Floats, blocks: Floats) -> None:
+    """lanes[LARGEST]: of each of `count` super-blocks, the scale of the largest magnitude with its sign."""
+    for n in range(count):
         for j in range(0, 16, WIDTH):
             store(scales, (n, j), load(lanes, (symmetric.SCALE, 16 * n + j)))
-    gather(scales, ORDER, blocks)
-    for i in range(0, LANES, WIDTH):
-        store(largest, (i,), symmetric.peak_of(blocks, i))
+    gather(scales, ORDER[:count], blocks)
+    for i in range(0, count, WIDTH):
+        store(lanes, (symmetric.LARGEST, i), symmetric.peak_of(blocks, i))
 
 
 @inlined
-def pack_symmetric_6_bit(lanes: Floats, n: Any, largest: Any, numbers: Any, out: Bytes) -> None:
+def pack_symmetric_6_bit(lanes: Floats, n: Any, numbers: Numbers, out: Bytes) -> None:
     """16 scales of 6 bits, 32 added, in 12 bytes; d. Sets STEP; `numbers` is room for 16 bytes, two words.
 
     Byte k of the first 8 has the low 4 bits of scales k and 8 + k; byte 8 + k, k < 4, the high 2 bits of
     scales k, 4 + k, 8 + k and 12 + k.
     """
+    largest = lanes[symmetric.LARGEST, n]
     per_scale = float32(-32) / largest if largest != ZERO else ZERO
     bits = half(ONE / per_scale if largest != ZERO else ZERO)
     d = half_value(bits)
@@ -133,13 +133,13 @@ def pack_symmetric_6_bit(lanes: Floats, n: Any, largest: Any, numbers: Any, out:
         scale = clip(scale, int32(-32), limit)
         store(numbers, (j // 8,), scale + int32(32))
         store(lanes, (symmetric.STEP, 16 * n + j), d * to_floats(scale))
-    low = numbers[0] & LOW_HALVES | (numbers[1] & LOW_HALVES) << HALF
-    high = numbers[0] >> HALF & LOW_HALVES | (numbers[1] >> HALF & LOW_HALVES) << HALF
-    high |= high >> uint64(30)  # bits 0, 1, 4, 5 of bytes 4..7 to bits 2, 3, 6, 7 of bytes 0..3
+    low = numbers[0] & LOW_HALVES | (numbers[1] & LOW_HALVES) << 4
+    high = numbers[0] >> 4 & LOW_HALVES | (numbers[1] >> 4 & LOW_HALVES) << 4
+    high |= high >> 30  # bits 0, 1, 4, 5 of bytes 4..7 to bits 2, 3, 6, 7 of bytes 0..3
     for k in range(8):
-        out[n, 96 + k] = uint8(low >> uint64(8 * k) & BYTE)
+        out[n, 96 + k] = uint8(low >> 8 * k & 0xFF)
     for k in range(4):
-        out[n, 104 + k] = uint8(high >> uint64(8 * k) & BYTE)
+        out[n, 104 + k] = uint8(high >> 8 * k & 0xFF)
     out[n, 108] = uint8(bits & 0xFF)
     out[n, 109] = uint8(bits >> 8)
 

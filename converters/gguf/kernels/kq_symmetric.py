@@ -30,9 +30,10 @@ from converters.gguf.kernels.vectors import WIDTH, load, magnitude, select, stor
 
 # The rows of `lanes` [ROWS, n]: one number for each sub-block.
 SCALE = 0
-INVERSE = 1  # its levels are those nearest to INVERSE * x; 0 where they are in their place already
+INVERSE = 1  # its levels are those nearest to INVERSE * x; 0 where all is zero, and so are the levels' bytes
 STEP = 2  # what the packed bytes say: a value is STEP * (level - top)
-ROWS = 3
+LARGEST = 3  # one for each super-block: of its scales, that of the largest magnitude
+ROWS = 4
 
 TRIES = (-9, -8, -7, -6, -5, -4, -3, -2, -1, 1, 2, 3, 4, 5, 6, 7, 8, 9)  # tenths of a level
 NOTHING_FITS = float32(-np.inf)

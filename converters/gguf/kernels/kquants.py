@@ -63,8 +63,8 @@ def quantize_q3_k(x: Bits, out: Bytes) -> int:
     movers = np.empty((3, 16, MOVERS), np.float32)
     moved = np.empty((MANY, 16), np.float32)
     restless = np.empty(MANY, np.int64)
-    scales = np.empty((LANES, 16), np.float32)
-    largest, numbers = np.empty(LANES, np.float32), np.empty(2, np.uint64)
+    turned, numbers = np.empty((MOVERS, 16), np.float32), np.empty(2, np.int64)
+    room = np.empty((moves.ROWS, MOVERS), np.float32), turned, np.empty(MOVERS, np.int64)
     values = np.empty((MANY // 16, SUPER), np.float32)
     rows = values.reshape(-1, 16)
     flags = 0
@@ -73,10 +73,10 @@ def quantize_q3_k(x: Bits, out: Bytes) -> int:
         flags |= widen_rows(x[first : first + len(values)], values)
         part = rows[: 16 * len(group)]
         count = moves.guess(part, blocks, lanes, restless)
-        moves.move(part, restless[:count], movers, lanes, moved)
-        pack.find_largest_scales(lanes, scales, blocks, largest)
+        moves.move(part, restless[:count], movers, lanes, room, moved)
+        pack.find_largest_scales(lanes, len(group), turned, blocks)
         for n in range(len(group)):
-            pack.pack_symmetric_6_bit(lanes, n, largest[n], numbers, group)
+            pack.pack_symmetric_6_bit(lanes, n, numbers, group)
         moves.keep_levels(part, restless[:count], moved, lanes)
         for n in range(len(group)):
             pack.pack_3_bit_levels(part, lanes, n, group)
