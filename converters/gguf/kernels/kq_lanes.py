@@ -84,7 +84,7 @@ def half_value(bits: Any) -> Any:
 
 @inlined
 def gather(x: Floats, which: Numbers, blocks: Floats) -> None:
-    """Lay the sub-blocks x[which], LANES at most, side by side in blocks[X]; in lanes left over, the last."""
+    """Lay the sub-blocks x[which] side by side in blocks[X]; in lanes left over, the last of them."""
     for i in range(0, blocks.shape[2], WIDTH):
         for j in range(0, x.shape[1], WIDTH):
             store_turned(x, which, j, blocks[X], i)
