@@ -77,18 +77,18 @@ def _cholesky(
 
 def walk(
     Wt: torch.Tensor, factor: Factor, starts: Mapping[int, int], find: Find, rounded: Round
-) -> tuple[torch.Tensor, float]:
-    """Round the columns of W one by one, `Wt` [K, N] in the walk's order; gives Err [K, N] and the loss.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round the columns of W one by one, `Wt` [K, N] in the walk's order; gives Err [K, N] and losses [N].
 
     What came before a block of columns reaches it by one matmul. `starts` maps the steps where a run
     begins, for which `find` is to choose a grid, to where it ends, in order; a run has BLOCK columns at the
-    most. The loss is tr(Err^T (H + shift) Err).
+    most. The losses, of each output, are the diagonal of Err^T (H + shift) Err.
     """
     import torch
 
     U = factor.U
     Err = torch.empty_like(Wt)
-    total = 0.0
+    losses = torch.zeros(Wt.shape[1], dtype=torch.float64, device=Wt.device)
     for i1, i2 in _blocks(len(Wt), starts):
         S = U[:i1, i1:i2].T @ Err[:i1]
         Ub = U[i1:i2, i1:i2].T.contiguous()
@@ -103,8 +103,8 @@ def walk(
             q = rounded(i, w)
             torch.sub(w, q, out=miss[b])
             torch.sub(Wt[i], q, out=Err[i])
-        total += float((miss.square_().sum(1, dtype=torch.float64) * factor.D[i1:i2]).sum())
-    return Err, total
+        losses += factor.D[i1:i2] @ miss.square_()
+    return Err, losses
 
 
 def _blocks(inputs: int, starts: Mapping[int, int]) -> Iterator[tuple[int, int]]:
@@ -125,24 +125,25 @@ def _settled(Ug: torch.Tensor, pending: torch.Tensor) -> torch.Tensor:
     return moved
 
 
-def damped_loss(error: torch.Tensor, factor: Factor) -> float:
-    """tr(E (H + shift) E^T) for errors [K, N] in the walk's order, as a sum of squares."""
+def damped_losses(error: torch.Tensor, factor: Factor) -> torch.Tensor:
+    """The diagonal of E^T (H + shift) E for errors [K, N] in the walk's order, as sums of squares: [N]."""
     import torch
 
-    total = 0.0
+    losses = torch.zeros(error.shape[1], dtype=torch.float64, device=error.device)
     for i1 in range(0, error.shape[0], BLOCK):
         i2 = min(i1 + BLOCK, error.shape[0])
-        part = (factor.U[:i2, i1:i2].T @ error[:i2]).square_().sum(1, dtype=torch.float64)
-        total += float((part * factor.D[i1:i2]).sum())
-    return total
+        losses += factor.D[i1:i2] @ (factor.U[:i2, i1:i2].T @ error[:i2]).square_()
+    return losses
 
 
-def undamped(total: float, error: torch.Tensor, factor: Factor) -> float:
-    """The loss without damping, given the loss with it."""
+def undamped(losses: torch.Tensor, error: torch.Tensor, factor: Factor) -> torch.Tensor:
+    """The losses [N] without damping, given those with it and the errors [K, N]."""
     import torch
 
-    squares = sum(float(part.square().sum(dtype=torch.float64)) for part in error.split(BLOCK))
-    return max(total - factor.shift * squares, 0.0)
+    squares = torch.zeros_like(losses)
+    for i in range(0, len(error), BLOCK):
+        squares += error[i : i + BLOCK].square().sum(0)
+    return (losses - factor.shift * squares).clamp_(min=0)
 
 
 def row_losses(factor: Factor) -> torch.Tensor:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from converters.gptq import solver
 from converters.gptq.grid import SHRINK, Scheme, find_grid, to_codes
 from converters.gptq.solver import Options, round_to_nearest, solve
 from dsconvert.errors import QuantizationError, UsageError
@@ -55,11 +56,14 @@ def naive_grid(w: F64, scheme: Scheme, mse: bool) -> tuple[F64, F64]:
     return scales, zeros
 
 
-def naive_gptq(weights: F64, hessian: F64, options: Options) -> tuple[F64, F64, F64, F64]:
+def naive_gptq(
+    weights: F64, hessian: F64, options: Options, by_group: bool = False
+) -> tuple[F64, F64, F64, F64]:
     """Codes [N, K], scales and zeros [G, N], group of each column, by the OBQ formula of the paper.
 
     One column at a time: the error over the diagonal of the inverse goes to every column left, and the
-    column is eliminated from the inverse (Frantar et al. 2022, equations 2 and 3).
+    column is eliminated from the inverse (Frantar et al. 2022, equations 2 and 3). `by_group` walks group
+    after group.
     """
     scheme, (outputs, inputs) = options.scheme, weights.shape
     width = scheme.width(inputs)
@@ -69,9 +73,12 @@ def naive_gptq(weights: F64, hessian: F64, options: Options) -> tuple[F64, F64, 
     W[:, dead] = 0
     H[dead, dead] = 1
     perm = np.argsort(-np.diag(hessian), kind="stable") if options.act_order else np.arange(inputs)
-    by_step = not options.act_order or options.dynamic_groups
+    by_step = not options.act_order or options.dynamic_groups or by_group
     group_of = np.empty(inputs, int)
-    group_of[perm if by_step else np.arange(inputs)] = np.arange(inputs) // width
+    group_of[perm if by_step and not by_group else np.arange(inputs)] = np.arange(inputs) // width
+    if by_group:
+        means = np.array([np.diag(hessian)[group_of == g].mean() for g in range(scheme.groups(inputs))])
+        perm = np.lexsort((-np.diag(hessian), -means[group_of]))
     scales, zeros = np.zeros((2, scheme.groups(inputs), outputs))
     if not by_step or width == inputs:
         for g in range(scheme.groups(inputs)):
@@ -109,7 +116,8 @@ def label(options: Options) -> str:
 
 
 @pytest.mark.parametrize("options", CASES, ids=label)
-def test_codes_are_those_of_the_naive_formula(options: Options) -> None:
+def test_codes_are_those_of_the_naive_formula(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(solver, "POOR", math.inf)
     W, H = problem(6, 224, seed=CASES.index(options))  # blocks and groups with a short one at the end
     solved = solve(W, H, options)
     codes, scales, zeros, group_of = naive_gptq(W.numpy(), H.numpy(), options)
@@ -133,6 +141,35 @@ def test_damping_and_dead_columns_are_those_of_the_naive_formula(damp: float) ->
     np.testing.assert_array_equal(solved.codes.numpy().T, codes)
     assert (solved.dead, solved.damp) == (3, damp)
     assert not solved.dequantized()[:, dead].any()
+
+
+def massive(outputs: int, inputs: int, seed: int) -> tuple[Any, Any]:
+    """Input K/3 is enormous for a few tokens, along one direction with all others; row 2 weighs it much."""
+    W, H = problem(outputs, inputs, seed)
+    direction = torch.randn(inputs, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    direction[inputs // 3] = 200
+    W[2, inputs // 3] = -20 * W[2].abs().max()
+    return W, H + 0.1 * H.diagonal().mean() * torch.outer(direction, direction)
+
+
+@pytest.mark.parametrize("group", [32, 64])
+def test_an_enormous_input_spoils_no_output(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Making up for its rounding moves row 2 out of its grids: it is walked group after group."""
+    W, H = massive(6, 256, seed=group)
+    options = Options(Scheme(3, group), act_order=True)
+    solved = solve(W, H, options)
+    by_group, scales, _, group_of = naive_gptq(W.numpy(), H.numpy(), options, by_group=True)
+    static = naive_gptq(W.numpy(), H.numpy(), options)[0]
+    np.testing.assert_array_equal(
+        solved.codes.numpy().T, np.where(np.arange(6)[:, None] == 2, by_group, static)
+    )
+    np.testing.assert_array_equal(solved.scales.numpy()[:, 2], scales.astype(np.float16)[:, 2])
+    np.testing.assert_array_equal(solved.g_idx.numpy(), group_of)
+    assert solved.loss == pytest.approx(direct_loss(W - solved.dequantized(), H), rel=1e-6)
+    monkeypatch.setattr(solver, "POOR", math.inf)
+    failed = solve(W, H, options)
+    assert failed.rtn_loss == pytest.approx(solved.rtn_loss, rel=1e-9)
+    assert solved.loss < 0.05 * failed.loss
 
 
 def direct_loss(error: torch.Tensor, H: torch.Tensor) -> float:

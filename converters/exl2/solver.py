@@ -85,11 +85,12 @@ def solve(W: torch.Tensor, H: torch.Tensor, groups: Sequence[Group], damp: float
     if problem.factor is None:
         loss = feedback.loss(_nearest(problem, groups).error, H[problem.order][:, problem.order])
         return _solved(problem, _nearest(problem, groups), loss, loss, 0.0, problem.why)
-    walked, total = _walk(problem, problem.factor, groups)
+    walked, losses = _walk(problem, problem.factor, groups)
     plain = _nearest(problem, groups, walked.grids)
     factor = problem.factor
-    loss = feedback.undamped(total, walked.error, factor)
-    rtn_loss = feedback.undamped(feedback.damped_loss(plain.error, factor), plain.error, factor)
+    loss = float(feedback.undamped(losses, walked.error, factor).sum())
+    rounded = feedback.undamped(feedback.damped_losses(plain.error, factor), plain.error, factor)
+    rtn_loss = float(rounded.sum())
     if not loss <= rtn_loss:
         why = f"its loss {loss:.4g} is above round-to-nearest's"
         return _solved(problem, plain, rtn_loss, rtn_loss, factor.damp, why)
@@ -106,7 +107,10 @@ class _Rounded:
     error: torch.Tensor
 
 
-def _walk(problem: Problem, factor: feedback.Factor, groups: Sequence[Group]) -> tuple[_Rounded, float]:
+def _walk(
+    problem: Problem, factor: feedback.Factor, groups: Sequence[Group]
+) -> tuple[_Rounded, torch.Tensor]:
+    """What the walk chooses, and the damped loss of each output [N]."""
     import torch
 
     Wt = problem.Wt
@@ -125,8 +129,8 @@ def _walk(problem: Problem, factor: feedback.Factor, groups: Sequence[Group]) ->
         values[i] = from_codes(q, scale, bits)
         return values[i]
 
-    error, total = feedback.walk(Wt, factor, starts, find, to_grid)
-    return _Rounded(codes, values, grids, error), total
+    error, losses = feedback.walk(Wt, factor, starts, find, to_grid)
+    return _Rounded(codes, values, grids, error), losses
 
 
 def _nearest(problem: Problem, groups: Sequence[Group], grids: list[Grid] | None = None) -> _Rounded:

@@ -13,6 +13,12 @@ from dsconvert.errors import QuantizationError, UsageError
 if TYPE_CHECKING:
     import torch
 
+# An output that keeps so many times the share of round-to-nearest's loss that the median output keeps has
+# likely been failed by static groups. An input of enormous size does it (the "massive activations" of late
+# down projections) where its weight is large: making up for that one's rounding moves all other weights out
+# of the grids that were found for them as they were.
+POOR = 2.0
+
 
 @dataclass(frozen=True)
 class Options:
@@ -33,6 +39,11 @@ class Options:
     def desc_act(self) -> bool:
         """Whether groups are no runs of original columns, which the file must say."""
         return self.act_order and self.dynamic_groups and self.scheme.group_size != -1
+
+    @property
+    def static_groups(self) -> bool:
+        """Whether columns are walked out of their groups' order, on grids found beforehand."""
+        return self.act_order and not self.dynamic_groups and self.scheme.group_size != -1
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,14 +81,20 @@ class _Order:
     starts: dict[int, int]
 
 
+PER_OUTPUT = ("codes", "scales", "zeros")  # what a solution has for each output, in columns
+# A solution, and the loss of each output [N]: its own, and that of round-to-nearest.
+Found = tuple[Solved, "torch.Tensor", "torch.Tensor"]
+
+
 def solve(W: torch.Tensor, H: torch.Tensor, options: Options) -> Solved:
     """Quantize W [N, K] so that tr((W-Q) H (W-Q)^T) is small, for H [K, K] = 2/n X^T X of its inputs.
 
     Both on one device and in one floating-point type, float32 as a rule; neither is changed. Inputs that
     were never active (H_ii = 0) get weight 0. Damping grows tenfold, twice at the most, where H is not
     positive definite; then, or where H is not finite, or where the result is no better, the codes are
-    those of round-to-nearest and `fell_back` says so. Raises QuantizationError for weights that are not
-    finite or too large, UsageError for shapes or options that make no sense.
+    those of round-to-nearest and `fell_back` says so. Outputs that static groups have failed are walked group
+    after group too. Raises QuantizationError for weights that are not finite or too large, UsageError for
+    shapes or options that make no sense.
     """
     _check(W, H, options)
     if not bool(H.isfinite().all()):
@@ -87,18 +104,17 @@ def solve(W: torch.Tensor, H: torch.Tensor, options: Options) -> Solved:
         return _plain(round_to_nearest(W, options), 0.0, "no input of this linear was ever active")
     W = W.masked_fill(dead, 0) if bool(dead.any()) else W
     rounded = replace(round_to_nearest(W, options), dead=int(dead.sum()))
-    order = _order(H.diagonal(), options)
-    factor = feedback.factorize(H, dead, order.columns, options.damp)
-    if factor is None:
+    found = _in_order(W, H, dead, _order(H.diagonal(), options), options, rounded)
+    if found is None:
         loss = feedback.loss((W - rounded.dequantized()).T, H)
         return _plain(rounded, loss, "the Hessian is not positive definite at any damping")
-    error = (W - rounded.dequantized()).T[order.columns]
-    rtn_loss = feedback.undamped(feedback.damped_loss(error, factor), error, factor)
-    del error
-    solved = replace(_walk(W, factor, order, options, rounded), rtn_loss=rtn_loss)
-    if not solved.loss <= rtn_loss:
-        return _plain(rounded, rtn_loss, f"its loss {solved.loss:.4g} is above round-to-nearest's")
-    return solved
+    if options.static_groups:
+        _mend(W, H, dead, options, rounded, found)
+    solved, losses, rtn_losses = found
+    loss, rtn_loss = float(losses.sum()), float(rtn_losses.sum())
+    if not loss <= rtn_loss:
+        return _plain(rounded, rtn_loss, f"its loss {loss:.4g} is above round-to-nearest's")
+    return replace(solved, loss=loss, rtn_loss=rtn_loss)
 
 
 def round_to_nearest(W: torch.Tensor, options: Options) -> Solved:
@@ -156,6 +172,22 @@ def _order(diagonal: torch.Tensor, options: Options) -> _Order:
     return _Order(columns, group, starts)
 
 
+def _group_order(diagonal: torch.Tensor, options: Options) -> _Order:
+    """Groups by the mean of their diagonal, in each the columns by theirs; grids are found on the way."""
+    import torch
+
+    inputs, width = len(diagonal), options.scheme.width(len(diagonal))
+    parts = [diagonal[i : i + width] for i in range(0, inputs, width)]
+    columns: list[torch.Tensor] = []
+    group: list[int] = []
+    starts: dict[int, int] = {}
+    for g in torch.stack([part.mean() for part in parts]).argsort(descending=True, stable=True).tolist():
+        columns.append(parts[g].argsort(descending=True, stable=True) + g * width)
+        starts[len(group)] = len(group) + len(parts[g])
+        group += [g] * len(parts[g])
+    return _Order(torch.cat(columns), group, starts)
+
+
 def _static_grids(W: torch.Tensor, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
     """Grids of the runs of original columns: two tensors [G, N]."""
     import torch
@@ -170,10 +202,47 @@ def _static_grids(W: torch.Tensor, options: Options) -> tuple[torch.Tensor, torc
     return scale.T.contiguous(), zero.T.contiguous()
 
 
+def _in_order(
+    W: torch.Tensor, H: torch.Tensor, dead: torch.Tensor, order: _Order, options: Options, rounded: Solved
+) -> Found | None:
+    """The solution of one order, the loss of each output [N] and that of `rounded`; None without a factor."""
+    factor = feedback.factorize(H, dead, order.columns, options.damp)
+    if factor is None:
+        return None
+    error = (W - rounded.dequantized()).T[order.columns]
+    rtn_losses = feedback.undamped(feedback.damped_losses(error, factor), error, factor)
+    del error
+    return *_walk(W, factor, order, options, rounded), rtn_losses
+
+
+def _mend(
+    W: torch.Tensor, H: torch.Tensor, dead: torch.Tensor, options: Options, rounded: Solved, found: Found
+) -> None:
+    """Walk the outputs that static groups have failed group after group; put what is better into `found`."""
+    solved, losses, rtn_losses = found
+    shares = losses / rtn_losses
+    poor = (shares > POOR * shares.nanmedian()).nonzero().flatten()
+    if not len(poor):
+        return
+    order = _group_order(H.diagonal(), options)
+    again = _in_order(W[poor], H, dead, order, options, _outputs(rounded, poor))
+    if again is None:
+        return
+    better = again[1] < losses[poor]
+    losses[poor[better]] = again[1][better]
+    for name in PER_OUTPUT:
+        getattr(solved, name)[:, poor[better]] = getattr(again[0], name)[:, better]
+
+
+def _outputs(solved: Solved, which: torch.Tensor) -> Solved:
+    """Some of the outputs."""
+    return replace(solved, **{name: getattr(solved, name)[:, which] for name in PER_OUTPUT})
+
+
 def _walk(
     W: torch.Tensor, factor: feedback.Factor, order: _Order, options: Options, rounded: Solved
-) -> Solved:
-    """The columns in order. Grids that are not found on the way are those of `rounded`."""
+) -> tuple[Solved, torch.Tensor]:
+    """The columns in order; the loss of each output. Grids not found on the way are those of `rounded`."""
     import torch
 
     scheme = options.scheme
@@ -191,14 +260,14 @@ def _walk(
         codes[i] = q
         return q.sub_(zeros[g]).mul_(scales[g])
 
-    Err, total = feedback.walk(Wt, factor, order.starts, find, to_grid)
+    Err, losses = feedback.walk(Wt, factor, order.starts, find, to_grid)
     inverse = order.columns.argsort()
-    return replace(
+    solved = replace(
         rounded,
         codes=codes[inverse],
         scales=scales.half(),
         zeros=zeros.byte(),
         g_idx=torch.tensor(order.group, device=W.device)[inverse].int(),
-        loss=feedback.undamped(total, Err, factor),
         damp=factor.damp,
     )
+    return solved, feedback.undamped(losses, Err, factor)
