@@ -43,17 +43,20 @@ def run(work: Callable[[], int], *, as_json: bool, debug: bool) -> None:
 def on_each_rank(work: Callable[[Ranks], Iterator[Event]], show: Callable[[Iterator[Event]], int]) -> int:
     """Run `work` on every process that torchrun has started; the first one shows what happens."""
     from dsconvert.console import PASSED, STOPPED
-    from dsconvert.ranks import Gone, ToldElsewhere, joined
+    from dsconvert.ranks import ALONE, Gone, ToldElsewhere, joined
 
-    with joined() as ranks:
-        if ranks.first:
-            return show(work(ranks))
-        try:
+    ranks = ALONE
+    try:
+        with joined() as ranks:
+            if ranks.first:
+                return show(work(ranks))
             for _ in work(ranks):
                 pass
-        except (ToldElsewhere, Gone, KeyboardInterrupt):
-            return STOPPED
-        return PASSED
+    except (ToldElsewhere, Gone, KeyboardInterrupt):
+        if ranks.first:
+            raise
+        return STOPPED
+    return PASSED
 
 
 def _leave(code: int) -> None:
