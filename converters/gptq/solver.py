@@ -165,9 +165,8 @@ def _order(diagonal: torch.Tensor, options: Options) -> _Order:
     width = options.scheme.width(inputs)
     natural = torch.arange(inputs, device=device)
     columns = diagonal.argsort(descending=True, stable=True) if options.act_order else natural
-    runs = not options.act_order or options.desc_act  # groups are runs of steps, not only of columns
-    group = ((natural if runs else columns) // width).tolist()
-    found_before = not runs or width == inputs
+    group = ((columns if options.static_groups else natural) // width).tolist()
+    found_before = options.static_groups or width == inputs
     starts = {} if found_before else {i: min(i + width, inputs) for i in range(0, inputs, width)}
     return _Order(columns, group, starts)
 

@@ -91,7 +91,7 @@ def warm(qtypes: Iterable[QType], source: str, weighted: bool = False) -> None:
     from converters.gguf.kernels import compile
 
     for qtype in qtypes:
-        rows = np.zeros((1, max(qtype.block, 256)), dtype=SOURCES[source])
+        rows = np.zeros((1, max(qtype.block, SUPER)), dtype=SOURCES[source])
         out = np.zeros((1, qtype.nbytes(rows.size)), dtype=np.uint8)
         importance = np.ones(rows.size, dtype=np.float32) if weighted else None
         try:

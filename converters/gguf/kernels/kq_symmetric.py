@@ -57,12 +57,12 @@ def search_scale(blocks: Floats, lanes: Floats, top: Any) -> None:
     for i in range(0, LANES, WIDTH):
         peak = peak_or_infinite(blocks, i)
         inverse = -top / peak
-        lx, ll = sum_levels(blocks, i, inverse, top)
+        lx, ll = _sum_levels(blocks, i, inverse, top)
         scale = select(ll == ZERO, ZERO, lx / ll)
         best = scale * lx
         for t in TRIES:
             try_inverse = -(top + float32(0.1) * float32(t)) / peak
-            lx, ll = sum_levels(blocks, i, try_inverse, top)
+            lx, ll = _sum_levels(blocks, i, try_inverse, top)
             better = select(ll > ZERO, lx * lx, NOTHING_FITS) > best * ll
             inverse = select(better, try_inverse, inverse)
             scale = select(better, lx / ll, scale)
@@ -92,7 +92,7 @@ def peak_of(blocks: Floats, i: Any) -> Any:
 
 
 @inlined
-def sum_levels(blocks: Floats, i: Any, inverse: Any, top: Any) -> Any:
+def _sum_levels(blocks: Floats, i: Any, inverse: Any, top: Any) -> Any:
     """Sum w l x and w l l over the levels of a try."""
     lx = ll = vector(ZERO)
     for j in range(blocks.shape[1]):
