@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from dsconvert.errors import ConversionError, UsageError
 
@@ -146,26 +146,35 @@ ALONE = Ranks()
 @contextmanager
 def joined() -> Iterator[Ranks]:
     """The group that torchrun has started this process for; alone without torchrun."""
-    count = os.environ.get("WORLD_SIZE", "1")  # torchrun's own way to tell it
-    if not count.isdecimal() or int(count) < 2:
+    if _count() == 1:
         yield ALONE
         return
     import torch
     from torch import distributed
 
-    ranks = Ranks(int(os.environ["RANK"]), int(count), int(os.environ["LOCAL_RANK"]))
+    ranks = Ranks(int(os.environ["RANK"]), _count(), int(os.environ["LOCAL_RANK"]))
     if ranks.local < torch.cuda.device_count():
         torch.cuda.set_device(ranks.local)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     distributed.init_process_group(backend, timeout=TIMEOUT)
     yield ranks
-    distributed.destroy_process_group()  # after an error the process only ends: the others may be gone
+    if torch.cuda.is_available():  # NCCL may still be sending; after an error the others may be gone
+        distributed.destroy_process_group()
 
 
-def still_joined() -> bool:
-    """Whether this process is in a group, which it leaves only without an error."""
-    distributed = sys.modules.get("torch.distributed")
-    return distributed is not None and bool(distributed.is_available() and distributed.is_initialized())
+def leave(code: int) -> NoReturn:
+    """End the process; one of a group at once, for torch's threads may abort it while Python shuts down."""
+    if _count() == 1:
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _count() -> int:
+    """How many processes torchrun has started; 1 without it."""
+    count = os.environ.get("WORLD_SIZE", "1")  # torchrun's own way to tell it
+    return max(int(count), 1) if count.isdecimal() else 1
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """One of several processes in tests/test_ranks.py: measures moments, or runs the command and dies on the way.
 
 rank_worker.py moments OUT.npz
+rank_worker.py aborts WORDS...             `dsconvert WORDS...`; aborts while Python shuts down
 rank_worker.py dies RANK BLOCK WORDS...    `dsconvert WORDS...`; ends where BLOCK is about to be saved
 """
 
@@ -19,7 +20,7 @@ import torch
 from dsconvert import blockwise, capture
 from dsconvert import streaming as st
 from dsconvert.cli import cli
-from dsconvert.ranks import ALONE, Ranks, joined
+from dsconvert.ranks import ALONE, Ranks, joined, leave
 
 
 def moments(ranks: Ranks = ALONE) -> dict[str, Any]:
@@ -38,7 +39,7 @@ def moments(ranks: Ranks = ALONE) -> dict[str, Any]:
 def dies(rank: int, block: int) -> None:
     """Let the process of this number end without a word in the block, as after kill -9.
 
-    The others abort at their end, as torch's threads of a broken group make them do now and then.
+    The others abort while Python shuts down, as torch's threads make them do now and then.
     """
     load, alone = st.load_block, os.environ["RANK"] != str(rank)
 
@@ -58,6 +59,10 @@ if __name__ == "__main__":
             result = moments(group)
             if group.first:
                 np.savez(Path(sys.argv[2]), **result)
+        leave(0)
+    elif sys.argv[1] == "aborts":
+        atexit.register(os.abort)
+        cli(sys.argv[2:])
     else:
         dies(int(sys.argv[2]), int(sys.argv[3]))
         cli(sys.argv[4:])

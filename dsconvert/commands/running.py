@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 def run(work: Callable[[], int], *, as_json: bool, debug: bool) -> None:
     """Run a command's work and leave with its exit code; errors become one paragraph and exit code 2."""
     from dsconvert import console
+    from dsconvert.ranks import leave
 
     signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -37,7 +38,7 @@ def run(work: Callable[[], int], *, as_json: bool, debug: bool) -> None:
         if debug:
             raise
         code = console.fail(_unexpected(error), as_json)
-    _leave(code)
+    leave(code)
 
 
 def on_each_rank(work: Callable[[Ranks], Iterator[Event]], show: Callable[[Iterator[Event]], int]) -> int:
@@ -57,17 +58,6 @@ def on_each_rank(work: Callable[[Ranks], Iterator[Event]], show: Callable[[Itera
             raise
         return STOPPED
     return PASSED
-
-
-def _leave(code: int) -> None:
-    """End the process; at once where an error took it out of its group: torch might abort it at its end."""
-    from dsconvert.ranks import still_joined
-
-    if still_joined():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
