@@ -2,16 +2,19 @@
 
     python benchmarks/gptq_quality.py MODEL_PATH... [--bits 4,3] [--groups 128,64] [--orders natural,static]
                                       [--samples 32] [--length 512] [--windows 16] [--seeds 0]
-                                      [--mse] [--no-peer]
+                                      [--no-mse] [--peer-mse 0] [--no-peer]
 
 Every result is a folder, read back by our reader and compared with the checkpoint block by block over the
 same held-out windows in float32. Calibration and evaluation text are the two parts of the built-in text;
-nothing is fetched. gptqmodel gets the same tokens, the same damping and float32; for `static` (act-order in
-a file without desc_act) it has its group-aware act-order, for `dynamic` its desc_act. With several seeds
-each draws its own calibration windows: on one draw two correct solvers differ by chance, for a last bit
-moves a code and the code all that follow, so that the error of a difference is taken over the draws (with
-one seed: over the tokens, which says nothing on that). Exit code 1 when ours is not below round-to-nearest,
-or is above gptqmodel by more than two standard errors. It needs gptqmodel (see tests/peers) or `--no-peer`.
+nothing is fetched. What is rounded to nearest has the least loss that scales can give it without feedback
+(the same search, weighted by the same calibration). gptqmodel gets the same tokens, the same damping and
+float32, and searches no scales unless told (--peer-mse 2: for the least squared error); for `static`
+(act-order in a file without desc_act) it has its group-aware act-order, for `dynamic` its desc_act. With
+several seeds each draws its own calibration windows: on one draw two correct solvers differ by chance, for a
+last bit moves a code and the code all that follow, so that the error of a difference is taken over the draws
+(with one seed: over the tokens, which says nothing on that). Exit code 1 when ours is not below
+round-to-nearest, or is above gptqmodel by more than two standard errors. It needs gptqmodel (see tests/peers)
+or `--no-peer`.
 """
 
 from __future__ import annotations
@@ -66,7 +69,7 @@ def estimate(values: Floats) -> tuple[float, float]:
 @contextmanager
 def rounding() -> Iterator[None]:
     """While it lasts, linears are rounded to nearest on the very grid that the solver would have used."""
-    with mock.patch.object(flow, "solve", lambda W, H, options: round_to_nearest(W, options)):
+    with mock.patch.object(flow, "solve", lambda W, H, options: round_to_nearest(W, options, H.diagonal())):
         yield
 
 
@@ -82,11 +85,11 @@ def setting(given: argparse.Namespace, model: str, scheme: dict[str, int], folde
     """All results of one model, width and group size, a line each; gives how many are worse."""
     shared: dict[str, Any] = {
         **scheme, "out": folder / "out", "calib": "builtin", "calib_samples": given.samples,
-        "calib_len": given.length, "mse": given.mse, "verify": "off", "force": True,
+        "calib_len": given.length, "mse": not given.no_mse, "verify": "off", "force": True,
     }  # fmt: skip
     head = f"{Path(model).name:<12} {scheme['bits']} bits g{scheme['group_size']:<4}"
-    with rounding():  # needs no calibration
-        plain = run(Options(model, act_order=False, **shared | {"calib_samples": 1}), given.windows)
+    with rounding():
+        plain = run(Options(model, act_order=False, **shared), given.windows)
     print(f"{head} round to nearest {estimate(plain)[0]:.5f} +- {estimate(plain)[1]:.5f}", flush=True)
     worse = 0
     for order in given.orders.split(","):
@@ -95,7 +98,7 @@ def setting(given: argparse.Namespace, model: str, scheme: dict[str, int], folde
             options = Options(model, seed=seed, **gptq_peer.ORDERS[order][0], **shared)
             ours.append(run(options, given.windows))
             if not given.no_peer:
-                theirs.append(peer(options, folder / f"peer-{order}-{seed}", order, given.windows))
+                theirs.append(peer(options, folder / f"peer-{order}-{seed}", order, given))
         mean = float(np.mean(ours))
         text = f"{head} {order:<8} ours {mean:.5f} = {mean / plain.mean():.2f} of rounding"
         worse += mean >= plain.mean()
@@ -108,14 +111,14 @@ def setting(given: argparse.Namespace, model: str, scheme: dict[str, int], folde
     return worse
 
 
-def peer(options: Options, out: Path, order: str, windows: int) -> Floats:
+def peer(options: Options, out: Path, order: str, given: argparse.Namespace) -> Floats:
     """gptqmodel's result with the same tokens and settings."""
     job = prepare(options)
     gptq_peer.quantize(
         job.model.checkpoint.folder, verify.result(draw(job)).tokens, out, order, bits=options.bits,
-        group_size=options.group_size, damp_percent=options.damp, mse=2.0 if options.mse else 0.0,
+        group_size=options.group_size, damp_percent=options.damp, mse=given.peer_mse,
     )  # fmt: skip
-    return kld(job, out, windows)
+    return kld(job, out, given.windows)
 
 
 def main() -> int:
@@ -130,7 +133,8 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--seeds", default="0")
-    parser.add_argument("--mse", action="store_true")
+    parser.add_argument("--no-mse", action="store_true")
+    parser.add_argument("--peer-mse", type=float, default=0.0)
     parser.add_argument("--no-peer", action="store_true")
     given = parser.parse_args()
     worse = 0

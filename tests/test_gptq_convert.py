@@ -80,7 +80,10 @@ def test_the_verdict_is_about_the_weights_in_the_folder(
         ({"bits": 3}, {"bits": 3, "group_size": 32, "desc_act": False, "sym": True}),
         ({"bits": 8, "group_size": -1}, {"bits": 8, "group_size": -1, "desc_act": False}),
         ({"dynamic_groups": True}, {"bits": 4, "desc_act": True}),
-        ({"sym": False, "mse": True, "act_order": False, "damp": 0.05}, {"sym": False, "damp_percent": 0.05}),
+        (
+            {"sym": False, "mse": False, "act_order": False, "damp": 0.05},
+            {"sym": False, "damp_percent": 0.05},
+        ),
     ],
 )
 def test_what_is_asked_stands_in_the_folder(

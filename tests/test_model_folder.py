@@ -76,7 +76,7 @@ def written(out: Path, source: Path, pieces: Mapping[str, Piece] | None = None, 
         Options(Scheme(4, 32)),
         Options(Scheme(3, 128), act_order=True),
         Options(Scheme(2, 64, False), act_order=True, dynamic_groups=True),
-        Options(Scheme(8, -1), mse=True),
+        Options(Scheme(8, -1), mse=False),
     ],
     ids=["4bit", "3bit-act", "2bit-dynamic", "8bit"],
 )

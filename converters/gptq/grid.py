@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     import torch
 
 HALF_TINY = 2.0**-24  # the smallest positive float16
-# Candidates of the scale search, as fractions of the range. At 2 bits the best one lies near one half.
-SHRINK = tuple(1 - step / 50 for step in range(31))
+# Ranges that the scale search tries, as fractions of the plain one, which comes first: it wins where all are
+# equal. At 2 bits the best one lies near one half.
+FRACTIONS = tuple(1 - step / 20 for step in range(15))
 
 
 @dataclass(frozen=True)
@@ -37,22 +38,35 @@ class Scheme:
         return -(-inputs // self.width(inputs))
 
 
-def find_grid(w: torch.Tensor, scheme: Scheme, mse: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def find_grid(
+    w: torch.Tensor, scheme: Scheme, cost: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The scale and zero point of each group: `w` [..., group] gives two tensors [...] of its dtype.
 
-    Min-max, or with `mse` the range shrunk to the least squared error. Scales are float16 values already,
-    so that codes are chosen for the scale that the file holds. Asymmetric zero points are at least 1: in
-    the v1 format a zero of 0 has no safe encoding. Raises QuantizationError for weights that float16 scales
-    cannot reach.
+    Min-max, or with `cost` [group], what a squared error of each input costs, the range that costs least.
+    Scales are float16 values already, so that codes are chosen for the scale that the file holds. Asymmetric
+    zero points are at least 1: in the v1 format a zero of 0 has no safe encoding. Raises QuantizationError
+    for weights that float16 scales cannot reach.
     """
-    scale, zero = _grid(*_extremes(w, scheme), scheme)
-    if mse:
-        scale, zero = _search(w, scheme, scale, zero)
+    low, high = _extremes(w, scheme)
+    scale, zero = _grid(low, high, scheme)
     if not bool(scale.isfinite().all()):
         raise QuantizationError(
             "has weights too large for a float16 scale",
             why=f"The largest magnitude is {float(w.abs().max()):.3g}",
             hint="Look for a damaged tensor in the checkpoint, or leave this linear in 16 bits",
+        )
+    if cost is None:
+        return scale, zero
+    best = _cost(w, scale, zero, scheme, cost)
+    for p in _fractions(scheme):
+        trial, origin = _grid(low * p, high * p, scheme)
+        total = _cost(w, trial, origin, scheme, cost)
+        better = total < best
+        best, scale, zero = (
+            total.where(better, best),
+            trial.where(better, scale),
+            origin.where(better, zero),
         )
     return scale, zero
 
@@ -87,20 +101,20 @@ def _half(scale: torch.Tensor) -> torch.Tensor:
     return scale.half().to(scale.dtype).clamp_(min=HALF_TINY)
 
 
-def _search(
-    w: torch.Tensor, scheme: Scheme, scale: torch.Tensor, zero: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the shrunk ranges, the one with the least squared error of `w`, group by group."""
-    low, high = _extremes(w, scheme)
-    best = scale.new_full(scale.shape, float("inf"))
-    for p in SHRINK:
-        trial, origin = _grid(low * p, high * p, scheme)
-        s, z = trial.unsqueeze(-1), origin.unsqueeze(-1)
-        error = to_codes(w, s, z, scheme.maxq).sub_(z).mul_(s).sub_(w).square_().sum(-1)
-        better = error < best
-        best, scale, zero = (
-            error.where(better, best),
-            trial.where(better, scale),
-            origin.where(better, zero),
-        )
-    return scale, zero
+def _fractions(scheme: Scheme) -> tuple[float, ...]:
+    """What is tried after the plain range.
+
+    The symmetric grid has no code for its upper end: with a range one step wider the largest weight has one,
+    which is worth all others' precision where its input is enormous.
+    """
+    wider = (scheme.maxq / (scheme.maxq - 1),) if scheme.sym else ()
+    return *wider, *FRACTIONS[1:]
+
+
+def _cost(
+    w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, scheme: Scheme, cost: torch.Tensor
+) -> torch.Tensor:
+    """What rounding each group to its grid costs: the sum over inputs of cost times squared error."""
+    x, z = w / scale.unsqueeze(-1), zero.unsqueeze(-1)
+    miss = x.round().clamp_(-z, scheme.maxq - z).sub_(x)
+    return (miss.square_() @ cost).mul_(scale.square())

@@ -37,7 +37,7 @@ class Options:
     dynamic_groups: bool = False
     sym: bool = True
     damp: float = 0.05
-    mse: bool = False
+    mse: bool = True
     calib: str = "c4"
     calib_samples: int = 128
     calib_len: int = 2048

@@ -13,12 +13,6 @@ from dsconvert.errors import QuantizationError, UsageError
 if TYPE_CHECKING:
     import torch
 
-# An output that keeps so many times the share of round-to-nearest's loss that the median output keeps has
-# likely been failed by static groups. An input of enormous size does it (the "massive activations" of late
-# down projections) where its weight is large: making up for that one's rounding moves all other weights out
-# of the grids that were found for them as they were.
-POOR = 2.0
-
 
 @dataclass(frozen=True)
 class Options:
@@ -26,14 +20,15 @@ class Options:
 
     With `act_order` the columns of largest diagonal go first; groups stay runs of original columns with
     scales found beforehand, unless `dynamic_groups` makes them of columns as they are walked (then the
-    file needs desc_act). Without `act_order` a group's scales are found when the walk reaches it.
+    file needs desc_act). Without `act_order` a group's scales are found when the walk reaches it. With `mse`
+    each range is that whose rounding costs least; without it, that from the least to the greatest weight.
     """
 
     scheme: Scheme = field(default_factory=Scheme)
     act_order: bool = False
     dynamic_groups: bool = False
     damp: float = 0.05
-    mse: bool = False
+    mse: bool = True
 
     @property
     def desc_act(self) -> bool:
@@ -81,20 +76,14 @@ class _Order:
     starts: dict[int, int]
 
 
-PER_OUTPUT = ("codes", "scales", "zeros")  # what a solution has for each output, in columns
-# A solution, and the loss of each output [N]: its own, and that of round-to-nearest.
-Found = tuple[Solved, "torch.Tensor", "torch.Tensor"]
-
-
 def solve(W: torch.Tensor, H: torch.Tensor, options: Options) -> Solved:
     """Quantize W [N, K] so that tr((W-Q) H (W-Q)^T) is small, for H [K, K] = 2/n X^T X of its inputs.
 
     Both on one device and in one floating-point type, float32 as a rule; neither is changed. Inputs that
     were never active (H_ii = 0) get weight 0. Damping grows tenfold, twice at the most, where H is not
     positive definite; then, or where H is not finite, or where the result is no better, the codes are
-    those of round-to-nearest and `fell_back` says so. Outputs that static groups have failed are walked group
-    after group too. Raises QuantizationError for weights that are not finite or too large, UsageError for
-    shapes or options that make no sense.
+    those of round-to-nearest and `fell_back` says so. Raises QuantizationError for weights that are not
+    finite or too large, UsageError for shapes or options that make no sense.
     """
     _check(W, H, options)
     if not bool(H.isfinite().all()):
@@ -103,34 +92,34 @@ def solve(W: torch.Tensor, H: torch.Tensor, options: Options) -> Solved:
     if bool(dead.all()):
         return _plain(round_to_nearest(W, options), 0.0, "no input of this linear was ever active")
     W = W.masked_fill(dead, 0) if bool(dead.any()) else W
-    rounded = replace(round_to_nearest(W, options), dead=int(dead.sum()))
-    found = _in_order(W, H, dead, _order(H.diagonal(), options), options, rounded)
-    if found is None:
+    order = _order(H.diagonal(), options)
+    factor = feedback.factorize(H, dead, order.columns, options.damp)
+    if factor is None:
+        rounded = replace(round_to_nearest(W, options), dead=int(dead.sum()))
         loss = feedback.loss((W - rounded.dequantized()).T, H)
         return _plain(rounded, loss, "the Hessian is not positive definite at any damping")
-    if options.static_groups:
-        _mend(W, H, dead, options, rounded, found)
-    solved, losses, rtn_losses = found
-    loss, rtn_loss = float(losses.sum()), float(rtn_losses.sum())
-    if not loss <= rtn_loss:
-        return _plain(rounded, rtn_loss, f"its loss {loss:.4g} is above round-to-nearest's")
-    return replace(solved, loss=loss, rtn_loss=rtn_loss)
+    rounded = replace(round_to_nearest(W, options, H.diagonal()), dead=int(dead.sum()))
+    rtn_loss = _loss((W - rounded.dequantized()).T[order.columns], factor)
+    solved = _walk(W, factor, order, options, rounded)
+    if not solved.loss <= rtn_loss:
+        return _plain(rounded, rtn_loss, f"its loss {solved.loss:.4g} is above round-to-nearest's")
+    return replace(solved, rtn_loss=rtn_loss)
 
 
-def round_to_nearest(W: torch.Tensor, options: Options) -> Solved:
-    """Quantize W [N, K] without calibration: each weight to its nearest code, groups of original columns.
+def round_to_nearest(W: torch.Tensor, options: Options, cost: torch.Tensor | None = None) -> Solved:
+    """Quantize W [N, K] without feedback: each weight to its nearest code, groups of original columns.
 
-    The losses are NaN. Raises QuantizationError and UsageError as `solve` does.
+    `cost` [K] is what a squared error of each input costs; without it, one is as bad as another. The losses
+    are NaN. Raises QuantizationError and UsageError as `solve` does.
     """
     import torch
 
     _check(W, None, options)
-    scheme, (outputs, inputs) = options.scheme, W.shape
-    scales, zeros = _static_grids(W, options)
+    scheme, inputs = options.scheme, W.shape[1]
+    scales, zeros = _static_grids(W, options, cost)
     g_idx = torch.arange(inputs, device=W.device) // scheme.width(inputs)
-    codes = torch.empty(inputs, outputs, dtype=torch.uint8, device=W.device)
-    for group in range(scales.shape[0]):
-        part = slice(group * scheme.width(inputs), (group + 1) * scheme.width(inputs))
+    codes = torch.empty(W.T.shape, dtype=torch.uint8, device=W.device)
+    for group, part in enumerate(_runs(inputs, scheme)):
         codes[part] = to_codes(W[:, part].T, scales[group], zeros[group], scheme.maxq)
     return Solved(
         codes, scales.half(), zeros.byte(), g_idx.int(), math.nan, math.nan, damp=0.0, dead=0, fell_back=None
@@ -171,87 +160,44 @@ def _order(diagonal: torch.Tensor, options: Options) -> _Order:
     return _Order(columns, group, starts)
 
 
-def _group_order(diagonal: torch.Tensor, options: Options) -> _Order:
-    """Groups by the mean of their diagonal, in each the columns by theirs; grids are found on the way."""
-    import torch
-
-    inputs, width = len(diagonal), options.scheme.width(len(diagonal))
-    parts = [diagonal[i : i + width] for i in range(0, inputs, width)]
-    columns: list[torch.Tensor] = []
-    group: list[int] = []
-    starts: dict[int, int] = {}
-    for g in torch.stack([part.mean() for part in parts]).argsort(descending=True, stable=True).tolist():
-        columns.append(parts[g].argsort(descending=True, stable=True) + g * width)
-        starts[len(group)] = len(group) + len(parts[g])
-        group += [g] * len(parts[g])
-    return _Order(torch.cat(columns), group, starts)
+def _runs(inputs: int, scheme: Scheme) -> list[slice]:
+    """The groups of original columns; the last one may be short."""
+    width = scheme.width(inputs)
+    return [slice(start, min(start + width, inputs)) for start in range(0, inputs, width)]
 
 
-def _static_grids(W: torch.Tensor, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
+def _static_grids(
+    W: torch.Tensor, options: Options, cost: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Grids of the runs of original columns: two tensors [G, N]."""
     import torch
 
-    (outputs, inputs), width = W.shape, options.scheme.width(W.shape[1])
-    full = inputs // width
-    grouped = W[:, : full * width].reshape(outputs, full, width)
-    scale, zero = find_grid(grouped, options.scheme, options.mse)
-    if full * width < inputs:
-        short = find_grid(W[:, None, full * width :], options.scheme, options.mse)
-        scale, zero = torch.cat((scale, short[0]), 1), torch.cat((zero, short[1]), 1)
-    return scale.T.contiguous(), zero.T.contiguous()
-
-
-def _in_order(
-    W: torch.Tensor, H: torch.Tensor, dead: torch.Tensor, order: _Order, options: Options, rounded: Solved
-) -> Found | None:
-    """The solution of one order, the loss of each output [N] and that of `rounded`; None without a factor."""
-    factor = feedback.factorize(H, dead, order.columns, options.damp)
-    if factor is None:
-        return None
-    error = (W - rounded.dequantized()).T[order.columns]
-    rtn_losses = feedback.undamped(feedback.damped_losses(error, factor), error, factor)
-    del error
-    return *_walk(W, factor, order, options, rounded), rtn_losses
-
-
-def _mend(
-    W: torch.Tensor, H: torch.Tensor, dead: torch.Tensor, options: Options, rounded: Solved, found: Found
-) -> None:
-    """Walk the outputs that static groups have failed group after group; put what is better into `found`."""
-    solved, losses, rtn_losses = found
-    shares = losses / rtn_losses
-    poor = (shares > POOR * shares.nanmedian()).nonzero().flatten()
-    if not len(poor):
-        return
-    order = _group_order(H.diagonal(), options)
-    again = _in_order(W[poor], H, dead, order, options, _outputs(rounded, poor))
-    if again is None:
-        return
-    better = again[1] < losses[poor]
-    losses[poor[better]] = again[1][better]
-    for name in PER_OUTPUT:
-        getattr(solved, name)[:, poor[better]] = getattr(again[0], name)[:, better]
-
-
-def _outputs(solved: Solved, which: torch.Tensor) -> Solved:
-    """Some of the outputs."""
-    return replace(solved, **{name: getattr(solved, name)[:, which] for name in PER_OUTPUT})
+    if cost is None:
+        cost = W.new_ones(W.shape[1])
+    found = [
+        find_grid(W[:, part], options.scheme, cost[part] if options.mse else None)
+        for part in _runs(W.shape[1], options.scheme)
+    ]
+    return torch.stack([scale for scale, _ in found]), torch.stack([zero for _, zero in found])
 
 
 def _walk(
     W: torch.Tensor, factor: feedback.Factor, order: _Order, options: Options, rounded: Solved
-) -> tuple[Solved, torch.Tensor]:
-    """The columns in order; the loss of each output. Grids not found on the way are those of `rounded`."""
+) -> Solved:
+    """The columns in order, on grids by what the walk's roundings cost: each D times its square."""
     import torch
 
-    scheme = options.scheme
-    scales, zeros = rounded.scales.to(W.dtype), rounded.zeros.to(W.dtype)
+    scheme, inverse = options.scheme, order.columns.argsort()
+    if order.starts:
+        scales, zeros = rounded.scales.to(W.dtype), rounded.zeros.to(W.dtype)
+    else:
+        scales, zeros = _static_grids(W, options, factor.D[inverse])
     Wt = W.T[order.columns].contiguous()
     codes = torch.empty(Wt.shape, dtype=torch.uint8, device=W.device)
 
     def find(i: int, current: torch.Tensor) -> None:
-        g = order.group[i]
-        scales[g], zeros[g] = find_grid(current.T, scheme, options.mse)
+        g, cost = order.group[i], factor.D[i : i + len(current)]
+        scales[g], zeros[g] = find_grid(current.T, scheme, cost if options.mse else None)
 
     def to_grid(i: int, w: torch.Tensor) -> torch.Tensor:
         g = order.group[i]
@@ -260,13 +206,17 @@ def _walk(
         return q.sub_(zeros[g]).mul_(scales[g])
 
     Err, losses = feedback.walk(Wt, factor, order.starts, find, to_grid)
-    inverse = order.columns.argsort()
-    solved = replace(
+    return replace(
         rounded,
         codes=codes[inverse],
         scales=scales.half(),
         zeros=zeros.byte(),
         g_idx=torch.tensor(order.group, device=W.device)[inverse].int(),
+        loss=float(feedback.undamped(losses, Err, factor).sum()),
         damp=factor.damp,
     )
-    return solved, feedback.undamped(losses, Err, factor)
+
+
+def _loss(error: torch.Tensor, factor: feedback.Factor) -> float:
+    """The loss of errors [K, N] in the walk's order."""
+    return float(feedback.undamped(feedback.damped_losses(error, factor), error, factor).sum())

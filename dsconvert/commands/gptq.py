@@ -58,7 +58,12 @@ def _number(ctx: click.Context, param: click.Parameter, value: str) -> int:
     show_default=True,
     help="Fraction of the mean of H's diagonal that is added to it.",
 )
-@click.option("--mse", is_flag=True, help="Search each scale for the least squared error.")
+@click.option(
+    "--mse/--no-mse",
+    default=True,
+    show_default=True,
+    help="Search each scale for the least squared error, weighted by what it costs; or min-max.",
+)
 @calibration_options("c4", 2048)
 @click.option(
     "-o",

@@ -95,7 +95,7 @@ OPTIONS = {
     "default": "--bits 4",
     "natural": "--bits 4 --group-size 32 --no-act-order",
     "dynamic groups": "--bits 4 --group-size 32 --act-order --dynamic-groups",
-    "asymmetric": "--bits 4 --group-size 64 --asym --mse",
+    "asymmetric": "--bits 4 --group-size 64 --asym --no-mse",
     "2 bits": "--bits 2 --group-size 32",
     "3 bits": "--bits 3 --group-size 64",
     "8 bits": "--bits 8 --group-size 128",
