@@ -1,7 +1,8 @@
 """The grid that weights are rounded to: per group of rows a largest scale, per column a 4-bit share of it.
 
-A column's scale is the largest times ((code + 1) / 16)^2. All scales here are what the runtime computes in
-float16, so that codes are chosen for the scale that the file means.
+A column's scale is the largest times ((code + 1) / 16)^2. Both are chosen for the least loss, a weighted sum
+of squared rounding errors: an error in one row may cost a thousand times what it costs in another. All scales
+here are what the runtime computes in float16, so that codes are chosen for the scale that the file means.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ if TYPE_CHECKING:
     import torch
 
 STEPS = 16  # scales of columns, as shares of the largest: (1/16)^2 ... (16/16)^2
-MULTIPLIERS = tuple(0.70 + 0.50 * i / 96 for i in range(97))  # of the largest scale, tried in turn
-NORM = 3.5  # the error that is least: outliers count more than in a sum of squares
+MULTIPLIERS = tuple(0.60 + 0.05 * i for i in range(13))  # of the largest scale, tried in turn
+# Codes tried about the one whose grid just holds a column: a clipped outlier is mostly the lesser loss, and
+# the grid has no code for its positive end, so that a scale above that one may be the best, too.
+SHIFTS = (-4, -3, -2, -1, 0, 1)
 HALF_MAX = 65504.0
 # Its 256th part is the least float16: with a largest scale below it all weights would be 0.
 LEAST = 2.0**-24 * STEPS**2
@@ -35,10 +38,13 @@ class Grid:
     scale: torch.Tensor
 
 
-def find_grid(w: torch.Tensor, bits: int, multipliers: Sequence[float] = MULTIPLIERS) -> Grid:
-    """The scales of a group of rows `w` [rows, N], float32: of the multipliers the best for the whole group.
+def find_grid(
+    w: torch.Tensor, bits: int, cost: torch.Tensor, multipliers: Sequence[float] = MULTIPLIERS
+) -> Grid:
+    """The scales of a group of rows `w` [rows, N], float32, a squared error in row i costing `cost`[i].
 
-    The least sum of |scale * code - w|^3.5, before the product's rounding to float16; the first of equals.
+    Of the multipliers the best for the whole group, of the codes near its own the best for each column: the
+    least sum of cost * (scale * code - w)^2, before the product's rounding to float16; the first of equals.
     Raises QuantizationError for weights that are not finite or that float16 cannot reach.
     """
     import torch
@@ -46,20 +52,26 @@ def find_grid(w: torch.Tensor, bits: int, multipliers: Sequence[float] = MULTIPL
     zero = 1 << (bits - 1)
     base = w.abs().amax(0).add_(1e-12).div_((2 * zero - 1) / 2)
     smax = base.max().clamp(min=LEAST)
-    codes = (base / smax).sqrt_().mul_(STEPS).round_().clamp_(1, STEPS).sub_(1)
     tried = torch.tensor(multipliers, dtype=w.dtype, device=w.device)
     largest = (tried * smax).clamp_(min=LEAST).half()
-    scale = effective_scales(codes, largest.unsqueeze(1))
+    shifts = torch.tensor(SHIFTS, device=w.device)
+    own = (base / largest.float()[:, None, None]).sqrt_().mul_(STEPS).round_()
+    codes = (own + shifts[:, None]).clamp_(1, STEPS).sub_(1)  # [multipliers, shifts, N]
+    scale = effective_scales(codes, largest[:, None, None])
+    errors = _errors(w, scale.flatten(0, 1), cost, zero).view_as(scale)
     # the lowest code may be met by clamping only, but it must not be infinite
-    errors = _errors(w, scale, zero).masked_fill_(scale.amax(1) * zero > HALF_MAX, float("inf"))
-    best = errors.argmin()
-    if not bool(errors[best].isfinite()):
+    errors.masked_fill_(scale * zero > HALF_MAX, float("inf"))
+    nearest = errors.argmin(1, keepdim=True)
+    sums = errors.gather(1, nearest).sum((1, 2))
+    best = sums.argmin()
+    if not bool(sums[best].isfinite()):
         raise QuantizationError(
             "has weights too large for a float16 scale, or none that are numbers",
             why=f"The largest magnitude is {float(w.abs().max()):.3g}",
             hint="Look for a damaged tensor in the checkpoint",
         )
-    return Grid(codes.byte(), largest[best], scale[best])
+    codes, scale = (x[best].gather(0, nearest[best])[0] for x in (codes, scale))
+    return Grid(codes.byte(), largest[best], scale)
 
 
 def effective_scales(codes: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
@@ -79,8 +91,8 @@ def from_codes(codes: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Ten
     return (codes.float() - (1 << (bits - 1))).mul_(scale).half().float()
 
 
-def _errors(w: torch.Tensor, scale: torch.Tensor, zero: int) -> torch.Tensor:
-    """The group's error with each of the scales [P, N], float64 [P]; in pieces of both."""
+def _errors(w: torch.Tensor, scale: torch.Tensor, cost: torch.Tensor, zero: int) -> torch.Tensor:
+    """The error of each column with each of the scales [P, N], float64 [P, N]; in pieces of both."""
     import torch
 
     (rows, columns), tries = w.shape, len(scale)
@@ -88,14 +100,13 @@ def _errors(w: torch.Tensor, scale: torch.Tensor, zero: int) -> torch.Tensor:
     width = min(columns, room)
     at_once = min(max(room // width, 1), tries)
     total, inverse = scale.new_empty(scale.shape), scale.reciprocal()
-    buffers = scale.new_empty(3, at_once, rows, width)
+    buffers = scale.new_empty(2, at_once, rows, width)
     for n in range(0, columns, width):
         part = w[:, n : n + width]
         for p in range(0, tries, at_once):
             trial = inverse[p : p + at_once, None, n : n + width]
-            x, miss, power = buffers[:, : trial.shape[0], :, : trial.shape[2]]
+            x, miss = buffers[:, : trial.shape[0], :, : trial.shape[2]]
             torch.mul(part, trial, out=x)
-            torch.round(x, out=miss).clamp_(-zero, zero - 1).sub_(x).abs_()
-            torch.sqrt(miss, out=power).mul_(miss).mul_(miss.square_())  # ^3.5
-            total[p : p + at_once, n : n + width] = power.sum(1)
-    return scale.double().pow_(NORM).mul_(total).sum(1)
+            torch.round(x, out=miss).clamp_(-zero, zero - 1).sub_(x).square_()
+            total[p : p + at_once, n : n + width] = cost @ miss
+    return scale.double().square_().mul_(total)

@@ -2,8 +2,9 @@
 
 GPTQ's loss is a weighted sum of the squared rounding errors of the inputs, whatever the feedback did before
 (feedback.row_losses), and rounding errors on one grid are alike wherever the weights lie. So one plain
-rounding per width and group size, of some of the outputs, foretells the loss of every mixture; weighed by the
-outputs' sensitivities (dsconvert.fisher) it is a share of the mean KL divergence.
+rounding per width and group size, of some of the outputs, on scales chosen as the solver chooses them,
+foretells the loss of every mixture; weighed by the outputs' sensitivities (dsconvert.fisher) it is a share of
+the mean KL divergence.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     import torch
 
 OUTPUTS = 128  # of a linear's outputs as many are rounded, evenly spread
-TRIED = MULTIPLIERS[::8]
+TRIED = MULTIPLIERS[::4]
 WINDOWS = 16  # of the calibration windows as many are measured on
 SENSITIVITY_TOKENS = 4096
 Key = tuple[int, int]  # bits, group size
@@ -121,7 +122,7 @@ def _summed(problem: Problem, L: torch.Tensor, s: torch.Tensor, key: Key) -> lis
     """Nats that the first i rows cost at this width and group size, for i = 0 ... K."""
     import torch
 
-    bits, size = key
+    (bits, size), cost = key, problem.cost
     outputs = problem.Wt.shape[1]
     step = max(1, outputs // OUTPUTS)
     W, weight = problem.Wt[:, ::step].contiguous(), s[::step]
@@ -129,7 +130,7 @@ def _summed(problem: Problem, L: torch.Tensor, s: torch.Tensor, key: Key) -> lis
     rows = []
     for start in range(0, len(W), size):
         part = W[start : start + size]
-        scale = find_grid(part, bits, TRIED).scale
+        scale = find_grid(part, bits, cost[start : start + size], TRIED).scale
         miss = part - from_codes(to_codes(part, scale, bits), scale, bits)
         rows.append(miss.square_() @ weight)
     shares = torch.cat(rows).double() * L.double() / 4

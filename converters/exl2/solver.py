@@ -1,4 +1,7 @@
-"""GPTQ's error feedback on EXL2's grid: rows in order of activity, each group's scales found on the way."""
+"""GPTQ's error feedback on EXL2's grid: rows in order of activity, each group's scales found on the way.
+
+The scales are chosen by the walk's own loss: a squared error of row i costs D_i (dsconvert/feedback.py).
+"""
 
 from __future__ import annotations
 
@@ -48,6 +51,11 @@ class Problem:
     factor: feedback.Factor | None
     dead: int
     why: str
+
+    @property
+    def cost(self) -> torch.Tensor:
+        """What a squared rounding error in each row adds to the walk's loss: [K]; 1 without a factor."""
+        return self.Wt.new_ones(len(self.Wt)) if self.factor is None else self.factor.D
 
 
 def prepare(W: torch.Tensor, H: torch.Tensor, damp: float) -> Problem:
@@ -113,14 +121,14 @@ def _walk(
     """What the walk chooses, and the damped loss of each output [N]."""
     import torch
 
-    Wt = problem.Wt
+    Wt, cost = problem.Wt, problem.cost
     codes = torch.empty(Wt.shape, dtype=torch.uint8, device=Wt.device)
     values = torch.empty_like(Wt)
     starts, owner = _starts(groups), [g for g, group in enumerate(groups) for _ in range(group.rows)]
     grids: list[Grid] = []
 
     def find(i: int, current: torch.Tensor) -> None:
-        grids.append(find_grid(current, groups[owner[i]].bits))
+        grids.append(find_grid(current, groups[owner[i]].bits, cost[i : i + len(current)]))
 
     def to_grid(i: int, w: torch.Tensor) -> torch.Tensor:
         bits, scale = groups[owner[i]].bits, grids[-1].scale
@@ -137,13 +145,14 @@ def _nearest(problem: Problem, groups: Sequence[Group], grids: list[Grid] | None
     """Each weight to its nearest code, on `grids` or on those of the unmoved weights."""
     import torch
 
-    Wt = problem.Wt
+    Wt, cost = problem.Wt, problem.cost
     codes = torch.empty(Wt.shape, dtype=torch.uint8, device=Wt.device)
     values = torch.empty_like(Wt)
     found: list[Grid] = []
     for (start, end), group in zip(_starts(groups).items(), groups, strict=True):
-        found.append(grids[len(found)] if grids else find_grid(Wt[start:end], group.bits))
-        q = to_codes(Wt[start:end], found[-1].scale, group.bits)
+        part = Wt[start:end]
+        found.append(grids[len(found)] if grids else find_grid(part, group.bits, cost[start:end]))
+        q = to_codes(part, found[-1].scale, group.bits)
         codes[start:end] = q
         values[start:end] = from_codes(q, found[-1].scale, group.bits)
     return _Rounded(codes, values, found, Wt - values)
