@@ -1,12 +1,13 @@
-"""Mean KL of EXL2 at several bit rates over held-out text, beside q4_0 and plain rounding to 4 bits.
+"""Mean KL of EXL2 at several bit rates over held-out text, beside q4_0, GPTQ and plain rounding to 4 bits.
 
     python benchmarks/exl2.py MODEL_PATH [--bpw 2.5,3,4,5,6] [--samples 32] [--length 1024] [--damp 0.05]
                               [--work FOLDER]
 
 One measurement serves all bit rates. Per rate: the bits per weight reached, the mean KL divergence and what
 the allocation had foretold of it on the calibration text, the seconds, and the process's peak memory so far.
-Then the same evaluator on q4_0 and on GPTQ's 4-bit grid rounded to nearest, groups of 128. Calibration and
-evaluation text are the two parts of the built-in text; nothing is fetched.
+Then the same evaluator on q4_0, on GPTQ at 4 bits with groups of 128, and on the same groups rounded to
+nearest between their least and greatest weights. Calibration and evaluation text are the two parts of the
+built-in text; nothing is fetched.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import resource
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -102,11 +104,14 @@ def main() -> None:
             )
         )
         line("gguf --quant q4_0", 4.5, job, out, seconds)
-        with mock.patch.object(gptq, "solve", lambda W, H, options: round_to_nearest(W, options)):
-            plain = gptq_job.Options(given.model, bits=4, group_size=128, out=work / "rtn", **asked)
-            seconds, _ = run(gptq.convert(plain))
+        plain = gptq_job.Options(given.model, bits=4, group_size=128, out=work / "gptq", **asked)
         job_of = gptq_job.prepare(plain)
         bits = 8 * sum(map(job_of.nbytes, job_of.model.linears)) / job.weights
+        seconds, _ = run(gptq.convert(plain))
+        line("gptq --bits 4", bits, job, work / "gptq", seconds)
+        plain = replace(plain, mse=False, out=work / "rtn")
+        with mock.patch.object(gptq, "solve", lambda W, H, options: round_to_nearest(W, options)):
+            seconds, _ = run(gptq.convert(plain))
         line("4 bits, to nearest", bits, job, work / "rtn", seconds)
 
 
