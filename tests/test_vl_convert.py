@@ -27,6 +27,7 @@ from dsconvert.arch import expand, plan
 from dsconvert.archs import deepseek_vl
 from dsconvert.checkpoint import open_checkpoint
 from dsconvert.cli import cli
+from dsconvert.commands.sources import open_reference
 from dsconvert.config import load_config
 from dsconvert.errors import CheckpointError, PlanError, QuantizationError, UsageError
 from dsconvert.events import Check, Event, Planned, Step, Warn
@@ -332,13 +333,16 @@ def test_the_proof_fails_on_another_projector(models: Any, tmp_path: Path) -> No
     text, projector = tmp_path / "out.gguf", tmp_path / "mmproj-out.gguf"
 
     def proof(model: Path, projector: Path) -> dict[str, bool]:
-        events = image_proof.prove_projector(str(model), projector, text, "f16")
+        pictured = open_reference(str(model)).pictured
+        assert pictured is not None
+        limit = image_proof.limit_of("f16", "f32")
+        events = image_proof.prove_pair(pictured, open_gguf(projector), [(open_gguf(text), limit)])
         return {e.name: e.passed for e in events if isinstance(e, Check)}
 
     assert all(proof(models[False, "transformers"], projector).values())
     other = tiny_vl.vl_checkpoint(tmp_path / "other", VL(seed=1))
     failed = {name for name, passed in proof(other, projector).items() if not passed}
-    assert failed == {"images", "question"}
+    assert failed == {"weights", "images", "question"}
     good = open_gguf(projector)
     shifted = edited(good, tmp_path / "bad.gguf", {"clip.vision.attention.head_count": ("uint32", 1)})
     failed = {name for name, passed in proof(models[False, "original"], shifted).items() if not passed}

@@ -2,35 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from converters.gguf.mmproj import IMAGE_LIMITS, open_projector
+from converters.gguf.mmproj import IMAGE_LIMITS, open_projector, stored_vision
 from converters.gguf.mmproj_check import completeness, pair_faults
 from converters.gguf.parse import GGUFFile, open_gguf
 from converters.gguf.reader import open_model
 from converters.gguf.towers import Towers, plan_towers
+from converters.gguf.weights_check import check_weights
 from dsconvert import thresholds, vision_forward, vision_runner
 from dsconvert.checkpoint import Checkpoint, open_checkpoint
 from dsconvert.config import ModelConfig, load_config
-from dsconvert.errors import UsageError
+from dsconvert.errors import CheckpointError, UsageError
 from dsconvert.events import Check, Event, Step
 from dsconvert.inner import language_model
 from dsconvert.vision_runner import Floats
 from tokenizer_tools.load import TokenizerData, load_tokenizer
 from tokenizer_tools.vision_template import SYSTEM
 
+READABLE = ("projector", "tensors")  # the checks without which a projector gives no embeddings
+
+
+@dataclass(frozen=True)
+class Pictured:
+    """A checkpoint with vision towers, which a projector and its text file are held against."""
+
+    checkpoint: Checkpoint
+    config: ModelConfig
+    tokenizer: TokenizerData = field(repr=False)
+    towers: Towers = field(repr=False)
+
 
 def projector_quant(file: GGUFFile) -> str:
-    """The type of a projector's matrices."""
-    return file.tensors["v.blk.0.ffn_up.weight"].qtype.name
+    """The coarsest type of a projector's tensors: that of its matrices, as far as their rows fit it."""
+    return max((t.qtype.name for t in file.tensors.values()), key=lambda name: IMAGE_LIMITS.get(name, 0.0))
 
 
-def embeddings(checkpoint: Checkpoint, towers: Towers, file: GGUFFile) -> tuple[Floats, Floats]:
+def embeddings(model: Pictured, file: GGUFFile) -> tuple[Floats, Floats]:
     """A picture's embeddings [tokens, d] by the checkpoint, and by the projector file alone."""
-    reference = vision_runner.checkpoint_weights(checkpoint, towers.specs, towers.vision)
-    pictures = vision_runner.exact_pictures(towers.vision, vision_runner.synthetic_picture(towers.vision))
-    sides = ((reference, towers.vision), open_projector(file))
+    vision = model.towers.vision
+    reference = vision_runner.checkpoint_weights(model.checkpoint, model.towers.specs, vision)
+    pictures = vision_runner.exact_pictures(vision, vision_runner.synthetic_picture(vision))
+    sides = ((reference, vision), open_projector(file))
     wanted, found = (vision_runner.embed(vision_runner.load_towers(*side), pictures)[0] for side in sides)
     return wanted, found
 
@@ -40,34 +55,27 @@ def check_embeddings(wanted: Floats, found: Floats, quant: str) -> Check:
     error = vision_runner.embedding_error(wanted, found)
     limit = IMAGE_LIMITS.get(quant, IMAGE_LIMITS["f16"])
     detail = (
-        f"relative error {error.relative:.2g}, limit {limit:g}; worst token's cosine {error.cosine:.7f}; "
-        f"max abs {error.max_abs:.2g}"
+        f"embeddings of a picture: relative error {error.relative:.2g}, limit {limit:g}; worst token's "
+        f"cosine {error.cosine:.7f}; max abs {error.max_abs:.2g}"
     )
     return Check("images", error.relative <= limit, detail, error.relative)
 
 
-def check_question(
-    checkpoint: Checkpoint,
-    config: ModelConfig,
-    tokenizer: TokenizerData,
-    towers: Towers,
-    text: GGUFFile,
-    limit: float,
-    both: tuple[Floats, Floats],
-) -> Check:
+def check_question(model: Pictured, text: GGUFFile, limit: float, both: tuple[Floats, Floats]) -> Check:
     """Logits of a question about the picture: the files against the checkpoint, each with its embeddings."""
+    towers, tokenizer = model.towers, model.tokenizer
     prompt = f"{SYSTEM}\n\nUser: {towers.token}What is this?\n\nAssistant:"
     ids = tokenizer.tokenizer.encode(prompt, add_special_tokens=False).ids
     at = ids.index(towers.token_id)
     before = ids[:at] if tokenizer.first_id is None else [tokenizer.first_id, *ids[:at]]
-    source, plain = language_model(checkpoint, config)
-    model = open_model(text)
+    source, plain = language_model(model.checkpoint, model.config)
+    written = open_model(text)
     base, candidate = (
         vision_forward.prompt_logits(weights, numbers, [before, embedded, ids[at + 1 :]])
-        for weights, numbers, embedded in ((source, plain, both[0]), (model, model.config, both[1]))
+        for weights, numbers, embedded in ((source, plain, both[0]), (written, written.config, both[1]))
     )
     kld = float(vision_forward.divergence(base, candidate).mean())
-    detail = f"mean KLD {kld:.3g} over {len(base)} positions, limit {limit:g}"
+    detail = f"a question about a picture: mean KLD {kld:.3g} over {len(base)} positions, limit {limit:g}"
     return Check("question", kld <= limit, detail, kld)
 
 
@@ -76,11 +84,10 @@ def limit_of(quant: str, projector: str) -> float:
     return max(thresholds.thresholds_for(name).max_kld for name in (quant, projector))
 
 
-def prove_projector(model: str, path: Path, text: Path | None = None, quant: str = "") -> Iterator[Event]:
-    """Prove a projector file against the checkpoint `model`, and with `text`, its text file, the pair.
+def prove_projector(model: str, path: Path) -> Iterator[Event]:
+    """Prove a projector file against the checkpoint `model`: complete, its weights, a picture's embeddings.
 
-    Complete for a runtime, the embeddings of a picture, and with the text file a question about it; `quant`
-    is the text file's type. Raises ConversionError when something cannot be compared at all.
+    Raises ConversionError when something cannot be compared at all.
     """
     checkpoint = open_checkpoint(model)
     config = load_config(checkpoint.folder)
@@ -88,17 +95,62 @@ def prove_projector(model: str, path: Path, text: Path | None = None, quant: str
     towers = plan_towers(checkpoint, config, tokenizer)
     if towers is None:
         raise UsageError("the checkpoint has no vision tower", where=checkpoint.folder)
-    file = open_gguf(path)
-    found = list(completeness(file))
+    yield from prove_pair(Pictured(checkpoint, config, tokenizer, towers), open_gguf(path))
+
+
+def prove_pair(
+    model: Pictured,
+    projector: GGUFFile,
+    texts: Sequence[tuple[GGUFFile, float]] = (),
+    *,
+    compute: bool = True,
+) -> Iterator[Event]:
+    """Prove a projector against its checkpoint, and with each of `texts`, its text files, the pair.
+
+    Complete for a runtime, its weights, each text file's pairing; with `compute` the embeddings of a picture,
+    and a question about it to each text file, whose mean KL divergence may be the number that comes with it.
+    Raises CheckpointError when the projector is of another model.
+    """
+    found = list(completeness(projector))
     yield from found
-    if not all(check.passed for check in found):
-        return  # an incomplete file gives no embeddings
+    if any(check.name in READABLE and not check.passed for check in found):
+        return
+    same_towers(model, projector)
+    yield from check_weights(
+        model.checkpoint, projector, [(spec, model.towers.vision) for spec in model.towers.specs]
+    )
+    for text, _ in texts:
+        faults = pair_faults(text, projector)
+        yield Check("pair", not faults, "; ".join(faults) or f"belongs to {text.path.name}")
+    if not compute:
+        return
     yield Step("computing the embeddings of a picture twice")
-    both = embeddings(checkpoint, towers, file)
-    yield check_embeddings(*both, projector_quant(file))
-    if text is not None:
-        written = open_gguf(text)
-        faults = pair_faults(written, file)
-        yield Check("pair", not faults, "; ".join(faults) or "pair")
-        limit = limit_of(quant, projector_quant(file))
-        yield check_question(checkpoint, config, tokenizer, towers, written, limit, both)
+    both = embeddings(model, projector)
+    yield check_embeddings(*both, projector_quant(projector))
+    for text, limit in texts:
+        yield check_question(model, text, limit, both)
+
+
+def same_towers(model: Pictured, projector: GGUFFile) -> None:
+    """Raises CheckpointError when a projector's tensors and pictures cannot be those of the checkpoint."""
+    ours, theirs = model.towers.vision, stored_vision(projector)
+    wanted = {spec.gguf: str(list(spec.shape)) for spec in model.towers.specs}
+    found = {name: str(list(tensor.shape)) for name, tensor in projector.tensors.items()}
+    for sizes, vision in ((wanted, ours), (found, theirs)):
+        for name, tower in (("SigLIP", vision.siglip), ("SAM", vision.sam)):
+            sizes[f"the side of {name}'s picture"] = str(tower.image_size) if tower is not None else "none"
+    for name in (*wanted, *found):
+        a, b = wanted.get(name, "none"), found.get(name, "none")
+        if a != b:
+            raise CheckpointError(
+                "the projector and the checkpoint are not of the same model",
+                where=projector.path,
+                why=f"{name} is {b}, the checkpoint has {a}",
+                hint="Give the checkpoint that the projector was made from",
+            )
+
+
+def of_projector(events: Iterable[Event]) -> Iterator[Event]:
+    """The same events, with "mmproj" before the name of each check, as beside those of a text file."""
+    for event in events:
+        yield replace(event, name="mmproj " + event.name) if isinstance(event, Check) else event

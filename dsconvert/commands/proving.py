@@ -14,6 +14,7 @@ import dsconvert
 from dsconvert import effort, kld_base, text, verify
 from dsconvert import streaming as st
 from dsconvert.calibration import evaluation_windows
+from dsconvert.commands import pictures
 from dsconvert.commands.sources import Opened, Reference, limits_name, open_output
 from dsconvert.errors import TokenizerError, UsageError
 from dsconvert.events import Check, Event, Step
@@ -50,6 +51,7 @@ class Asked:
     kld_base: Path | None = None
     engine: str | None = None
     effort: str = "full"
+    mmproj: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,9 @@ def prove(path: Path, reference: Reference, asked: Asked) -> Generator[Event, No
     verify.check_sizes(reference.config, opened.config)
     changes = {"max_kld": asked.max_kld, "max_ppl_ratio": asked.max_ppl_ratio, "min_top1": asked.min_top1}
     limits = thresholds_for(limits_name(opened), **changes)
+    pair = None
+    if asked.mmproj is not None:
+        pair = pictures.open_pair(opened, asked.mmproj, reference, asked.max_kld)
     chosen_text = yield from choose_text(reference, asked)
     yield Step(f"{path}: {opened.kind} {opened.quant}, {opened.bits:.2f} bits per weight")
     checks = check_text(opened, reference, chosen_text.pages)
@@ -94,6 +99,8 @@ def prove(path: Path, reference: Reference, asked: Asked) -> Generator[Event, No
     if asked.engine and comparison.tokens is not None:
         engine, others = yield from run_engine(opened, reference, chosen_text, limits, comparison, where)
         found += others
+    if pair is not None:
+        found += yield from pictures.check_pair(pair)
     said = verdict([*checks, *found])
     report = Report(
         title=f"{path.name} against {reference.folder.resolve().name}",
@@ -102,7 +109,8 @@ def prove(path: Path, reference: Reference, asked: Asked) -> Generator[Event, No
         limits=limits,
         windows=chosen_text.windows,
         sizes=opened.sizes,
-        provenance=provenance(opened, reference, chosen_text, where, comparison),
+        provenance=provenance(opened, reference, chosen_text, where, comparison)
+        | ({} if pair is None else {"projector": pair.said}),
         engine=engine,
         decode=lambda ids: str(reference.tokenizer.tokenizer.decode(list(ids), skip_special_tokens=False)),
     )

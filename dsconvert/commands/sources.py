@@ -18,6 +18,7 @@ from tokenizer_tools.identity import TextHandling, of_data, of_metadata
 from tokenizer_tools.load import TokenizerData, load_tokenizer
 
 if TYPE_CHECKING:
+    from converters.gguf.image_proof import Pictured
     from converters.gguf.parse import GGUFFile
 
 NESTED = ("text_config", "language_config")
@@ -34,6 +35,7 @@ class Reference:
     config: ModelConfig
     tokenizer: TokenizerData = field(repr=False)
     templates: tuple[str, ...] = field(repr=False)  # the chat templates that an output may carry
+    pictured: Pictured | None = field(repr=False)  # the same with its towers; None without any
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Opened:
 
 def open_reference(model: str) -> Reference:
     """The 16-bit checkpoint that `model` names; raises ConversionError of every kind that opening has."""
+    from converters.gguf.image_proof import Pictured
     from converters.gguf.job import find_arch
     from converters.gguf.towers import plan_towers, with_template
 
@@ -71,11 +74,12 @@ def open_reference(model: str) -> Reference:
     find_arch(config, checkpoint.folder)
     tokenizer = load_tokenizer(checkpoint.folder, config.vocab_size)
     towers = plan_towers(checkpoint, config, tokenizer)
-    templates = [tokenizer.chat.default]
+    templates, pictured = [tokenizer.chat.default], None
     if towers is not None:  # a GGUF file of it gets a template that takes pictures
         templates.append(with_template(tokenizer, towers).chat.default)
+        pictured = Pictured(checkpoint, config, tokenizer, towers)
     source, config = language_model(checkpoint, config)
-    return Reference(checkpoint.folder, source, config, tokenizer, tuple(templates))
+    return Reference(checkpoint.folder, source, config, tokenizer, tuple(templates), pictured)
 
 
 def is_projector(path: Path) -> bool:

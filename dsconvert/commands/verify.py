@@ -98,12 +98,19 @@ PROOF_OPTIONS = (
     show_default=True,
     help="quick: what takes some 20 seconds, for big models a sample of blocks.",
 )
+@click.option(
+    "--mmproj",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="The text file's projector: prove it too, and both together on a question about a picture.",
+)
 def verify(output: Path, against: str, json_file: str | None, report: Path | None, **asked: Any) -> None:
     """Prove an output against its checkpoint: token ids, chat template, weights, blocks, perplexity, KL.
 
-    OUTPUT is a GGUF file of any maker, a GPTQ folder or a 16-bit folder; of a projector the embeddings of a
-    picture are compared. The figures are named and defined as in llama.cpp's perplexity tool. Exit code 0:
-    passed, 2: could not be compared, 3: a check failed.
+    OUTPUT is a GGUF file of any maker, a GPTQ or EXL2 folder or a 16-bit folder; of a projector the weights
+    and the embeddings of a picture are compared. --mmproj does that beside a text file, and asks both a
+    question about the picture. The figures are named and defined as in llama.cpp's perplexity tool. Exit
+    code 0: passed, 2: could not be compared, 3: a check failed.
     """  # fmt: skip
     quiet, debug = asked.pop("quiet"), asked.pop("debug")
     machine = json_file == "-"
@@ -111,10 +118,13 @@ def verify(output: Path, against: str, json_file: str | None, report: Path | Non
     def work() -> int:
         from dsconvert import console, report_page
         from dsconvert import report as reports
+        from dsconvert.commands.pictures import check_files
         from dsconvert.commands.proving import Asked, prove
         from dsconvert.commands.sources import is_projector, open_reference
 
-        if is_projector(output):
+        if asked["mmproj"] is not None:
+            check_files(output, asked["mmproj"])
+        elif is_projector(output):
             from converters.gguf.image_proof import prove_projector
 
             return console.render(prove_projector(against, output), as_json=machine, quiet=quiet)
