@@ -7,7 +7,7 @@ the CPU, for a few blocks or a small model; `streaming` is for everything else, 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,9 @@ from dsconvert.config import ModelConfig, RopeScaling
 from dsconvert.errors import CheckpointError
 
 Floats = npt.NDArray[np.float32]
+Names = tuple[str, ...]
+Request = tuple[Names, Floats]  # matrices by module attribute without ".weight", and what they are applied to
+Steps = Generator[Request, tuple[Floats, ...], Floats]
 EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 FAST, SLOW = 32.0, 1.0  # turns within the original context between which YaRN blends
 
@@ -88,21 +91,52 @@ def norm(x: Floats, weight: Floats, eps: float) -> Floats:
 def block(config: ModelConfig, weights: Mapping[str, Floats], x: Floats) -> Floats:
     """One decoder layer: states [n, length, d] to new states; `weights` by module attribute."""
 
-    def linear(name: str, states: Floats) -> Floats:
-        out = states @ weights[name + ".weight"].T
-        return out + weights[name + ".bias"] if name + ".bias" in weights else out
+    def products(names: Names, states: list[Floats]) -> list[tuple[Floats, ...]]:
+        return [tuple(x @ weights[name + ".weight"].T for name in names) for x in states]
 
-    states = norm(x, weights["input_layernorm.weight"], config.norm_eps)
-    q, k, v = (
-        linear(f"self_attn.{part}_proj", states).reshape(*x.shape[:2], -1, config.head_dim).swapaxes(1, 2)
-        for part in "qkv"
-    )
+    (made,) = in_step([steps(config, weights, x)], products)
+    return made
+
+
+def steps(config: ModelConfig, vectors: Mapping[str, Floats], x: Floats) -> Steps:
+    """`block` without its matrices: yields which of them to apply to what, and is sent the products.
+
+    `vectors` are the norms and biases by module attribute, all of which is at hand while the matrices pass.
+    """
+
+    def linear(states: Floats, *names: str) -> Generator[Request, tuple[Floats, ...], list[Floats]]:
+        products = yield names, states
+        biases = [vectors.get(name + ".bias") for name in names]
+        return [y if bias is None else y + bias for y, bias in zip(products, biases, strict=True)]
+
+    states = norm(x, vectors["input_layernorm.weight"], config.norm_eps)
+    projected = yield from linear(states, *(f"self_attn.{part}_proj" for part in "qkv"))
+    q, k, v = (part.reshape(*x.shape[:2], -1, config.head_dim).swapaxes(1, 2) for part in projected)
     mixed = attention(*rotate(config, q, k), v).swapaxes(1, 2).reshape(*x.shape[:2], -1)
-    x = x + linear("self_attn.o_proj", mixed)
-    states = norm(x, weights["post_attention_layernorm.weight"], config.norm_eps)
-    gate = linear("mlp.gate_proj", states)
+    x = x + (yield from linear(mixed, "self_attn.o_proj"))[0]
+    states = norm(x, vectors["post_attention_layernorm.weight"], config.norm_eps)
+    gate, up = yield from linear(states, "mlp.gate_proj", "mlp.up_proj")
     gate /= 1 + np.exp(-gate)
-    return x + linear("mlp.down_proj", gate * linear("mlp.up_proj", states))
+    return x + (yield from linear(gate * up, "mlp.down_proj"))[0]
+
+
+def in_step(
+    runs: Sequence[Steps], products: Callable[[Names, list[Floats]], Sequence[tuple[Floats, ...]]]
+) -> list[Floats]:
+    """Run the steps of one layer of several models side by side, each matrix asked for once for all.
+
+    `products` gives each model's products of the named matrices with its own states.
+    """
+    asked, made = [next(run) for run in runs], list[Floats]()
+    while not made:
+        found = products(asked[0][0], [states for _, states in asked])
+        asked = []
+        for run, one in zip(runs, found, strict=True):
+            try:
+                asked.append(run.send(one))
+            except StopIteration as end:
+                made.append(end.value)
+    return made
 
 
 @np.errstate(over="ignore", invalid="ignore")

@@ -5,16 +5,13 @@ What `verify.compare` and `effort.compare_blocks` find with torch, found without
 
 from __future__ import annotations
 
-import math
 import os
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from dsconvert import effort, plain
 from dsconvert import streaming as st
@@ -22,17 +19,18 @@ from dsconvert.arch import WeightSource
 from dsconvert.config import ModelConfig
 from dsconvert.effort import Effort, Speed
 from dsconvert.events import BlockCompared, Event, Step
-from dsconvert.figures import TOP, BlockError, TensorError, decibel, joined, summary
+from dsconvert.figures import BlockError, TensorError, decibel, joined, summary
 from dsconvert.plain import EMBED, NORM, Floats
+from dsconvert.plain_figures import energies, hidden_error, length, snr, token_figures
 from dsconvert.thresholds import Thresholds
 from dsconvert.verify import Comparison, check_sizes, differences, judge
 from dsconvert.windows import Windows
 
 Pair = tuple[Floats, Floats]
-SLICE = 1 << 16  # values whose squares are summed at once, in cache
-TOKENS = 64  # on which sampled blocks run
+TOKENS = 32  # on which sampled blocks run
 WHOLE_SECONDS = 2.0  # what running all of a small model may take by estimate
-LEAST_BLOCKS = 2
+LEAST_BLOCKS = 1
+CHUNK = 1 << 18  # values of a matrix that are read at a time
 FLOPS_PER_CORE, READS_PER_CORE = 45e9, 0.2e9  # measured on a quiet machine
 
 
@@ -76,7 +74,8 @@ def check(
     comparison = yield from compare(reference, candidate, config, chosen, candidate_config)
     if chosen.blocks is not None:
         ran = ", ".join(str(block.index) for block in comparison.blocks)
-        yield Step(f"ran blocks {ran} of {config.layers}; no logits were compared")
+        blocks = "block" if len(comparison.blocks) == 1 else "blocks"
+        yield Step(f"ran {blocks} {ran} of {config.layers}; no logits were compared")
     yield from judge(comparison, limits).checks
     return comparison
 
@@ -116,6 +115,7 @@ class _Run:
     windows: Windows
     pool: ThreadPoolExecutor
     config: tuple[str, ...] = ()
+    room: Pair | None = None
     blocks: list[BlockError] = field(default_factory=list)
     tensors: list[TensorError] = field(default_factory=list)
 
@@ -152,11 +152,11 @@ class _Run:
         started = before = time.monotonic()
         start = self.embedded()
         for index in blocks:
-            base, candidate = self.apply(index, [start, start])
+            base, candidate = self.stream(index, [start, start])
             if broken := _broken([base, candidate], f"after block {index}"):
                 return self.ended(broken)
             relative, cosine = hidden_error(base, candidate)
-            update = float(np.mean(_length(candidate - base) / np.maximum(_length(base - start), 1e-38)))
+            update = float(np.mean(length(candidate - base) / np.maximum(length(base - start), 1e-38)))
             self.blocks.append(BlockError(index, relative, cosine, update))
             yield BlockCompared(index, len(self.names), relative, cosine)
             start = base if index == 0 else start
@@ -190,6 +190,47 @@ class _Run:
             for side, (config, x) in enumerate(zip(self.configs, hidden, strict=True))
         ]
 
+    @np.errstate(over="ignore", invalid="ignore")  # as plain.block
+    def stream(self, index: int, hidden: list[Floats]) -> list[Floats]:
+        """As `apply`, with one matrix of each model in memory at a time."""
+        names, shapes = self.names[index], self.sources[0].shapes()
+        small = self.read(name for name in names.values() if len(shapes[name]) == 1)
+        vectors = [{a: small[name][side] for a, name in names.items() if name in small} for side in (0, 1)]
+        runs = [plain.steps(*given) for given in zip(self.configs, vectors, hidden, strict=True)]
+
+        def products(asked: plain.Names, states: list[Floats]) -> list[tuple[Floats, ...]]:
+            pairs = [self.product(names[name + ".weight"], states) for name in asked]
+            return [tuple(pair[side] for pair in pairs) for side in (0, 1)]
+
+        return plain.in_step(runs, products)
+
+    def product(self, name: str, states: list[Floats]) -> list[Floats]:
+        """Both models' states times their matrices `name`, whose error is noted.
+
+        Read some rows at a time, so that what is made on the way stays in cache, into the same memory for
+        every matrix: memory that a process takes for the first time costs more than what is done in it.
+        """
+        rows, columns = self.sources[0].shapes()[name]
+        pair = [room[: rows * columns].reshape(rows, columns) for room in self.rooms(rows * columns)]
+        head = self.configs[1].head_dim  # RoPE's order is undone by whole heads
+        step = max(CHUNK // columns // head, 1) * head
+
+        def read(start: int) -> tuple[float, float]:
+            parts = [source.float32_rows(name, start, min(start + step, rows)) for source in self.sources]
+            for matrix, part in zip(pair, parts, strict=True):
+                matrix[start : start + step] = part
+            return energies(parts[0], parts[1])
+
+        found = list(self.pool.map(read, range(0, rows, step)))
+        self.note_error(name, decibel(*np.sum(found, 0).tolist()))
+        return [x @ matrix.T for x, matrix in zip(states, pair, strict=True)]
+
+    def rooms(self, size: int) -> tuple[Floats, Floats]:
+        """Memory for a matrix of so many values of each model, the same as long as it suffices."""
+        if self.room is None or len(self.room[0]) < size:
+            self.room = np.empty(size, np.float32), np.empty(size, np.float32)
+        return self.room
+
     def read(self, names: Iterable[str]) -> dict[str, Pair]:
         """These tensors of both in float32, read on every core, each one's error noted."""
         names = list(names)
@@ -203,8 +244,12 @@ class _Run:
 
     def note(self, name: str, base: Floats, candidate: Floats) -> None:
         """Keep the error of a tensor of the candidate."""
+        self.note_error(name, snr(base, candidate))
+
+    def note_error(self, name: str, error: float) -> None:
+        """Keep the error of a tensor of the candidate, in dB."""
         kind, shape = self.sources[1].dtype(name), self.sources[1].shapes()[name]
-        self.tensors.append(TensorError(name, kind, shape, snr(base, candidate)))
+        self.tensors.append(TensorError(name, kind, shape, error))
 
 
 def _broken(values: list[Floats], where: str) -> str:
@@ -213,63 +258,3 @@ def _broken(values: list[Floats], where: str) -> str:
         if not np.isfinite(np.abs(array).max()):
             return f"{who} gives non-finite values {where}"
     return ""
-
-
-def _length(x: Floats) -> npt.NDArray[np.float64]:
-    length: npt.NDArray[np.float64] = np.sqrt(np.einsum("...d,...d->...", x, x, dtype=np.float64))
-    return length
-
-
-def hidden_error(base: Floats, candidate: Floats) -> tuple[float, float]:
-    """The means over tokens of |q - base| / |base| and of the cosine; see figures.BlockError."""
-    sizes, error = np.maximum(_length(base), 1e-38), _length(candidate - base)
-    dots = np.einsum("...d,...d->...", base, candidate, dtype=np.float64)
-    cosine = np.where(error == 0, 1.0, dots / (sizes * np.maximum(_length(candidate), 1e-38)))
-    return float(np.mean(error / sizes)), float(np.mean(cosine))
-
-
-def snr(base: Floats, candidate: Floats) -> float:
-    """Signal to noise of a tensor in dB; see figures.decibel."""
-    signal = noise = 0.0
-    for a, b in zip(_slices(base), _slices(candidate), strict=True):
-        energies = _energies(a, b)
-        if not (math.isfinite(sum(energies)) and all(energies)):  # broken, equal, or beyond float32's squares
-            energies = _energies(a.astype(np.float64), b.astype(np.float64))
-        signal, noise = signal + energies[0], noise + energies[1]
-    return decibel(signal, noise)
-
-
-def _energies(base: npt.NDArray[Any], candidate: npt.NDArray[Any]) -> tuple[float, float]:
-    with np.errstate(all="ignore"):
-        difference = candidate - base
-        # einsum, since BLAS would start its threads for every slice, on each thread of the pool
-        return float(np.einsum("i,i", base, base)), float(np.einsum("i,i", difference, difference))
-
-
-def _slices(array: Floats) -> Iterator[Floats]:
-    flat = array.reshape(-1)
-    for start in range(0, len(flat), SLICE):
-        yield flat[start : start + SLICE]
-
-
-def token_figures(base: Floats, candidate: Floats, targets: npt.NDArray[np.int64]) -> dict[str, Any]:
-    """Logits [tokens, vocab] of both and the tokens that follow: the measured columns of TokenFigures."""
-    logs = [_log_softmax(base), _log_softmax(candidate)]
-    count = min(TOP, base.shape[1])
-    best = [np.argpartition(-x, count - 1, 1)[:, :count] for x in logs]
-    rows = np.arange(len(targets))
-    return {
-        "nll_base": -logs[0][rows, targets],
-        "nll": -logs[1][rows, targets],
-        "kld": np.maximum(np.sum(np.exp(logs[0]) * (logs[0] - logs[1]), 1), 0.0),
-        "top_base": base.argmax(1),
-        "top": candidate.argmax(1),
-        "overlap": (best[0][:, :, None] == best[1][:, None, :]).any(2).mean(1),
-    }
-
-
-def _log_softmax(logits: Floats) -> npt.NDArray[np.float64]:
-    x = logits.astype(np.float64)
-    x -= x.max(1, keepdims=True)
-    x -= np.log(np.exp(x).sum(1, keepdims=True))
-    return x

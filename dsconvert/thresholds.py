@@ -181,7 +181,8 @@ def judge_blocks(blocks: tuple[BlockError, ...], limits: Thresholds) -> list[Che
     ]
     if ran and not checks:
         worst = max(ran, key=lambda i: ran[i])
-        detail = f"{len(ran)} blocks; largest error of an output {ran[worst]:.3g} (block {worst}), {limit}"
+        count = "1 block" if len(ran) == 1 else f"{len(ran)} blocks"
+        detail = f"{count}; largest error of an output {ran[worst]:.3g} (block {worst}), {limit}"
         checks.append(Check("blocks", True, detail, ran[worst]))
     return checks
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import subprocess
@@ -16,7 +17,7 @@ from click.testing import CliRunner
 from random_llama import Memory, make, tokens
 from test_verify import L, interleaved, noisy, zeroed
 
-from dsconvert import figures, quick, verify, windows
+from dsconvert import figures, plain_figures, quick, verify, windows
 from dsconvert.cli import cli
 from dsconvert.effort import Effort, Speed, compare_blocks
 from dsconvert.errors import ConversionError, UsageError
@@ -63,8 +64,11 @@ def test_all_of_a_model_is_what_torch_finds(keys: str) -> None:
     assert found.figures.tokens == text.scored
 
 
-def test_a_sample_is_what_torch_finds() -> None:
-    _, source, config = make(num_key_value_heads=2)
+@pytest.mark.parametrize("keys", CONFIGS)
+@pytest.mark.parametrize("chunk", [1, 1 << 18], ids=["head by head", "at once"])
+def test_a_sample_is_what_torch_finds(keys: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quick, "CHUNK", chunk)
+    _, source, config = make(**CONFIGS[keys])
     candidate, text = noisy(source, 0.02), windows.whole(tokens(config, 1, 64))
     for blocks in ((0, 1), (0, 1, 2)):
         found = verify.result(quick.compare(source, candidate, config, effort(text, blocks)))
@@ -118,8 +122,8 @@ def test_signal_to_noise_is_that_of_torch() -> None:
         (base, np.where(base > 3, np.nan, base).astype(np.float32)),
     ):
         expected = figures.snr(torch.from_numpy(a), torch.from_numpy(b))
-        assert quick.snr(a, b) == pytest.approx(expected, rel=1e-5, nan_ok=True)
-    assert math.isnan(quick.snr(base, np.full_like(base, np.nan)))
+        assert plain_figures.snr(a, b) == pytest.approx(expected, rel=1e-5, nan_ok=True)
+    assert math.isnan(plain_figures.snr(base, np.full_like(base, np.nan)))
 
 
 def test_a_sample_is_spread_and_ends_with_its_time() -> None:
@@ -129,7 +133,7 @@ def test_a_sample_is_spread_and_ends_with_its_time() -> None:
         assert sorted(quick.spread(layers)) == list(range(layers))
     _, source, config = make(num_hidden_layers=9)
     text = windows.whole(tokens(config, 1, 32))
-    for seconds, count in ((0.0, 2), (-1.0, 2), (600.0, 9)):
+    for seconds, count in ((0.0, 1), (-1.0, 1), (600.0, 9)):
         chosen = Effort(text, quick.spread(9), seconds, "")
         found = verify.result(quick.compare(source, source, config, chosen))
         assert [block.index for block in found.blocks] == list(quick.spread(9)[:count])
@@ -144,8 +148,22 @@ def test_what_is_chosen_follows_the_size(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(quick, "speed", lambda: Speed(1e3, 1e3))
     run = quick.check(source, source, config, text, limits, 0.0, config)
     first, last = [e.text for e in run if isinstance(e, Step)]
-    assert first.startswith("verifying blocks for about 0.0 s, at least 2 of 9, on 64 tokens")
-    assert last == "ran blocks 0, 4 of 9; no logits were compared"
+    assert first.startswith("verifying blocks for about 0.0 s, at least 1 of 9, on 32 tokens")
+    assert last == "ran block 0 of 9; no logits were compared"
+
+
+def test_blocks_of_a_conversion_are_proven_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sample as if it were too big to be run whole, its file's RoPE order undone head by head."""
+    monkeypatch.setattr(quick, "speed", lambda: Speed(1e3, 1e3))
+    monkeypatch.setattr(quick, "CHUNK", 1)
+    ask = ["gguf", "sample:", "-q", "q8_0", "-o", str(tmp_path / "a.gguf"), "--json"]
+    result = CliRunner().invoke(cli, ask)
+    assert result.exit_code == 0, result.output
+    events = [json.loads(line) for line in result.stdout.splitlines()]
+    assert "ran block 0 of 2; no logits were compared" in [event.get("text") for event in events]
+    checks = {event["name"]: event for event in events if event["event"] == "check"}
+    assert checks["blocks"]["detail"].startswith("1 block; largest error of an output 0.0")
+    assert {"structure", "token ids", "chat template", "weights"} <= set(checks)
 
 
 def test_checks_are_those_of_the_verdict_and_the_choice_is_said() -> None:

@@ -8,7 +8,7 @@ is ever printed.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +52,32 @@ def open_tokenizer(text: str, where: object = "tokenizer.json") -> Tokenizer:
         tokenizer.no_truncation()
         tokenizer.no_padding()
     return tokenizer
+
+
+def build_tokenizer(
+    around: Mapping[str, Any],
+    vocab: Mapping[str, int],
+    merges: Sequence[Any],
+    ignore_merges: bool,
+    added: Sequence[Mapping[str, Any]],
+    where: object = "",
+) -> Tokenizer:
+    """The byte-level BPE tokenizer of its parts: what `open_tokenizer` makes of their JSON, in half the time.
+
+    `around` is what a tokenizer.json says around the model, a merge is its two tokens with a space between.
+    Raises TokenizerError when the library does not take it.
+    """
+    from tokenizers import AddedToken, Tokenizer
+    from tokenizers.models import BPE
+
+    with guarded("read the tokenizer", where):
+        pairs = [tuple(merge.split(" ")) for merge in merges]
+        tokenizer = Tokenizer.from_str(
+            json.dumps({"version": "1.0", "model": EMPTY_BPE, **_NOTHING, **around})
+        )
+        tokenizer.model = BPE(dict(vocab), pairs, ignore_merges=ignore_merges)
+        tokenizer.add_tokens([AddedToken(**token) for token in added])
+        return tokenizer
 
 
 def ids(tokenizer: Tokenizer, texts: Sequence[str], where: object = "tokenizer.json") -> list[list[int]]:

@@ -13,12 +13,11 @@ A value is a pair (GGUF type, plain value); the types are string, bool, uint32, 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from dsconvert.errors import TokenizerError
-from tokenizer_tools.library import open_tokenizer
+from tokenizer_tools.library import build_tokenizer, open_tokenizer
 from tokenizer_tools.load import TokenizerData
 from tokenizer_tools.runtimes import by_name
 from tokenizer_tools.steps import PreTokenizer, Value, from_gguf, to_gguf, to_json
@@ -114,9 +113,8 @@ def _from_parts(
     inside = [i for i in added if normal and i < normal[-1]]
     for members in (inside, added):
         vocab = {tokens[i]: i for i in sorted([*normal, *members])}
-        text = _tokenizer_json(metadata, spec, vocab, merges, _added(metadata, added, types))
-        text["model"]["ignore_merges"] = ignore_merges
-        made = open_tokenizer(json.dumps(text), where)
+        flagged = _added(metadata, added, types)
+        made = build_tokenizer(_around(metadata, spec), vocab, merges, ignore_merges, flagged, where)
         if all(made.token_to_id(content) == i for i, content in added.items()):
             return made
     raise TokenizerError("has added tokens whose ids cannot be rebuilt", where=where)
@@ -132,42 +130,21 @@ def _array(metadata: Mapping[str, Any], name: str, where: object) -> list[Any]:
 def _added(metadata: Mapping[str, Any], added: Mapping[int, str], types: list[Any]) -> list[dict[str, Any]]:
     flagged = {flag: set(metadata.get(f"{EXTRA}added.{flag}", ())) for flag in FLAGS}
     return [
-        {"id": i, "content": content, "special": bool(types[i] == CONTROL)}
+        {"content": content, "special": bool(types[i] == CONTROL)}
         | {flag: i in flagged[flag] for flag in FLAGS}
         for i, content in added.items()
     ]
 
 
-def _tokenizer_json(
-    metadata: Mapping[str, Any],
-    spec: PreTokenizer,
-    vocab: Mapping[str, int],
-    merges: list[Any],
-    added: list[dict[str, Any]],
-) -> dict[str, Any]:
-    """The tokenizer.json of the parts."""
+def _around(metadata: Mapping[str, Any], spec: PreTokenizer) -> dict[str, Any]:
+    """What a tokenizer.json says around its model and its added tokens."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     normalizer = {"nfc": {"type": "NFC"}}.get(str(metadata.get(EXTRA + "normalizer")))
     return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
         "normalizer": normalizer,
         "pre_tokenizer": to_json(spec),
         "post_processor": _post_processor(metadata) or byte_level,
         "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "vocab": vocab,
-            "merges": merges,
-        },
     }
 
 

@@ -17,14 +17,14 @@ from converters.gguf.reader import GGUFModel, open_model
 from converters.gguf.towers import Towers
 from converters.gguf.weights_check import check_weights
 from dsconvert import effort, quick, text, thresholds, windows
+from dsconvert.collector import collector_paused
 from dsconvert.events import Check, Event, Step
 from dsconvert.inner import language_model
 from tokenizer_tools import identity, parity
 from tokenizer_tools.library import ids as encode
 
 QUICK_PARAMETERS = 50_000_000  # of towers whose embeddings a quick check compares
-QUICK_SHARE = 1 / 3  # of the conversion's time, for a quick check
-QUICK_SECONDS = 2.0  # and at least so many: two blocks are always run
+QUICK_SHARE = 1 / 5  # of the conversion's time, for a quick check; one block is run in any case
 BLOCK_BYTES = 12  # of memory per weight of a block: two models in float32, and a tensor being read
 PAGE = 8_000  # characters of held-out text whose logits are compared
 WINDOW = 128  # tokens; short, so that one fits where time is scarce
@@ -35,13 +35,13 @@ def prove(job: Job, seconds: float = 0.0) -> Iterator[Event]:
 
     `--verify off` checks nothing and says so. Else structure, token ids, chat template and sampled rows of
     every tensor are compared; then "full" runs both models over a page of text, and "quick" as much of that
-    as fits into a third of the `seconds` that the conversion took: all of a small model, some blocks of a
-    big one, in numpy, since importing torch alone takes longer. What was chosen is said.
+    as fits into a fifth of the `seconds` that the conversion took: all of a small model, at least one block
+    of a big one, in numpy, since importing torch alone takes longer. What was chosen is said.
     """
     if job.options.verify == "off":
         yield Step("verification is off: the files were not read back")
         return
-    budget = max(QUICK_SECONDS, QUICK_SHARE * seconds) / len(job.outputs)
+    budget = QUICK_SHARE * seconds / len(job.outputs)
     for output in job.outputs:
         yield from _prove_output(job, output, output.paths[0], budget)
     if job.towers is not None and job.projector is not None:
@@ -50,9 +50,10 @@ def prove(job: Job, seconds: float = 0.0) -> Iterator[Event]:
 
 def _prove_output(job: Job, output: Output, path: Path, seconds: float) -> Iterator[Event]:
     started = time.monotonic()
-    file = open_gguf(path)
-    yield check_structure(job, output, file)
-    yield from check_text(job, file)
+    with collector_paused():  # a vocabulary is a great many small objects, and no garbage
+        file = open_gguf(path)
+        told = [check_structure(job, output, file), *check_text(job, file)]
+    yield from told
     model = open_model(file)
     yield from check_weights(job.checkpoint, file, [(spec, job.config) for spec in job.specs])
     yield from _check_logits(job, output, model, seconds - (time.monotonic() - started))

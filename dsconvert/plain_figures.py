@@ -1,0 +1,81 @@
+"""The figures of the quick comparison in numpy; `figures` has them in torch, the oracle of the tests."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dsconvert.figures import TOP, decibel
+
+Floats = npt.NDArray[np.float32]
+SLICE = 1 << 16  # values whose squares are summed at once, in cache
+
+
+def length(x: Floats) -> npt.NDArray[np.float64]:
+    """The Euclidean length of each row."""
+    found: npt.NDArray[np.float64] = np.sqrt(np.einsum("...d,...d->...", x, x, dtype=np.float64))
+    return found
+
+
+def hidden_error(base: Floats, candidate: Floats) -> tuple[float, float]:
+    """The means over tokens of |q - base| / |base| and of the cosine; see figures.BlockError."""
+    sizes, error = np.maximum(length(base), 1e-38), length(candidate - base)
+    dots = np.einsum("...d,...d->...", base, candidate, dtype=np.float64)
+    cosine = np.where(error == 0, 1.0, dots / (sizes * np.maximum(length(candidate), 1e-38)))
+    return float(np.mean(error / sizes)), float(np.mean(cosine))
+
+
+def snr(base: Floats, candidate: Floats) -> float:
+    """Signal to noise of a tensor in dB; see figures.decibel."""
+    return decibel(*energies(base, candidate))
+
+
+def energies(base: Floats, candidate: Floats) -> tuple[float, float]:
+    """The sums of squares of a tensor and of its error."""
+    signal = noise = 0.0
+    for a, b in zip(_slices(base), _slices(candidate), strict=True):
+        found = _energies(a, b)
+        if not (math.isfinite(sum(found)) and all(found)):  # broken, equal, or beyond float32's squares
+            found = _energies(a.astype(np.float64), b.astype(np.float64))
+        signal, noise = signal + found[0], noise + found[1]
+    return signal, noise
+
+
+def _energies(base: npt.NDArray[Any], candidate: npt.NDArray[Any]) -> tuple[float, float]:
+    with np.errstate(all="ignore"):
+        difference = candidate - base
+        # einsum, since BLAS would start its threads for every slice, on each thread of the pool
+        return float(np.einsum("i,i", base, base)), float(np.einsum("i,i", difference, difference))
+
+
+def _slices(array: Floats) -> Iterator[Floats]:
+    flat = array.reshape(-1)
+    for start in range(0, len(flat), SLICE):
+        yield flat[start : start + SLICE]
+
+
+def token_figures(base: Floats, candidate: Floats, targets: npt.NDArray[np.int64]) -> dict[str, Any]:
+    """Logits [tokens, vocab] of both and the tokens that follow: the measured columns of TokenFigures."""
+    logs = [_log_softmax(base), _log_softmax(candidate)]
+    count = min(TOP, base.shape[1])
+    best = [np.argpartition(-x, count - 1, 1)[:, :count] for x in logs]
+    rows = np.arange(len(targets))
+    return {
+        "nll_base": -logs[0][rows, targets],
+        "nll": -logs[1][rows, targets],
+        "kld": np.maximum(np.sum(np.exp(logs[0]) * (logs[0] - logs[1]), 1), 0.0),
+        "top_base": base.argmax(1),
+        "top": candidate.argmax(1),
+        "overlap": (best[0][:, :, None] == best[1][:, None, :]).any(2).mean(1),
+    }
+
+
+def _log_softmax(logits: Floats) -> npt.NDArray[np.float64]:
+    x = logits.astype(np.float64)
+    x -= x.max(1, keepdims=True)
+    x -= np.log(np.exp(x).sum(1, keepdims=True))
+    return x
