@@ -9,8 +9,9 @@ miss; with --dither they are spread evenly over the steps around their levels, a
 are, and that is the checkpoint. For each file:
 mean KLD against the checkpoint and perplexity of its weights in float32, of its weights with activations
 rounded as llama.cpp rounds them (predicted), and of llama.cpp over the same tokens. It leaves with an error
-when a check of verify fails, when the KLDs are not in the order of the types, or when llama.cpp's perplexity
-differs from the predicted one by more than 0.5 % and twice the standard error of the difference.
+when a check of verify fails, when a file with more bits per weight has a worse KLD than one with fewer, or
+when llama.cpp's perplexity differs from the predicted one by more than 0.5 % and twice the standard error of
+the difference.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:1] = [str(ROOT), str(ROOT / "tests")]  # not this folder, whose gguf.py hides the library
-ORDER = ("bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m", "q2_k")
+TYPES = ("bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m", "q2_k")
 LIMIT = 0.005
 HEADS = (
     "type", "MB", "bits per weight", "KLD", "predicted", "llama.cpp", "PPL", "predicted", "llama.cpp",
@@ -115,21 +116,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("--windows", type=int, default=12, help="windows of 512 tokens")
-    parser.add_argument("--types", type=lambda text: text.split(","), default=ORDER)
+    parser.add_argument("--types", type=lambda text: text.split(","), default=TYPES)
     parser.add_argument("--imatrix", action="store_true", help="quantize with an importance matrix")
     parser.add_argument("--dither", action="store_true", help="spread the weights over their grid's steps")
     asked = parser.parse_args()
-    print("| " + " | ".join(HEADS) + " |\n|---" + "|---:" * (len(HEADS) - 1) + "|")
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         model, files = convert(asked.folder or Path(scratch), asked.types, asked.imatrix, asked.dither)
         for name, path in files.items():
+            print(f"measuring {name}", file=sys.stderr)
             rows.append(measure(model, name, path, asked.windows))
-            print(row_text(rows[-1]), flush=True)
+    rows.sort(key=lambda row: (-row["bits"], row["kld"][0]))  # equal bits say nothing about the KLDs
+    print("| " + " | ".join(HEADS) + " |\n|---" + "|---:" * (len(HEADS) - 1) + "|")
+    print("\n".join(map(row_text, rows)))
     print(f"\nPPL of the checkpoint {rows[0]['base']:.4f}, over {rows[0]['tokens']} predictions")
     apart = max(rows, key=lambda row: row["apart"])
     print(f"llama.cpp is at most {apart['apart']:.1f} roundings from its prediction ({apart['type']})")
-    wrong = [f"{a['type']} {a['kld'][0]:.5f} before {b['type']} {b['kld'][0]:.5f}"
+    wrong = [f"{a['type']} with {a['bits']:.2f} bits per weight has {a['kld'][0]:.5f}, "
+             f"{b['type']} with {b['bits']:.2f} has {b['kld'][0]:.5f}"
              for a, b in pairwise(rows) if a["kld"][0] > b["kld"][0]]  # fmt: skip
     far = [r["type"] for r in rows if abs(r["parity"]["value"] - 1) > LIMIT + 2 * r["parity"]["error"]]
     if far:
@@ -137,7 +141,7 @@ def main() -> None:
             f"llama.cpp's perplexity differs from the predicted by more than {LIMIT:.1%}: {', '.join(far)}"
         )
     if wrong:
-        sys.exit(f"the KLDs are not in the order of the types: {'; '.join(wrong)}")
+        sys.exit(f"more bits per weight, and a worse KLD: {'; '.join(wrong)}")
 
 
 if __name__ == "__main__":
