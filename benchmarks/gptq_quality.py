@@ -68,7 +68,7 @@ def estimate(values: Floats) -> tuple[float, float]:
 
 @contextmanager
 def rounding() -> Iterator[None]:
-    """While it lasts, linears are rounded to nearest on the very grid that the solver would have used."""
+    """While it lasts, linears are rounded to nearest, on scales that the solver's search finds for that."""
     with mock.patch.object(flow, "solve", lambda W, H, options: round_to_nearest(W, options, H.diagonal())):
         yield
 

@@ -125,25 +125,25 @@ def _settled(Ug: torch.Tensor, pending: torch.Tensor) -> torch.Tensor:
     return moved
 
 
-def damped_losses(error: torch.Tensor, factor: Factor) -> torch.Tensor:
-    """The diagonal of E^T (H + shift) E for errors [K, N] in the walk's order, as sums of squares: [N]."""
+def rounding_loss(error: torch.Tensor, factor: Factor) -> float:
+    """The loss without damping of errors [K, N] in the walk's order, by sums of squares."""
     import torch
 
     losses = torch.zeros(error.shape[1], dtype=torch.float64, device=error.device)
     for i1 in range(0, error.shape[0], BLOCK):
         i2 = min(i1 + BLOCK, error.shape[0])
         losses += factor.D[i1:i2] @ (factor.U[:i2, i1:i2].T @ error[:i2]).square_()
-    return losses
+    return undamped(losses, error, factor)
 
 
-def undamped(losses: torch.Tensor, error: torch.Tensor, factor: Factor) -> torch.Tensor:
-    """The losses [N] without damping, given those with it and the errors [K, N]."""
+def undamped(losses: torch.Tensor, error: torch.Tensor, factor: Factor) -> float:
+    """The loss without damping, given the losses of each output [N] with it and the errors [K, N]."""
     import torch
 
     squares = torch.zeros_like(losses)
     for i in range(0, len(error), BLOCK):
         squares += error[i : i + BLOCK].square().sum(0)
-    return (losses - factor.shift * squares).clamp_(min=0)
+    return float((losses - factor.shift * squares).clamp_(min=0).sum())
 
 
 def row_losses(factor: Factor) -> torch.Tensor:

@@ -91,14 +91,14 @@ def solve(W: torch.Tensor, H: torch.Tensor, groups: Sequence[Group], damp: float
     """
     problem = prepare(W, H, damp)
     if problem.factor is None:
-        loss = feedback.loss(_nearest(problem, groups).error, H[problem.order][:, problem.order])
-        return _solved(problem, _nearest(problem, groups), loss, loss, 0.0, problem.why)
+        plain = _nearest(problem, groups)
+        loss = feedback.loss(plain.error, H[problem.order][:, problem.order])
+        return _solved(problem, plain, loss, loss, 0.0, problem.why)
     walked, losses = _walk(problem, problem.factor, groups)
     plain = _nearest(problem, groups, walked.grids)
     factor = problem.factor
-    loss = float(feedback.undamped(losses, walked.error, factor).sum())
-    rounded = feedback.undamped(feedback.damped_losses(plain.error, factor), plain.error, factor)
-    rtn_loss = float(rounded.sum())
+    loss = feedback.undamped(losses, walked.error, factor)
+    rtn_loss = feedback.rounding_loss(plain.error, factor)
     if not loss <= rtn_loss:
         why = f"its loss {loss:.4g} is above round-to-nearest's"
         return _solved(problem, plain, rtn_loss, rtn_loss, factor.damp, why)

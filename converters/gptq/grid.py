@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     import torch
 
 HALF_TINY = 2.0**-24  # the smallest positive float16
-# Ranges that the scale search tries, as fractions of the plain one, which comes first: it wins where all are
-# equal. At 2 bits the best one lies near one half.
-FRACTIONS = tuple(1 - step / 20 for step in range(15))
+# Ranges that the scale search tries after the plain one, as fractions of it. At 2 bits the best one lies near
+# one half.
+FRACTIONS = tuple(1 - step / 20 for step in range(1, 15))
 
 
 @dataclass(frozen=True)
@@ -102,13 +102,13 @@ def _half(scale: torch.Tensor) -> torch.Tensor:
 
 
 def _fractions(scheme: Scheme) -> tuple[float, ...]:
-    """What is tried after the plain range.
+    """The ranges that are tried after the plain one, which stays where none is better.
 
     The symmetric grid has no code for its upper end: with a range one step wider the largest weight has one,
     which is worth all others' precision where its input is enormous.
     """
     wider = (scheme.maxq / (scheme.maxq - 1),) if scheme.sym else ()
-    return *wider, *FRACTIONS[1:]
+    return *wider, *FRACTIONS
 
 
 def _cost(

@@ -99,7 +99,7 @@ def solve(W: torch.Tensor, H: torch.Tensor, options: Options) -> Solved:
         loss = feedback.loss((W - rounded.dequantized()).T, H)
         return _plain(rounded, loss, "the Hessian is not positive definite at any damping")
     rounded = replace(round_to_nearest(W, options, H.diagonal()), dead=int(dead.sum()))
-    rtn_loss = _loss((W - rounded.dequantized()).T[order.columns], factor)
+    rtn_loss = feedback.rounding_loss((W - rounded.dequantized()).T[order.columns], factor)
     solved = _walk(W, factor, order, options, rounded)
     if not solved.loss <= rtn_loss:
         return _plain(rounded, rtn_loss, f"its loss {solved.loss:.4g} is above round-to-nearest's")
@@ -156,7 +156,7 @@ def _order(diagonal: torch.Tensor, options: Options) -> _Order:
     columns = diagonal.argsort(descending=True, stable=True) if options.act_order else natural
     group = ((columns if options.static_groups else natural) // width).tolist()
     found_before = options.static_groups or width == inputs
-    starts = {} if found_before else {i: min(i + width, inputs) for i in range(0, inputs, width)}
+    starts = {} if found_before else {run.start: run.stop for run in _runs(inputs, options.scheme)}
     return _Order(columns, group, starts)
 
 
@@ -188,8 +188,8 @@ def _walk(
     import torch
 
     scheme, inverse = options.scheme, order.columns.argsort()
-    if order.starts:
-        scales, zeros = rounded.scales.to(W.dtype), rounded.zeros.to(W.dtype)
+    if order.starts:  # each is found before it is used
+        scales, zeros = W.new_empty((2, *rounded.scales.shape))
     else:
         scales, zeros = _static_grids(W, options, factor.D[inverse])
     Wt = W.T[order.columns].contiguous()
@@ -212,11 +212,6 @@ def _walk(
         scales=scales.half(),
         zeros=zeros.byte(),
         g_idx=torch.tensor(order.group, device=W.device)[inverse].int(),
-        loss=float(feedback.undamped(losses, Err, factor).sum()),
+        loss=feedback.undamped(losses, Err, factor),
         damp=factor.damp,
     )
-
-
-def _loss(error: torch.Tensor, factor: feedback.Factor) -> float:
-    """The loss of errors [K, N] in the walk's order."""
-    return float(feedback.undamped(feedback.damped_losses(error, factor), error, factor).sum())
