@@ -27,6 +27,7 @@ from dsconvert.arch import expand, plan
 from dsconvert.archs import deepseek_vl
 from dsconvert.checkpoint import open_checkpoint
 from dsconvert.cli import cli
+from dsconvert.commands import pictures
 from dsconvert.commands.sources import open_reference
 from dsconvert.config import load_config
 from dsconvert.errors import CheckpointError, PlanError, QuantizationError, UsageError
@@ -348,7 +349,7 @@ def test_the_proof_fails_on_another_projector(models: Any, tmp_path: Path) -> No
     failed = {name for name, passed in proof(models[False, "original"], shifted).items() if not passed}
     assert "images" in failed
     with pytest.raises(UsageError, match="no vision tower"):
-        list(image_proof.prove_projector("sample:", projector))
+        list(pictures.prove_projector("sample:", projector))
 
 
 # Contradictions and missing files.

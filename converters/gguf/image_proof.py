@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from converters.gguf.mmproj import IMAGE_LIMITS, open_projector, stored_vision
 from converters.gguf.mmproj_check import completeness, pair_faults
-from converters.gguf.parse import GGUFFile, open_gguf
+from converters.gguf.parse import GGUFFile
 from converters.gguf.reader import open_model
-from converters.gguf.towers import Towers, plan_towers
+from converters.gguf.towers import Towers
 from converters.gguf.weights_check import check_weights
 from dsconvert import thresholds, vision_forward, vision_runner
-from dsconvert.checkpoint import Checkpoint, open_checkpoint
-from dsconvert.config import ModelConfig, load_config
-from dsconvert.errors import CheckpointError, UsageError
+from dsconvert.checkpoint import Checkpoint
+from dsconvert.config import ModelConfig
+from dsconvert.errors import CheckpointError
 from dsconvert.events import Check, Event, Step
 from dsconvert.inner import language_model
 from dsconvert.vision_runner import Floats
-from tokenizer_tools.load import TokenizerData, load_tokenizer
+from tokenizer_tools.load import TokenizerData
 from tokenizer_tools.vision_template import SYSTEM
 
 READABLE = ("projector", "tensors")  # the checks without which a projector gives no embeddings
@@ -82,20 +81,6 @@ def check_question(model: Pictured, text: GGUFFile, limit: float, both: tuple[Fl
 def limit_of(quant: str, projector: str) -> float:
     """The mean KL divergence that the text file's and the projector's types may bring together."""
     return max(thresholds.thresholds_for(name).max_kld for name in (quant, projector))
-
-
-def prove_projector(model: str, path: Path) -> Iterator[Event]:
-    """Prove a projector file against the checkpoint `model`: complete, its weights, a picture's embeddings.
-
-    Raises ConversionError when something cannot be compared at all.
-    """
-    checkpoint = open_checkpoint(model)
-    config = load_config(checkpoint.folder)
-    tokenizer = load_tokenizer(checkpoint.folder, config.vocab_size)
-    towers = plan_towers(checkpoint, config, tokenizer)
-    if towers is None:
-        raise UsageError("the checkpoint has no vision tower", where=checkpoint.folder)
-    yield from prove_pair(Pictured(checkpoint, config, tokenizer, towers), open_gguf(path))
 
 
 def prove_pair(

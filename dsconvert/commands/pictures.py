@@ -1,8 +1,8 @@
-"""`--mmproj` of `dsconvert verify`: the proof that a conversion gives of a pair of files, on given files."""
+"""Projectors in `dsconvert verify`, alone or by `--mmproj` with a text file: a conversion's proof of them."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,8 @@ from converters.gguf import image_proof
 from converters.gguf.mmproj import is_projector
 from converters.gguf.mmproj_check import completeness
 from converters.gguf.parse import GGUFFile, open_gguf
-from dsconvert.commands.sources import Opened, Reference, limits_name
+from dsconvert.commands import sources
+from dsconvert.commands.sources import Opened, Reference, limits_name, open_reference
 from dsconvert.errors import UsageError
 from dsconvert.events import Check, Event
 
@@ -31,11 +32,22 @@ class Pair:
     said: str
 
 
+def prove_projector(model: str, path: Path) -> Iterator[Event]:
+    """Prove a projector file against the checkpoint `model`: complete, its weights, a picture's embeddings.
+
+    Raises ConversionError when something cannot be compared at all.
+    """
+    reference = open_reference(model)
+    if reference.pictured is None:
+        raise UsageError("the checkpoint has no vision tower", where=reference.folder)
+    yield from image_proof.prove_pair(reference.pictured, open_gguf(path))
+
+
 def check_files(output: Path, mmproj: Path) -> None:
     """Raises ConversionError unless the two files are another's, `mmproj` a projector and `output` none."""
     if output.exists() and mmproj.exists() and output.samefile(mmproj):
         raise UsageError("OUTPUT and --mmproj are the same file", where=output, hint=USAGE)
-    if output.is_file() and output.suffix == ".gguf" and is_projector(open_gguf(output)):
+    if sources.is_projector(output):
         raise UsageError("OUTPUT should be the text file, and is a projector", where=output, hint=USAGE)
     projector = open_gguf(mmproj)
     if not is_projector(projector):

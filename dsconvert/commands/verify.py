@@ -118,15 +118,13 @@ def verify(output: Path, against: str, json_file: str | None, report: Path | Non
     def work() -> int:
         from dsconvert import console, report_page
         from dsconvert import report as reports
-        from dsconvert.commands.pictures import check_files
+        from dsconvert.commands.pictures import check_files, prove_projector
         from dsconvert.commands.proving import Asked, prove
         from dsconvert.commands.sources import is_projector, open_reference
 
         if asked["mmproj"] is not None:
             check_files(output, asked["mmproj"])
         elif is_projector(output):
-            from converters.gguf.image_proof import prove_projector
-
             return console.render(prove_projector(against, output), as_json=machine, quiet=quiet)
         found = console.follow(prove(output, open_reference(against), Asked(**asked)), quiet or machine)
         if report is not None:
