@@ -10,7 +10,7 @@ from dsconvert import capture
 from dsconvert import streaming as st
 from dsconvert.errors import ConversionError
 from dsconvert.events import Event, Step, TensorDone
-from dsconvert.memory import give_back
+from dsconvert.machine import give_back
 from dsconvert.ranks import ALONE, Ranks
 from dsconvert.resume import State
 from dsconvert.safetensors_header import Stored

@@ -5,7 +5,6 @@ What `verify.compare` and `effort.compare_blocks` find with torch, found without
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from dsconvert.config import ModelConfig
 from dsconvert.effort import Effort, Speed
 from dsconvert.events import BlockCompared, Event, Step
 from dsconvert.figures import BlockError, TensorError, decibel, joined, summary
+from dsconvert.machine import usable_cores
 from dsconvert.plain import EMBED, NORM, Floats
 from dsconvert.plain_figures import energies, hidden_error, length, snr, token_figures
 from dsconvert.thresholds import Thresholds
@@ -36,7 +36,7 @@ FLOPS_PER_CORE, READS_PER_CORE = 45e9, 0.2e9  # measured on a quiet machine
 
 def speed() -> Speed:
     """What all cores do together, by estimate."""
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     return Speed(FLOPS_PER_CORE * cores, READS_PER_CORE * cores)
 
 
@@ -99,7 +99,7 @@ def compare(
     names, heads = zip(
         *(plain.tensor_names(*side) for side in ((reference, config), (candidate, other))), strict=True
     )
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         run = _Run((reference, candidate), (config, other), names[0], chosen.windows, pool)
         run.config += differences(config, other)
         if chosen.blocks is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,9 +16,9 @@ from converters.gguf.writer import check_targets
 from dsconvert.arch import Arch, Sizes, Spec, plan
 from dsconvert.archs import ARCHS
 from dsconvert.checkpoint import Checkpoint, open_checkpoint
-from dsconvert.collector import collector_paused
 from dsconvert.config import ModelConfig, load_config
 from dsconvert.errors import CheckpointError, UsageError
+from dsconvert.machine import collector_paused, usable_cores
 from dsconvert.manifest import origin, pairing_id
 from tokenizer_tools.load import TokenizerData, load_tokenizer
 from tokenizer_tools.pretokenizer import resolve
@@ -310,4 +309,4 @@ def output_paths(options: Options, config: ModelConfig, source: Path) -> list[Pa
 
 def thread_count(options: Options) -> int:
     """The worker threads to use: as asked, else one per usable core."""
-    return options.threads or len(os.sched_getaffinity(0))
+    return options.threads or usable_cores()

@@ -16,9 +16,9 @@ from converters.gguf import kernels
 from converters.gguf.job import Job, thread_count
 from converters.gguf.qtypes import QType
 from converters.gguf.writer import PartFile
-from dsconvert.collector import collector_paused
 from dsconvert.errors import QuantizationError
 from dsconvert.events import Event, Step, TensorDone, Warn
+from dsconvert.machine import collector_paused
 
 CHUNK = 1 << 20  # values: 2 MB of bf16 in, well under 4 MB out for every type
 PROJECTOR = ("v.", "mm.")  # how the tensors of a projector file begin

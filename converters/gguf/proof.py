@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Generator, Iterator
 from math import prod
@@ -17,9 +16,9 @@ from converters.gguf.reader import GGUFModel, open_model
 from converters.gguf.towers import Towers
 from converters.gguf.weights_check import check_weights
 from dsconvert import effort, quick, text, thresholds, windows
-from dsconvert.collector import collector_paused
 from dsconvert.events import Check, Event, Step
 from dsconvert.inner import language_model
+from dsconvert.machine import collector_paused, free_memory
 from tokenizer_tools import identity, parity
 from tokenizer_tools.library import ids as encode
 
@@ -118,12 +117,3 @@ def _check_logits(job: Job, output: Output, model: GGUFModel, seconds: float) ->
             f"perplexity {figures.ppl.value:.3f}, of the checkpoint {figures.ppl_base.value:.3f}, "
             f"over {figures.tokens} predictions"
         )
-
-
-def free_memory() -> float:
-    """Bytes that can be taken without swapping; half of all memory where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from dsconvert.commands.sources import Opened, Reference, limits_name, open_outp
 from dsconvert.errors import TokenizerError, UsageError
 from dsconvert.events import Check, Event, Step
 from dsconvert.figures import IntArray
+from dsconvert.machine import usable_cores
 from dsconvert.report import Report
 from dsconvert.textdata import BUILTIN, load_text
 from dsconvert.thresholds import Thresholds, thresholds_for, verdict
@@ -202,7 +202,7 @@ def run_engine(
     dtype = st.pick_dtype(where["dtype"], place)
     sides = ((reference.source, reference.config), (opened.source, opened.config))
     pair = tuple(st.open_decoder(source, config, place, dtype) for source, config in sides)
-    with Engine(opened.path, n_ctx=windows.length, threads=len(os.sched_getaffinity(0))) as engine:
+    with Engine(opened.path, n_ctx=windows.length, threads=usable_cores()) as engine:
         checks = runtime.check_engine_text(
             engine, pages, encode(own.tokenizer, pages), reference.tokenizer.first_id, own.template
         )

@@ -1,6 +1,6 @@
 """Times `dsconvert gguf` on a model of DeepSeek-VL-1.3B's language part, beside ggml's own quantizers.
 
-    python benchmarks/gguf.py --work FOLDER [--tokenizer MODEL_FOLDER] [--quants q4_0,q4_k_m] [--runs 3]
+    python benchmarks/conversion.py --work FOLDER [--tokenizer MODEL_FOLDER] [--quants q4_0,q4_k_m] [--runs 3]
 
 Makes a synthetic checkpoint (2048 wide, ffn 5632, 24 layers, vocabulary 102400, 3.3 GB bf16) once in FOLDER,
 then measures as whole processes: reading the input and writing as many bytes as the output has (the floor),
