@@ -14,8 +14,10 @@ from pathlib import Path
 
 
 def main() -> None:
+    if len(sys.argv) != 4:
+        sys.exit(__doc__)
     script, model, out = sys.argv[1:]
-    sys.path[0] = str(Path(script).parent)  # its own packages, and not this folder's gguf.py
+    sys.path[0] = str(Path(script).parent)  # its own packages
     from conversion.base import TextModel
 
     TextModel.get_vocab_base_pre = lambda self, tokenizer: "deepseek-llm"

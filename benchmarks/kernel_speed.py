@@ -1,6 +1,6 @@
 """Times each quantization kernel beside ggml's own, on one core, in one process.
 
-    python benchmarks/kernels.py [--types q4_0,q4_k] [--values 1048576] [--rounds 9]
+    python benchmarks/kernel_speed.py [--types q4_0,q4_k] [--values 1048576] [--rounds 9]
 
 Speeds are GB of bf16 input for each second of processor time. Ours reads bf16; ggml's reference, from
 the PyPI package libggml-python, reads float32 that was widened before. Runs alternate, so that both meet
