@@ -6,7 +6,6 @@ safetensors win. Everything is checked before the first weight is read.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,9 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dsconvert.config import load_json, short
+from dsconvert.config import load_json
 from dsconvert.errors import CheckpointError
 from dsconvert.locate import SAMPLE, SAMPLE_VL, locate
+from dsconvert.reading import INDEX, read_object
 from dsconvert.safetensors_header import READABLE, Array, Stored, quoted, read_safetensors, unique_keys
 from dsconvert.torch_pickle import read_torch
 
@@ -236,11 +236,7 @@ def _weight_map(path: Path, kind: Kind) -> dict[str, str]:
 
     Symbolic links are followed: the hub's cache is made of them.
     """
-    try:
-        index = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=unique_keys)
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError("cannot be read as an index", where=path, why=short(error)) from None
-    weights = index.get("weight_map") if isinstance(index, dict) else None
+    weights = read_object(path, INDEX, pairs=unique_keys).get("weight_map")
     if not isinstance(weights, dict) or not weights:
         raise CheckpointError("has no weight_map", where=path, hint="Fetch the index again")
     for name, shard in weights.items():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dsconvert.errors import CheckpointError
+from dsconvert.reading import CONFIG, read_object
 
 # What transformers' LlamaConfig takes for a key that is absent; original DeepSeek-VL files rely on it.
 LLAMA_DEFAULTS: dict[str, Any] = {
@@ -92,32 +93,15 @@ class ModelConfig:
 def load_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from `path`.
 
-    Raises CheckpointError when the file is missing, is no JSON or is no object.
+    Raises CheckpointError when the file is missing, is no JSON, no object, or no file of a config's size.
     """
-    try:
-        value = json.loads(path.read_bytes().decode("utf-8"))
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         raise CheckpointError(
             f"{path.name} is missing",
             where=path.parent,
             hint="Give the folder that holds config.json and the weights",
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            "cannot be read as JSON",
-            where=path,
-            why=short(error),
-            hint="Fetch this file again from where the checkpoint came from",
-        ) from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"should hold a JSON object, holds {type(value).__name__}", where=path)
-    return value
-
-
-def short(error: BaseException) -> str:
-    """The first line of an exception's text, 200 characters at the most."""
-    lines = str(error).splitlines()
-    return (lines[0] if lines else type(error).__name__)[:200]
+        )
+    return read_object(path, CONFIG)
 
 
 def normalise(raw: dict[str, Any], where: object) -> ModelConfig:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from dsconvert.config import short
 from dsconvert.errors import CheckpointError
 from dsconvert.events import Event, Step, Warn
+from dsconvert.reading import short
 
 TIMEOUT = 10.0  # seconds that the hub has for the first answer
 TRIES = 2  # the client's own retries take about 24 s before they say anything

@@ -24,6 +24,7 @@ from dsconvert.config import ModelConfig
 from dsconvert.errors import CheckpointError, OutputError, UsageError
 from dsconvert.events import Event
 from dsconvert.figures import IntArray, TokenFigures, joined, summary, token_figures
+from dsconvert.reading import open_regular
 from dsconvert.scoring import hidden_states
 from dsconvert.verify import Comparison
 from dsconvert.windows import Windows, consecutive
@@ -77,7 +78,7 @@ def encode(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
 def open_base(path: Path) -> KldBase:
     """Open and check a file; raises CheckpointError when it is missing, truncated or of another kind."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             head = file.read(HEADER.size)
             magic, length, vocab, count = HEADER.unpack(head) if len(head) == HEADER.size else (b"", 0, 0, 0)

@@ -6,8 +6,8 @@ import importlib.resources
 import re
 from pathlib import Path
 
-from dsconvert.config import short
 from dsconvert.errors import CheckpointError, UsageError
+from dsconvert.reading import short
 from dsconvert.safetensors_header import quoted
 
 SAMPLE, SAMPLE_VL = "sample:", "sample-vl:"

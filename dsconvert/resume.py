@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dsconvert.errors import CheckpointError, OutputError
+from dsconvert.reading import RECORD, open_regular, read_object
 from dsconvert.safetensors_header import Stored, read_safetensors
 from dsconvert.safetensors_writer import Piece, write_safetensors
 
@@ -41,19 +42,14 @@ class State:
 
     def kept(self, name: str) -> dict[str, Any] | None:
         """What was kept under that name, or None."""
-        try:
-            value: dict[str, Any] = json.loads((self.folder / f"{name}.json").read_text("utf-8"))
-        except FileNotFoundError:
-            return None
-        return value
+        return _read(self.folder / f"{name}.json")
 
     def records(self) -> list[dict[str, Any]]:
         """The records of the blocks finished, from block 0 on; OutputError for one that was changed."""
         found: list[dict[str, Any]] = []
-        while (path := self._record(len(found))).exists():
-            record = json.loads(path.read_text("utf-8"))
+        while (record := _read(path := self._record(len(found)))) is not None:
             block = self._block(len(found))
-            if not block.exists() or _digest(block) != record["sha256"]:
+            if not block.exists() or _digest(block) != record.get("sha256"):
                 raise OutputError(
                     "is not as it was written",
                     where=block,
@@ -83,11 +79,7 @@ class State:
 
     def identity(self) -> dict[str, Any] | None:
         """What `begin` was told; None in a new folder."""
-        try:
-            value: dict[str, Any] = json.loads((self.folder / JOB).read_text("utf-8"))
-        except FileNotFoundError:
-            return None
-        return value
+        return _read(self.folder / JOB)
 
     def _block(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.safetensors"
@@ -151,6 +143,13 @@ def open_state(out: Path, identity: Mapping[str, Any], resume: bool) -> Iterator
         os.close(lock)
 
 
+def _read(path: Path) -> dict[str, Any] | None:
+    """A record as it was kept, None where there is none; raises OutputError for one that was changed."""
+    if not os.path.lexists(path):
+        return None
+    return read_object(path, RECORD, OutputError, f"Remove {path.name}, so that --resume makes it again")
+
+
 def _locked(folder: Path) -> int:
     try:
         folder.mkdir(exist_ok=True)
@@ -179,5 +178,5 @@ def _other_run(folder: Path, known: Mapping[str, Any], identity: Mapping[str, An
 
 
 def _digest(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,8 +17,9 @@ import numpy.typing as npt
 
 from dsconvert import plain
 from dsconvert.arch import WeightSource
-from dsconvert.config import ModelConfig, short
+from dsconvert.config import ModelConfig
 from dsconvert.errors import CheckpointError, UsageError
+from dsconvert.reading import short
 
 if TYPE_CHECKING:
     import torch

@@ -14,8 +14,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from dsconvert.config import short
 from dsconvert.errors import CheckpointError, ConversionError, UsageError
+from dsconvert.reading import short
 
 TEXT, JSON, PARQUET = (".txt", ".text", ".md"), (".jsonl", ".json", ".ndjson"), (".parquet",)
 SUFFIXES = (*TEXT, *JSON, *(suffix + ".gz" for suffix in (*TEXT, *JSON)), *PARQUET)

@@ -8,8 +8,8 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsconvert.config import short
 from dsconvert.errors import CheckpointError
+from dsconvert.reading import read_head, short
 from dsconvert.safetensors_header import READABLE, Array, Stored, check_file, damaged, quoted
 
 if TYPE_CHECKING:
@@ -45,8 +45,7 @@ def read_torch(path: Path) -> dict[str, Stored]:
 
 def _check_zip(path: Path, size: int) -> None:
     """The archive is one that torch can map: stored members, no more bytes than the file has."""
-    with path.open("rb") as file:
-        head = file.read(4)
+    head = read_head(path, 4)
     if head != b"PK\x03\x04":
         if head[:1] != b"\x80":
             raise damaged(path, "It is no PyTorch file: neither a zip archive nor a pickle")

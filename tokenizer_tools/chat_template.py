@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -11,8 +12,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from dsconvert import reading
 from dsconvert.errors import TokenizerError
-from tokenizer_tools.library import parse_object, read_object, read_text
+from tokenizer_tools.library import read_object
 
 SECONDS = 5.0
 DIALOGUE = (
@@ -58,24 +60,25 @@ def collect(folder: Path) -> ChatTemplates:
 
 def _legacy(path: Path) -> object:
     """The value under "chat_template", or the whole file where it is a bare JSON string."""
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
-    text = read_text(path)
-    if text.lstrip().startswith('"'):
-        try:
-            return json.loads(text)
-        except ValueError:
-            pass
-    return parse_object(text, path).get("chat_template")
+    value = reading.read_json(path, reading.CONFIG, TokenizerError)
+    return (
+        value
+        if isinstance(value, str)
+        else reading.as_object(value, path, TokenizerError).get("chat_template")
+    )
 
 
 def _jinja_files(folder: Path) -> dict[str, str]:
-    found = {}
-    if (folder / "chat_template.jinja").is_file():
-        found["default"] = read_text(folder / "chat_template.jinja")
-    for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
-        found[path.stem] = read_text(path)
-    return found
+    own = folder / "chat_template.jinja"
+    named = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    found = {"default": _jinja(own)} if os.path.lexists(own) else {}
+    return found | {path.stem: _jinja(path) for path in named}
+
+
+def _jinja(path: Path) -> str:
+    return reading.read_text(path, reading.TEMPLATE, TokenizerError)
 
 
 def _templates(raw: object, where: str) -> dict[str, str]:

@@ -8,11 +8,13 @@ is ever printed.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsconvert import reading
 from dsconvert.errors import TokenizerError
 from tokenizer_tools.steps import PreTokenizer, to_json
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from tokenizers.pre_tokenizers import PreTokenizer as Splitter
 
 EMPTY_BPE = {"type": "BPE", "vocab": {}, "merges": []}
-MAX_BYTES = 1 << 29
+AGAIN = "Fetch the tokenizer files again"
 
 
 @contextmanager
@@ -108,35 +110,17 @@ _NOTHING: dict[str, Any] = {
 }
 
 
-def read_text(path: Path) -> str:
-    """A text file whole; raises TokenizerError when it is not there, too big or not UTF-8."""
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise TokenizerError("is over 512 MiB, no tokenizer file is", where=path)
-        return path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise TokenizerError(
-            "cannot be read", where=path, why=error.strerror or str(error), hint="Fetch the model again"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise TokenizerError(
-            "is not UTF-8 text", where=path, why=str(error), hint="Fetch the file again"
-        ) from None
+def read_text(path: Path, limit: int = reading.TOKENIZER) -> str:
+    """A text file whole; raises TokenizerError when it is not there, no file, too big or not UTF-8."""
+    return reading.read_text(path, limit, TokenizerError, AGAIN)
 
 
 def parse_object(text: str, where: object) -> dict[str, Any]:
     """The JSON object that `text` is; raises TokenizerError when it is none."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(
-            "is not valid JSON", where=where, why=str(error)[:200], hint="Fetch the file again"
-        ) from None
-    if not isinstance(value, dict):
-        raise TokenizerError("is not a JSON object", where=where, hint="Fetch the file again")
-    return value
+    value = reading.parse_json(text, where, TokenizerError, AGAIN)
+    return reading.as_object(value, where, TokenizerError, AGAIN)
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; an absent file is an empty object. Raises TokenizerError otherwise."""
-    return parse_object(read_text(path), path) if path.is_file() else {}
+    """The JSON object in a small file; an absent file is an empty object. Raises TokenizerError otherwise."""
+    return parse_object(read_text(path, reading.CONFIG), path) if os.path.lexists(path) else {}

@@ -27,6 +27,7 @@ from dsconvert.arch import SOLVE_ORDER
 from dsconvert.errors import CheckpointError, ConversionError, OutputError
 from dsconvert.events import Event, Step
 from dsconvert.fisher import sensitivities
+from dsconvert.reading import RECORD, read_object
 from dsconvert.resume import State
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ OUTPUTS = 128  # of a linear's outputs as many are rounded, evenly spread
 TRIED = MULTIPLIERS[::4]
 WINDOWS = 16  # of the calibration windows as many are measured on
 SENSITIVITY_TOKENS = 4096
+REMAKE = "Leave --measurement out, or name a new file, and it is made anew"
 Key = tuple[int, int]  # bits, group size
 
 
@@ -174,23 +176,23 @@ def digest(measured: Measured) -> str:
 
 def load(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Measured:
     """Read a measurement made for linears of these shapes [outputs, inputs]; raises CheckpointError."""
+    found = read_object(path, RECORD, hint=REMAKE)
     try:
-        found = json.loads(path.read_text("utf-8"))
         measured = _parsed(found["linears"])
         stated = {name: tuple(shape) for name, shape in found["shapes"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # of any kind: the file may be anyone's
         raise CheckpointError(
             "is no measurement that can be read",
             where=path,
             why=f"{type(error).__name__}: {str(error)[:120]}",
-            hint="Leave --measurement out, or name a new file, and it is made anew",
+            hint=REMAKE,
         ) from None
     if stated != {name: tuple(shape) for name, shape in shapes.items()} or measured.keys() != shapes.keys():
         raise CheckpointError(
             "is of another model",
             where=path,
             why="its linears are not this model's, or of other shapes",
-            hint="Leave --measurement out, or name a new file, and it is made anew",
+            hint=REMAKE,
         )
     return measured
 

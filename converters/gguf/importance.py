@@ -21,11 +21,13 @@ from converters.gguf import kernels, recipe
 from converters.gguf.layout import MAGIC
 from converters.gguf.parse import GGUFFile, open_gguf
 from dsconvert.errors import CheckpointError, UsageError
+from dsconvert.reading import read_bytes, read_head
 
 if TYPE_CHECKING:
     from converters.gguf.job import Output
 
 Floats = npt.NDArray[np.float32]
+LIMIT = 1 << 30  # of an older .dat, which is read whole; a 405B model's has 100 MB
 SUMS, COUNTS = ".in_sum2", ".counts"
 REPORT = (
     "dsconvert.calibration"  # the key of the report on the text, in our matrices and what is made of them
@@ -70,8 +72,7 @@ def read(path: Path) -> ImportanceMatrix:
     Raises CheckpointError when the file is none, is cut short or holds no entry.
     """
     try:
-        with path.open("rb") as file:
-            is_gguf = file.read(len(MAGIC)) == MAGIC
+        is_gguf = read_head(path, len(MAGIC)) == MAGIC
     except OSError as error:
         raise CheckpointError(
             "the importance matrix cannot be read", where=path, why=error.strerror or str(error)
@@ -202,7 +203,7 @@ class _Bytes:
     """A position in the file; every read is checked against the end."""
 
     def __init__(self, path: Path) -> None:
-        self.data, self.path, self.at = path.read_bytes(), path, 0
+        self.data, self.path, self.at = read_bytes(path, LIMIT), path, 0
 
     def take(self, size: int, what: str) -> bytes:
         if size < 0 or self.at + size > len(self.data):

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from converters.gguf.layout import MAGIC, VALUE_TYPES
 from converters.gguf.qtypes import BY_ID, QType
 from dsconvert.errors import CheckpointError
+from dsconvert.reading import open_regular, short
 
 KINDS = {number: (name, fmt) for name, (number, fmt) in VALUE_TYPES.items()}
 SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
@@ -171,10 +172,10 @@ class _Cursor:
 
 def _parse(path: Path) -> GGUFFile:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:
-        raise CheckpointError("cannot be opened as a GGUF file", where=path, why=str(error)) from None
+        raise CheckpointError("cannot be opened as a GGUF file", where=path, why=short(error)) from None
     cursor = _Cursor(data, path)
     if data[:4] != MAGIC:
         raise CheckpointError("is no GGUF file", where=path, why=f"it begins with {data[:4]!r}")

@@ -65,7 +65,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 
 def _unexpected(error: Exception) -> ConversionError:
-    from dsconvert.config import short
+    from dsconvert.reading import short
 
     return ConversionError(
         f"stopped by an unexpected {type(error).__name__}: {short(error)}",
