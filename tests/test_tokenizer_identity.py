@@ -35,7 +35,7 @@ def found(data: TokenizerData, keys: dict[str, Any]) -> dict[str, identity.Findi
 
 def test_what_we_write_is_the_same(data: TokenizerData, keys: dict[str, Any]) -> None:
     rows = found(data, keys)
-    assert list(rows) == ["token ids", "special tokens", "chat template", "pre-tokenizer"]
+    assert list(rows) == ["token ids", "added tokens", "special tokens", "chat template", "pre-tokenizer"]
     assert all(row.same and row.count == 0 for row in rows.values()), rows
     assert rows["special tokens"].detail.endswith("added: BOS")
 

@@ -174,7 +174,8 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"add_bos_token": True}, "there is no bos_token"),
     ({"add_bos_token": "yes"}, "neither true nor false"),
     ({"added_tokens_decoder": {"0": {"content": "<x>"}}}, "the token 0 is '<x>'; in tokenizer.json it is"),
-    ({"added_tokens_decoder": {"2999": {"content": "<x>"}}}, "it does not exist"),
+    ({"added_tokens_decoder": {"2999": {"content": "<x>"}}}, "the token 2999 is '<x>'; the tokenizers lib"),
+    ({"added_tokens_decoder": {"2999": {"content": PAD}}}, "it does not exist"),
     ({"added_tokens_decoder": {"-1": {"content": "<x>"}}}, "not id to token"),
     ({"added_tokens_decoder": [1]}, "not an object"),
     ({"chat_template": 5}, "neither text nor a list"),
@@ -191,10 +192,11 @@ def test_refuses_more_ids_than_rows_and_missing_files(tmp_path: Path) -> None:
     raw = tokenizer_json()
     folder = write(tmp_path / "full", raw)
     assert load_tokenizer(folder, rows(raw)).types[-1] == CONTROL
-    with pytest.raises(
-        TokenizerError, match=f"up to {rows(raw) - 1}, the embedding has {rows(raw) - 1} rows"
-    ):
-        load_tokenizer(folder, rows(raw) - 1)
+    size = len(raw["model"]["vocab"])
+    with pytest.raises(TokenizerError, match=f"up to {size - 1}, the embedding has {size - 1} rows"):
+        load_tokenizer(write(tmp_path / "less", raw, {}), size - 1)
+    with pytest.raises(TokenizerError, match="as bos_token, which the vocabulary does not have"):
+        load_tokenizer(folder, size)
     with pytest.raises(TokenizerError, match=r"no tokenizer\.json"):
         load_tokenizer(tmp_path, 3000)
     (tmp_path / "tokenizer.model").write_bytes(b"")
@@ -219,7 +221,7 @@ def test_notes(tmp_path: Path) -> None:
     for part in (
         "NFC",
         "1 bytes have no token (41)",
-        "'[PAD]' as pad_token",
+        "'[PAD]' as pad_token, and no file gives it an id",
         "does not render a plain dialogue",
     ):
         assert any(part in note for note in data.notes), data.notes

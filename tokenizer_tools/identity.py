@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 from dsconvert.errors import TokenizerError
 from tokenizer_tools.library import ids
 from tokenizer_tools.load import TokenizerData
+from tokenizer_tools.raw import added_ids, end_ids
 from tokenizer_tools.rebuild import GGML, ID_KEYS, rebuild
+from tokenizer_tools.stops import ENDS_BY_NAME, STOP_KEYS, carried_stops
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -23,13 +25,18 @@ BOS_BY_DEFAULT = frozenset(
 
 @dataclass(frozen=True)
 class TextHandling:
-    """A tokenizer with what surrounds it; `template` is "" where there is none."""
+    """A tokenizer with what surrounds it; `template` is "" where there is none.
+
+    `stops` are the ids that end a generation, `stated` the added tokens that the files of a folder state.
+    """
 
     tokenizer: Tokenizer = field(repr=False, compare=False)
     special: Mapping[str, int]
     add_bos: bool
     add_eos: bool
     template: str = field(repr=False)
+    stops: frozenset[int] = frozenset()
+    stated: Mapping[str, int] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
@@ -43,8 +50,13 @@ class Finding:
 
 
 def of_data(data: TokenizerData) -> TextHandling:
-    """A checkpoint folder's."""
-    return TextHandling(data.tokenizer, data.special, data.add_bos, data.add_eos, data.chat.default)
+    """A checkpoint folder's; what the files state is read from them again (see raw.py)."""
+    folder = data.source.parent
+    stated = added_ids(folder, len(data.tokens))
+    ends = carried_stops(data.tokens, (*data.stops, *end_ids(folder, stated)), data.eos_id)
+    return TextHandling(
+        data.tokenizer, data.special, data.add_bos, data.add_eos, data.chat.default, ends, stated
+    )
 
 
 def of_metadata(keys: Mapping[str, Any], where: object = "") -> TextHandling:
@@ -52,12 +64,16 @@ def of_metadata(keys: Mapping[str, Any], where: object = "") -> TextHandling:
     special = {name: int(keys[key]) for name, key in ID_KEYS.items() if isinstance(keys.get(key), int)}
     by_default = keys.get(GGML + "pre") in BOS_BY_DEFAULT
     template = keys.get("tokenizer.chat_template", "")
+    tokenizer = rebuild(keys, where)
+    ends = {keys[key] for key in (ID_KEYS["eos"], *STOP_KEYS) if isinstance(keys.get(key), int)}
+    ends |= {i for i, token in enumerate(keys[GGML + "tokens"]) if token in ENDS_BY_NAME}
     return TextHandling(
-        rebuild(keys, where),
+        tokenizer,
         special,
         bool(keys.get(GGML + "add_bos_token", by_default)),
         bool(keys.get(GGML + "add_eos_token", False)),
         template if isinstance(template, str) else "",
+        frozenset(ends),
     )
 
 
@@ -65,6 +81,7 @@ def findings(reference: TextHandling, other: TextHandling, texts: Sequence[str])
     """What `other` does with the texts, around them and in a chat, against the reference."""
     return [
         same_ids(reference, other, texts),
+        same_added(reference, other),
         same_special(reference, other),
         same_template(reference, other),
     ]
@@ -81,8 +98,20 @@ def same_ids(reference: TextHandling, other: TextHandling, texts: Sequence[str])
     return Finding("token ids", not wrong, detail, len(wrong))
 
 
+def same_added(reference: TextHandling, other: TextHandling) -> Finding:
+    """Every added token that the checkpoint's files state is one token of its id."""
+    found = ids(other.tokenizer, list(reference.stated))
+    wrong = [
+        f"{text[:40]!a} is {got[:4]}, the checkpoint's files say {i}"
+        for (text, i), got in zip(reference.stated.items(), found, strict=True)
+        if got != [i]
+    ]
+    detail = f"all {len(found)} of the checkpoint's files are tokens of their ids"
+    return Finding("added tokens", not wrong, "; ".join(wrong[:3]) or detail, len(wrong))
+
+
 def same_special(reference: TextHandling, other: TextHandling) -> Finding:
-    """BOS and EOS: their ids, and whether they are put around a text."""
+    """BOS and EOS: their ids, whether they are put around a text, and where a generation ends."""
     wrong = []
     for name in ("bos", "eos"):
         own, found = reference.special.get(name), other.special.get(name)
@@ -91,6 +120,9 @@ def same_special(reference: TextHandling, other: TextHandling) -> Finding:
         own_flag, flag = getattr(reference, f"add_{name}"), getattr(other, f"add_{name}")
         if own_flag != flag:
             wrong.append(f"{name.upper()} is {'' if flag else 'not '}added, the checkpoint says otherwise")
+    lost = sorted(reference.stops - other.stops)
+    if lost:
+        wrong.append(f"a generation does not end at {lost[:8]}, the checkpoint's does")
     added = [name.upper() for name in ("bos", "eos") if getattr(reference, f"add_{name}")]
     detail = f"BOS and EOS are the checkpoint's; added: {', '.join(added) or 'none'}"
     return Finding("special tokens", not wrong, "; ".join(wrong) or detail, len(wrong))

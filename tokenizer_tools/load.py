@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from dsconvert.errors import TokenizerError, UsageError
 from tokenizer_tools import chat_template
+from tokenizer_tools.added import add, beside, flag_notes, with_added, without_rows
 from tokenizer_tools.chat_template import ChatTemplates
 from tokenizer_tools.library import ids, open_tokenizer, parse_object, read_object, read_text
-from tokenizer_tools.special import additions, check_bytes, normalizer, special_ids
+from tokenizer_tools.special import additions, check_bytes, lost_bos, normalizer, special_ids
 from tokenizer_tools.steps import PreTokenizer, extract
+from tokenizer_tools.stops import lost_stops, stop_ids
 from tokenizer_tools.vocabulary import (
     UNUSED,
     AddedToken,
@@ -24,7 +26,6 @@ from tokenizer_tools.vocabulary import (
     read_merges,
     read_vocab,
     rows_of,
-    with_config,
 )
 
 if TYPE_CHECKING:
@@ -36,8 +37,9 @@ class TokenizerData:
     """A byte-level BPE tokenizer in a GGUF file's terms.
 
     `tokens` and `types` have one entry per embedding row, of which the first `used` may be tokens; `merges`
-    are "left right"; `normalizer` is "" or "nfc". `json` is the text of tokenizer.json as read, `tokenizer`
-    the library's object made of it (never print that: its repr can panic). `notes` are for the user.
+    are "left right"; `stops` are the ids that end a generation, EOS first; `normalizer` is "" or "nfc".
+    `json` is the text of tokenizer.json, as read where no other file adds to it, `tokenizer` the library's
+    object made of it (never print that: its repr can panic). `notes` are for the user.
     """
 
     tokens: tuple[str, ...] = field(repr=False)
@@ -45,6 +47,7 @@ class TokenizerData:
     merges: tuple[str, ...] = field(repr=False)
     added: tuple[AddedToken, ...] = field(repr=False)
     special: Mapping[str, int]
+    stops: tuple[int, ...]
     add_bos: bool
     add_eos: bool
     ignore_merges: bool
@@ -93,30 +96,65 @@ class TokenizerData:
             raise UsageError("cannot be written with the chat template", why=str(error)[:200]) from None
 
 
-def load_tokenizer(folder: Path, rows: int) -> TokenizerData:
-    """The tokenizer of a checkpoint folder for an embedding of `rows` rows.
+@dataclass(frozen=True)
+class Tokens:
+    """A folder's tokens: tokenizer.json with what the files beside it add, as text, parsed and opened."""
 
-    Raises TokenizerError when the files are missing, damaged or contradict each other, when the tokenizer
-    is no byte-level BPE, and when it does something that no GGUF key can state.
+    path: Path
+    text: str
+    raw: dict[str, Any]
+    library: Tokenizer
+    vocab: dict[str, int]
+    added: dict[int, AddedToken]
+    notes: tuple[str, ...]
+
+
+def read_tokens(folder: Path, config: Mapping[str, Any], rows: int) -> Tokens:
+    """The tokens that transformers finds in a folder, those without one of `rows` embedding rows left out.
+
+    `config` is tokenizer_config.json. Raises TokenizerError as `load_tokenizer` does.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
-        spm = (folder / "tokenizer.model").is_file()
-        raise TokenizerError(
-            "there is no tokenizer.json",
-            where=folder,
-            why="tokenizer.model is a SentencePiece tokenizer, which is not supported" if spm else "",
-            hint="Fetch tokenizer.json, or save one with transformers' save_pretrained",
-        )
+        raise _no_tokenizer(folder)
     text = read_text(path)
     library = open_tokenizer(text, path)
     raw = parse_object(text, path)
-    config_path = path.with_name("tokenizer_config.json")
-    config = read_object(config_path)
-    notes: list[str] = []
-    model = _model(raw, path)
-    vocab = read_vocab(model, path)
-    added = with_config(added_tokens(raw, library, vocab, path), vocab, config, config_path)
+    vocab = read_vocab(_model(raw, path), path)
+    own = added_tokens(raw, library, vocab, path)
+    kept, stated, notes = without_rows(own, beside(folder, config), rows)
+    if kept != own:
+        vocab = {token: i for token, i in vocab.items() if i not in own or i in kept}
+        raw = {**raw, "model": {**raw["model"], "vocab": vocab}}
+        text = with_added(raw, kept)
+        library = open_tokenizer(text, path)
+    added, told = add(library, kept, stated, rows, folder)
+    if added != kept:
+        text = with_added(raw, added)
+    return Tokens(path, text, raw, library, vocab, added, (*notes, *told))
+
+
+def _no_tokenizer(folder: Path) -> TokenizerError:
+    spm = (folder / "tokenizer.model").is_file()
+    return TokenizerError(
+        "there is no tokenizer.json",
+        where=folder,
+        why="tokenizer.model is a SentencePiece tokenizer, which is not supported" if spm else "",
+        hint="Fetch tokenizer.json, or save one with transformers' save_pretrained",
+    )
+
+
+def load_tokenizer(folder: Path, rows: int, add_bos: bool | None = None) -> TokenizerData:
+    """The tokenizer of a checkpoint folder for an embedding of `rows` rows.
+
+    `add_bos` says whether BOS goes before a text, whatever the files say; None leaves it to them.
+    Raises TokenizerError when the files are missing, damaged or contradict each other, when the tokenizer
+    is no byte-level BPE, and when it does something that no GGUF key can state.
+    """
+    config = read_object(folder / "tokenizer_config.json")
+    found = read_tokens(folder, config, rows)
+    path, raw, library, added = found.path, found.raw, found.library, found.added
+    model, vocab, notes = raw["model"], found.vocab, list(found.notes)
     tokens, types, used = rows_of(vocab, added, rows, path)
     known = {token: i for i, token in enumerate(tokens[:used]) if types[i] != UNUSED}
     control = [token.id for token in added.values() if token.special]
@@ -127,22 +165,28 @@ def load_tokenizer(folder: Path, rows: int) -> TokenizerData:
     chat = chat_template.collect(folder)
     names = {f"{name}_token": tokens[special[name]] if name in special else "" for name in ("bos", "eos")}
     notes += [*chat.notes, *chat_template.check(chat, **names)]
-    add_bos, add_eos, added_notes = additions(library, config, special, path)
+    texts = {i: token.content for i, token in added.items()}
+    stops, stop_notes = stop_ids(folder, special.get("eos"), texts, chat.default, names)
+    notes += [*stop_notes, *lost_stops(tokens, stops, special.get("eos"))]
+    (adds_bos, adds_eos), added_notes = additions(library, config, special, path, add_bos)
+    if add_bos is None and not adds_bos and names["bos_token"]:
+        notes += lost_bos(config, names["bos_token"], chat.default)
     kept, kept_notes = normalizer(raw.get("normalizer"), path)
-    notes += [*added_notes, *kept_notes]
+    notes += [*added_notes, *kept_notes, *flag_notes(added)]
     return TokenizerData(
         tokens=tokens,
         types=types,
         merges=read_merges(model, path),
         added=tuple(added.values()),
         special=special,
-        add_bos=add_bos,
-        add_eos=add_eos,
+        stops=stops,
+        add_bos=adds_bos,
+        add_eos=adds_eos,
         ignore_merges=model.get("ignore_merges") is True,
         normalizer=kept,
         spec=extract(raw.get("pre_tokenizer"), path),
         chat=chat,
-        json=text,
+        json=found.text,
         tokenizer=library,
         source=path,
         used=used,

@@ -21,6 +21,7 @@ from tokenizer_tools.library import build_tokenizer, open_tokenizer
 from tokenizer_tools.load import TokenizerData
 from tokenizer_tools.runtimes import by_name
 from tokenizer_tools.steps import PreTokenizer, Value, from_gguf, to_gguf, to_json
+from tokenizer_tools.stops import stop_keys
 from tokenizer_tools.vocabulary import CONTROL, FLAGS, UNUSED, USER_DEFINED
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ def gguf_keys(data: TokenizerData, pre_name: str) -> dict[str, Value]:
         GGML + "merges": ("array:string", list(data.merges)),
     }
     keys |= {ID_KEYS[name]: ("uint32", data.special[name]) for name in ID_KEYS if name in data.special}
+    ends = stop_keys(data.tokens, data.stops, data.eos_id)
+    keys |= {key: ("uint32", i) for key, i in ends.items()}
     keys[GGML + "add_bos_token"] = ("bool", data.add_bos)
     keys[GGML + "add_eos_token"] = ("bool", data.add_eos)
     if data.chat.default:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,29 +89,31 @@ def _from_ids(values: Sequence[object], control: Sequence[int]) -> int | None:
 
 
 def additions(
-    library: Tokenizer, config: Mapping[str, Any], special: Mapping[str, int], path: Path
-) -> tuple[bool, bool, list[str]]:
+    library: Tokenizer,
+    config: Mapping[str, Any],
+    special: Mapping[str, int],
+    path: Path,
+    add_bos: bool | None = None,
+) -> tuple[tuple[bool, bool], list[str]]:
     """Whether BOS goes before and EOS after a text, and notes.
 
-    An explicit add_bos_token or add_eos_token in tokenizer_config.json decides; a Llama class without one
-    adds BOS; otherwise what the post-processor really does counts. Raises TokenizerError when it adds
-    anything else (no GGUF key can say so), or when the token to add does not exist.
+    `add_bos` decides on BOS where it is given; else an explicit add_bos_token or add_eos_token in
+    tokenizer_config.json does; a Llama class without one adds BOS; otherwise what the post-processor really
+    does counts. Raises TokenizerError when it adds anything else (no GGUF key can say so), or when the token
+    to add does not exist.
     """
-    where = path.with_name("tokenizer_config.json")
     before, after = _around(library, path)
     llama = config.get("tokenizer_class") in LLAMA_CLASSES
-    flags: list[bool] = []
-    notes = []
-    for name, measured, default in (("bos", before, llama and "bos" in special), ("eos", after, False)):
+    asked = {"bos": (before, llama and "bos" in special, add_bos), "eos": (after, False, None)}
+    flags, notes = [], []
+    for name, (measured, default, wanted) in asked.items():
         key = f"add_{name}_token"
-        stated = config.get(key)
-        if stated is not None and not isinstance(stated, bool):
-            raise TokenizerError(f"{key} is neither true nor false", where=where)
+        stated = _stated(config, key, special, path) if wanted is None else wanted
         if stated and name not in special:
             raise TokenizerError(
-                f"{key} is true and there is no {name}_token",
-                where=where,
-                hint=f"Name the {name}_token there, or set {key} to false",
+                f"--add-{name} asks for a {name.upper()} that the tokenizer does not have",
+                where=path.with_name("tokenizer_config.json"),
+                hint=f"Name the {name}_token there, or leave --add-{name} out",
             )
         if stated is None and measured and measured != [special.get(name)]:
             raise TokenizerError(
@@ -118,10 +121,45 @@ def additions(
                 where=path,
                 hint=f"Set {key} in tokenizer_config.json to what the model needs",
             )
-        if stated is False and measured:
+        if stated is False and measured and wanted is None:
             notes.append(f"{key} is false although the post-processor adds {name.upper()}; false wins")
         flags.append(bool(measured) or default if stated is None else stated)
-    return flags[0], flags[1], notes
+    return (flags[0], flags[1]), notes
+
+
+def _stated(config: Mapping[str, Any], key: str, special: Mapping[str, int], path: Path) -> bool | None:
+    """What tokenizer_config.json says under `key`, or None where it says nothing."""
+    where, name = path.with_name("tokenizer_config.json"), key.split("_")[1]
+    stated = config.get(key)
+    if stated is not None and not isinstance(stated, bool):
+        raise TokenizerError(f"{key} is neither true nor false", where=where)
+    if stated and name not in special:
+        raise TokenizerError(
+            f"{key} is true and there is no {name}_token",
+            where=where,
+            hint=f"Name the {name}_token there, or set {key} to false",
+        )
+    return stated
+
+
+def lost_bos(config: Mapping[str, Any], bos: str, template: str) -> list[str]:
+    """A note where nothing says that BOS goes before a text and the files look as if that had been lost.
+
+    transformers 5 saves a tokenizer without add_bos_token. Its mark is the class TokenizersBackend, or the
+    key `backend`; a chat template that begins with bos_token is a sign of its own.
+    """
+    if config.get("add_bos_token") is not None:
+        return []
+    saved = "backend" in config or config.get("tokenizer_class") == "TokenizersBackend"
+    begins = re.match(r"\s*\{\{-?\s*bos_token\b", template) is not None
+    if not saved and not begins:
+        return []
+    signs = ["transformers 5 saved it, which leaves add_bos_token out"] * saved
+    signs += ["the chat template begins with bos_token"] * begins
+    return [
+        f"BOS ({bos[:40]!r}) does not go before a text, since tokenizer_config.json does not say "
+        f"add_bos_token; {', and '.join(signs)}. If the model was trained with it, give --add-bos"
+    ]
 
 
 def _around(library: Tokenizer, path: Path) -> tuple[list[int], list[int]]:

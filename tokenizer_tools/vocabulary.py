@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,37 +101,6 @@ def _added_token(entry: Any, path: Path) -> AddedToken:
     return AddedToken(entry["id"], entry["content"], entry.get("special") is True, **flags)
 
 
-def with_config(
-    added: Mapping[int, AddedToken], vocab: Mapping[str, int], config: Mapping[str, Any], path: Path
-) -> dict[int, AddedToken]:
-    """The added tokens, special also where only tokenizer_config.json (`config`, at `path`) says so.
-
-    Raises TokenizerError where its added_tokens_decoder contradicts tokenizer.json.
-    """
-    entries = config.get("added_tokens_decoder") or {}
-    if not isinstance(entries, dict):
-        raise TokenizerError("added_tokens_decoder is not an object", where=path, hint="Fetch the file again")
-    owners = {i: token for token, i in vocab.items()} | {i: token.content for i, token in added.items()}
-    result = dict(added)
-    for key, entry in entries.items():
-        content = entry.get("content") if isinstance(entry, dict) else None
-        if not (key.isascii() and key.isdigit() and len(key) < 10 and isinstance(content, str)):
-            raise TokenizerError(
-                f"added_tokens_decoder has an entry that is not id to token: {key[:40]!r}", where=path
-            )
-        i = int(key)
-        if owners.get(i) != content:
-            known = f"is {owners[i][:60]!r}" if i in owners else "does not exist"
-            raise TokenizerError(
-                f"says that the token {i} is {content[:60]!r}; in tokenizer.json it {known}",
-                where=path,
-                hint="The files are not of the same model; fetch both again",
-            )
-        if i in result and entry.get("special") is True:
-            result[i] = replace(result[i], special=True)
-    return result
-
-
 def rows_of(
     vocab: Mapping[str, int], added: Mapping[int, AddedToken], rows: int, path: Path
 ) -> tuple[tuple[str, ...], tuple[int, ...], int]:
@@ -146,7 +115,7 @@ def rows_of(
         raise TokenizerError(
             f"has token ids up to {used - 1}, the embedding has {rows} rows",
             where=path,
-            hint="config.json, the weights and the tokenizer are not of the same model; fetch them again",
+            hint="Resize the embedding (model.resize_token_embeddings) and save both, or fetch them again",
         )
     taken = {token for token, _ in named.values()}
     for i in range(rows):

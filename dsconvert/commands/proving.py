@@ -178,7 +178,7 @@ def handling(reference: Reference, opened: Opened) -> identity.TextHandling:
     own = identity.of_data(reference.tokenizer)
     template = "" if isinstance(opened.text, TokenizerError) else opened.text.template
     known = template if template in reference.templates else reference.templates[-1]
-    return identity.TextHandling(own.tokenizer, own.special, own.add_bos, own.add_eos, known)
+    return replace(own, template=known)
 
 
 def run_engine(

@@ -77,6 +77,7 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_vocab_n_tokens": (_INT, (_PTR,)),
     "llama_vocab_bos": (_INT, (_PTR,)),
     "llama_vocab_eos": (_INT, (_PTR,)),
+    "llama_vocab_is_eog": (_BOOL, (_PTR, _INT)),
     "llama_vocab_get_add_bos": (_BOOL, (_PTR,)),
     "llama_tokenize": (_INT, (_PTR, _STR, _INT, _INTS, _INT, _BOOL, _BOOL)),
     "llama_detokenize": (_INT, (_PTR, _INTS, _INT, _STR, _INT, _BOOL, _BOOL)),

@@ -138,6 +138,10 @@ class Engine:
             "add_bos": lib.llama_vocab_get_add_bos(vocab),
         }
 
+    def ends(self) -> list[int]:
+        """The ids at which a generation ends, ascending."""
+        return [i for i in range(self.n_vocab) if self._lib.llama_vocab_is_eog(self._vocab, i)]
+
     def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = False) -> list[int]:
         """Token ids of `text`; `add_special`: with BOS if the file asks; `parse_special`: control tokens."""
         data = text.encode("utf-8")
