@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from dsconvert.arch import WeightSource, expand, plan
+from dsconvert.arch import Arch, WeightSource, expand, plan
 from dsconvert.archs import ARCHS
 from dsconvert.archs.llama import LLAMA
 from dsconvert.config import ModelConfig
+from dsconvert.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -35,14 +37,30 @@ class Inner:
         return self.source.float32_rows(self.names[name], start, stop)
 
 
-def language_model(source: WeightSource, config: ModelConfig) -> tuple[WeightSource, ModelConfig]:
+def find_arch(name: str, where: Path | None = None) -> Arch:
+    """The table for a class; raises CheckpointError, which names the file `where`, when there is none."""
+    arch = ARCHS.get(name)
+    if arch is None:
+        raise CheckpointError(
+            f"architecture {name[:80]!r} has no table",
+            where=where,
+            why=f"tables exist for {', '.join(sorted(ARCHS))}",
+            hint='A model of the same layout converts when "architectures" names one of these classes',
+        )
+    return arch
+
+
+def language_model(
+    source: WeightSource, config: ModelConfig, where: Path | None = None
+) -> tuple[WeightSource, ModelConfig]:
     """The decoder of a checkpoint under Llama's own names, with its config; a plain Llama model as it is.
 
-    Raises PlanError when the tensors are not the config's.
+    Raises CheckpointError, which names the config's file `where`, for a class without a table, PlanError
+    when the tensors are not the config's.
     """
     if config.architecture in LLAMA.classes:
         return source, config
-    specs = plan(ARCHS[config.architecture], config, source.shapes())
+    specs = plan(find_arch(config.architecture, where), config, source.shapes())
     outer = {spec.gguf: spec.hf for spec in specs}
     names = {spec.hf: outer[spec.gguf] for spec in expand(LLAMA, config) if spec.gguf in outer}
     config = replace(config, architecture=LLAMA.classes[0], tied="output.weight" not in outer)

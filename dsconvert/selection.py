@@ -14,8 +14,8 @@ from dsconvert.archs.deepseek_vl import HYBRID, ORIGINAL, VL
 from dsconvert.archs.llama import LLAMA
 from dsconvert.checkpoint import Checkpoint, open_checkpoint
 from dsconvert.config import ModelConfig, load_config
-from dsconvert.errors import CheckpointError, UsageError
-from dsconvert.inner import language_model
+from dsconvert.errors import UsageError
+from dsconvert.inner import find_arch, language_model
 from dsconvert.model_folder import NESTED
 from dsconvert.safetensors_header import BITS
 from dsconvert.vision import VisionConfig
@@ -67,10 +67,7 @@ def select(model: str, language_only: bool, head: bool = False) -> Selection:
     outer = load_config(checkpoint.folder)
     if outer.architecture == ORIGINAL and not language_only:
         checkpoint, outer, vision = in_transformers_layout(checkpoint, outer)
-    arch = ARCHS.get(outer.architecture)
-    if arch is None:
-        known = ", ".join(sorted(ARCHS))
-        raise CheckpointError(f"architecture {outer.architecture[:80]!r} has no table", why=f"known: {known}")
+    arch = find_arch(outer.architecture, checkpoint.folder / "config.json")
     specs = plan(arch, outer, checkpoint.shapes())
     checkpoint.check_readable(spec.hf for spec in specs)
     source, config = language_model(checkpoint, outer)

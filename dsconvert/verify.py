@@ -137,7 +137,7 @@ def rope_difference(one: ModelConfig, other: ModelConfig) -> str:
 
 def judge(comparison: Comparison, limits: Thresholds) -> Verdict:
     """Hold a comparison against the limits: figures, every tensor, config; a broken model fails."""
-    checks = [Check("config", False, text) for text in comparison.config]
+    checks = judge_config(comparison.config)
     checks += judge_tensors(comparison.tensors)
     checks += judge_blocks(comparison.blocks, limits)
     if comparison.broken:
@@ -145,6 +145,12 @@ def judge(comparison: Comparison, limits: Thresholds) -> Verdict:
     if comparison.figures is not None:
         checks += judge_figures(comparison.figures, limits)
     return verdict(checks)
+
+
+def judge_config(found: tuple[str, ...]) -> list[Check]:
+    """One check for each of `differences`, or one that says that there are none."""
+    equal = Check("config", True, "sizes, RoPE, norm and context are those of the checkpoint's config")
+    return [Check("config", False, text) for text in found] or [equal]
 
 
 def check_sizes(reference: ModelConfig, candidate: ModelConfig) -> None:

@@ -14,13 +14,13 @@ import pytest
 import tiny
 import tiny_vl
 from click.testing import CliRunner
+from rewrite import edited
 from tiny_vl import VL
 
 from converters.gguf import image_proof, mmproj, mmproj_check
 from converters.gguf.convert import convert
 from converters.gguf.job import Options
-from converters.gguf.layout import Tensor, lay_out
-from converters.gguf.parse import GGUFFile, open_gguf
+from converters.gguf.parse import open_gguf
 from converters.gguf.reader import open_model
 from dsconvert import vision
 from dsconvert.arch import expand, plan
@@ -534,20 +534,6 @@ def test_plans_leave_nothing_unexplained(models: Any) -> None:
 
 
 # Silent failures, pairs, inspect.
-
-
-def edited(file: GGUFFile, out: Path, keys: dict[str, Any], drop: str = "") -> Path:
-    """The projector with keys replaced (None: removed) and a tensor left out."""
-    typed = {name: value for name, value in (file.typed | keys).items() if value is not None}
-    tensors = [Tensor(t.name, t.shape, t.qtype) for t in file.tensors.values() if t.name != drop]
-    layout = lay_out(out.name, typed, tensors)
-    data = bytearray(layout.nbytes)
-    data[: len(layout.head)] = layout.head
-    for tensor in tensors:
-        at = layout.offsets[tensor.name]
-        data[at : at + tensor.nbytes] = file.tensors[tensor.name].blocks().tobytes()
-    out.write_bytes(data)
-    return out
 
 
 SILENT: dict[str, tuple[dict[str, Any], str, str]] = {

@@ -14,10 +14,10 @@ from converters.gguf.layout import KeyValues, Layout, Tensor, lay_out, lay_out_s
 from converters.gguf.towers import Towers, plan_towers, with_template
 from converters.gguf.writer import check_targets
 from dsconvert.arch import Arch, Sizes, Spec, plan
-from dsconvert.archs import ARCHS
 from dsconvert.checkpoint import Checkpoint, open_checkpoint
 from dsconvert.config import ModelConfig, load_config
-from dsconvert.errors import CheckpointError, UsageError
+from dsconvert.errors import UsageError
+from dsconvert.inner import find_arch
 from dsconvert.machine import collector_paused, usable_cores
 from dsconvert.manifest import origin, pairing_id
 from tokenizer_tools.load import TokenizerData, load_tokenizer
@@ -137,7 +137,7 @@ def _prepare(options: Options) -> Job:
     check_calibration(options)
     checkpoint = open_checkpoint(options.model)
     config = load_config(checkpoint.folder)
-    arch = find_arch(config, checkpoint.folder)
+    arch = find_arch(config.architecture, checkpoint.folder / "config.json")
     specs = tuple(plan(arch, config, checkpoint.shapes()))
     checkpoint.check_readable(spec.hf for spec in specs)
     derived = arch.derived(config)
@@ -163,19 +163,6 @@ def _prepare(options: Options) -> Job:
     if not options.dry_run:
         check_targets(job.paths, [layout.nbytes for layout in job.layouts], options.force)
     return job
-
-
-def find_arch(config: ModelConfig, folder: Path) -> Arch:
-    """The table for the config's class; raises CheckpointError when there is none."""
-    arch = ARCHS.get(config.architecture)
-    if arch is None:
-        raise CheckpointError(
-            f"architecture {config.architecture[:80]!r} has no table",
-            where=folder / "config.json",
-            why=f"tables exist for {', '.join(sorted(ARCHS))}",
-            hint='A model of the same layout converts when "architectures" names one of these classes',
-        )
-    return arch
 
 
 def all_keys(

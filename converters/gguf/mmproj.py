@@ -161,7 +161,7 @@ def stored_vision(file: GGUFFile) -> VisionConfig:
         patch_size=_whole(file, prefix + "patch_size"),
         width=_whole(file, prefix + "embedding_length"),
         mlp=_whole(file, prefix + "feed_forward_length"),
-        layers=_whole(file, prefix + "block_count"),
+        layers=_depth(file, prefix + "block_count"),
         heads=_whole(file, prefix + "attention.head_count"),
         eps=_number(file, prefix + "attention.layer_norm_epsilon"),
         pixels=low,
@@ -187,7 +187,7 @@ def _stored_sam(file: GGUFFile, pixels: Pixels) -> Sam:
         patch_size=_whole(file, prefix + "patch_size"),
         width=_whole(file, prefix + "embedding_length"),
         mlp=_whole(file, prefix + "feed_forward_length"),
-        layers=_whole(file, prefix + "block_count"),
+        layers=_depth(file, prefix + "block_count"),
         heads=_whole(file, prefix + "head_count"),
         eps=_number(file, prefix + "layer_norm_epsilon"),
         pixels=pixels,
@@ -201,20 +201,31 @@ def _stored_processor(file: GGUFFile, low: Pixels, high: Pixels | None, tokens: 
     """What the file says of pictures; a file of another converter takes what its runtime does."""
     keys, prefix = file.keys, "dsconvert.image."
     pad = keys.get(prefix + "pad_color", [127, 127, 127])
+    if not isinstance(pad, list) or len(pad) != 3 or any(x not in range(256) for x in pad):
+        raise _bad(file, prefix + "pad_color")
+    smallest, count = prefix + "min_size", prefix + "tokens"
     return Processor(
         low,
         high,
         (pad[0], pad[1], pad[2]),
         str(keys.get(prefix + "resample", "bicubic")),
-        int(keys.get(prefix + "min_size", 14)),
+        _whole(file, smallest) if smallest in keys else 14,
         str(keys.get(prefix + "token", "")),
-        int(keys.get(prefix + "tokens", tokens)),
+        _whole(file, count) if count in keys else tokens,
     )
 
 
 def _whole(file: GGUFFile, key: str) -> int:
     value = file.keys.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 20:
+        raise _bad(file, key)
+    return value
+
+
+def _depth(file: GGUFFile, key: str) -> int:
+    """A number of layers, of which each has a tensor at least: the plan names all of them."""
+    value = _whole(file, key)
+    if value > len(file.tensors):
         raise _bad(file, key)
     return value
 

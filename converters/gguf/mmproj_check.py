@@ -6,7 +6,10 @@ no patch bias 0.34, no position embedding 0.35, a wrong mean or std 0.45, anothe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
 
 from converters.gguf.mmproj import HYBRID_TYPE, JANUS_PRO, is_projector, stored_vision, table
 from converters.gguf.parse import GGUFFile
@@ -61,13 +64,18 @@ def _pixels(file: GGUFFile, kind: str) -> Check:
     for prefix, mean, std in PIXELS.get(kind, ()):
         for key, usual in (("image_mean", mean), ("image_std", std)):
             value = file.keys.get(prefix + key)
-            same = isinstance(value, list) and len(value) == 3
-            if not same or any(abs(a - b) > 1e-6 for a, b in zip(value or (), usual, strict=False)):
-                found = "missing" if value is None else [round(x, 6) for x in value]
+            if not _equal(value, usual):
+                found = "missing" if value is None else repr(value)[:60]
                 return Check(
                     "pixels", False, f"{prefix}{key} is {found}, the tower was trained with {list(usual)}"
                 )
     return Check("pixels", True, "mean and std are those of the towers")
+
+
+def _equal(value: Any, usual: Sequence[float]) -> bool:
+    """Whether a key holds these numbers, to the float32 that files have."""
+    numbers = isinstance(value, list) and all(isinstance(x, float | int) for x in value)
+    return numbers and len(value) == len(usual) and np.allclose(value, usual, rtol=0.0, atol=1e-6)
 
 
 def _tensors(file: GGUFFile, kind: str) -> Check:

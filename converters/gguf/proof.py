@@ -15,7 +15,7 @@ from converters.gguf.parse import GGUFFile, open_gguf
 from converters.gguf.reader import GGUFModel, open_model
 from converters.gguf.towers import Towers
 from converters.gguf.weights_check import check_weights
-from dsconvert import effort, quick, text, thresholds, windows
+from dsconvert import effort, quick, text, thresholds, verify, windows
 from dsconvert.events import Check, Event, Step
 from dsconvert.inner import language_model
 from dsconvert.machine import collector_paused, free_memory
@@ -102,6 +102,8 @@ def _check_logits(job: Job, output: Output, model: GGUFModel, seconds: float) ->
     if not full and needed > free / 2:
         short = f"two decoder blocks need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
         yield Step(f"no blocks were run and no logits compared: {short}; --verify full does it all the same")
+        verify.check_sizes(config, model.config)
+        yield from verify.judge_config(verify.differences(config, model.config))
         return
     limits, score = thresholds.thresholds_for(output.quant), windows.whole(page.tokens)
     if full:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +13,36 @@ from dsconvert.arch import IDENTITY, ROPE_K, ROPE_Q, Arch, Spec, plan_stored
 from dsconvert.archs import BY_GGUF_NAME
 from dsconvert.config import ModelConfig, RopeScaling
 from dsconvert.errors import CheckpointError
+
+LIMIT, GREATEST = 1 << 31, 1e30  # as in config.json
+AGAIN = "Convert the model again, or fetch the file again from where it came from"
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """The numbers among a file's keys, which a stranger may have written: no other value gets through."""
+
+    file: GGUFFile
+
+    def count(self, key: str, default: int | None = None, limit: int = LIMIT) -> int:
+        """A positive whole number below `limit`; CheckpointError for anything else, or a missing key."""
+        value = self.file.keys.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < limit:
+            raise self.wrong(key, f"it should be a whole number from 1 to {limit - 1}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A positive number; CheckpointError for anything else, or a missing key."""
+        value = self.file.keys.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < GREATEST:
+            raise self.wrong(key, "it should be a positive number")
+        return float(value)
+
+    def wrong(self, key: str, why: str) -> CheckpointError:
+        """The error of a key that is missing or holds what it cannot."""
+        value = self.file.keys.get(key)
+        found = "missing" if value is None else repr(value)[:40]
+        return CheckpointError(f"key {key} is {found}", where=self.file.path, why=why, hint=AGAIN)
 
 
 @dataclass(frozen=True)
@@ -68,47 +97,55 @@ def open_model(file: GGUFFile) -> GGUFModel:
 
 def stored_config(file: GGUFFile) -> ModelConfig:
     """The decoder's numbers as the file's own keys state them; raises CheckpointError for a missing key."""
-    keys, prefix = file.keys, file.keys.get("general.architecture", "llama") + "."
+    numbers, prefix = Numbers(file), f"{file.keys.get('general.architecture', 'llama')}."
 
-    def need(key: str, default: Any = None) -> Any:
-        value = keys.get(prefix + key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-            raise CheckpointError(f"key {prefix + key} is {'missing' if value is None else repr(value)[:40]}",
-                                  where=file.path)  # fmt: skip
-        return value
+    def count(key: str, default: int | None = None, limit: int = LIMIT) -> int:
+        return numbers.count(prefix + key, default, limit)
 
-    hidden, heads = need("embedding_length"), need("attention.head_count")
-    head_dim = need("attention.key_length", hidden // heads)
+    def number(key: str, default: float | None = None) -> float:
+        return numbers.number(prefix + key, default)
+
+    hidden, heads = count("embedding_length"), count("attention.head_count")
+    kv_heads = count("attention.head_count_kv", heads)
+    head_dim = count("attention.key_length", max(hidden // heads, 1))
+    if heads % kv_heads or head_dim % 2:
+        raise numbers.wrong(
+            prefix + ("attention.head_count_kv" if heads % kv_heads else "attention.key_length"),
+            f"{kv_heads} heads of {head_dim} values go with no model of {heads} heads",
+        )
     embedding = file.tensors.get("token_embd.weight")
     return ModelConfig(
         architecture="LlamaForCausalLM",
         hidden_size=hidden,
-        intermediate_size=need("feed_forward_length"),
-        layers=need("block_count"),
+        intermediate_size=count("feed_forward_length"),
+        layers=count("block_count", limit=len(file.tensors) + 1),
         heads=heads,
-        kv_heads=need("attention.head_count_kv", heads),
+        kv_heads=kv_heads,
         head_dim=head_dim,
-        vocab_size=embedding.shape[0] if embedding else need("vocab_size"),
-        context_length=need("context_length"),
-        norm_eps=need("attention.layer_norm_rms_epsilon"),
-        rope_theta=need("rope.freq_base", 10000.0),
+        vocab_size=embedding.shape[0] if embedding else count("vocab_size"),
+        context_length=count("context_length"),
+        norm_eps=number("attention.layer_norm_rms_epsilon"),
+        rope_theta=number("rope.freq_base", 10000.0),
         rope_scaling=_stored_scaling(file, prefix) or _stored_factors(file),
         tied="output.weight" not in file.tensors,
         attention_bias="blk.0.attn_q.bias" in file.tensors,
         mlp_bias="blk.0.ffn_up.bias" in file.tensors,
-        explicit_head_dim=prefix + "attention.key_length" in keys,
+        explicit_head_dim=prefix + "attention.key_length" in file.keys,
     )
 
 
 def _stored_scaling(file: GGUFFile, prefix: str) -> RopeScaling | None:
-    keys = file.keys
-    kind = keys.get(prefix + "rope.scaling.type", "none")
+    keys, numbers, at = file.keys, Numbers(file), prefix + "rope.scaling."
+    kind = keys.get(at + "type", "none")
     if kind == "none":
         return None
-    original = keys.get(prefix + "rope.scaling.original_context_length")
-    attention = keys.get(prefix + "rope.scaling.attn_factor")
-    factor = keys.get(prefix + "rope.scaling.factor", 1.0)
-    return RopeScaling(str(kind), float(factor), original, attention_factor=attention)
+    context, attention = at + "original_context_length", at + "attn_factor"
+    return RopeScaling(
+        str(kind)[:40],
+        numbers.number(at + "factor", 1.0),
+        numbers.count(context) if context in keys else None,
+        attention_factor=numbers.number(attention) if attention in keys else None,
+    )
 
 
 def _stored_factors(file: GGUFFile) -> RopeScaling | None:

@@ -41,7 +41,7 @@ def check_weights(
 
 def sampled_snr(view: npt.NDArray[Any], stored: StoredTensor) -> float:
     """Signal to noise in dB of sampled rows against the source's view; infinite when they are equal."""
-    if view.ndim == 1:
+    if len(stored.shape) == 1:  # a norm or a bias, which RoPE's order gives more axes
         view = view.reshape(1, -1)
     rows = prod(view.shape[:-1])
     length, places = SAMPLED

@@ -225,11 +225,10 @@ def compare(
     if asked.kld_base is not None:
         if asked.kld_base.exists():
             base = kld_base.open_base(asked.kld_base)
-            return (
-                yield from kld_base.compare_base(
-                    base, opened.source, opened.config, token_bytes=lengths, **where
-                )
+            scored = yield from kld_base.compare_base(
+                base, opened.source, opened.config, token_bytes=lengths, **where
             )
+            return replace(scored, config=verify.differences(config, opened.config))
         yield from kld_base.write_base(asked.kld_base, reference.source, config, windows, **where)
         yield Step(f"wrote {asked.kld_base}")
     mode: Any = "quick" if asked.effort == "quick" and not asked.engine else "full"

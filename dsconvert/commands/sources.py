@@ -12,7 +12,7 @@ from dsconvert.arch import WeightSource
 from dsconvert.checkpoint import Checkpoint, open_checkpoint
 from dsconvert.config import ModelConfig, load_config, load_json
 from dsconvert.errors import CheckpointError, TokenizerError, UsageError
-from dsconvert.inner import language_model
+from dsconvert.inner import find_arch, language_model
 from dsconvert.report import TypeSize, sizes_by_type
 from tokenizer_tools.identity import TextHandling, of_data, of_metadata
 from tokenizer_tools.load import TokenizerData, load_tokenizer
@@ -66,12 +66,11 @@ class Opened:
 def open_reference(model: str) -> Reference:
     """The 16-bit checkpoint that `model` names; raises ConversionError of every kind that opening has."""
     from converters.gguf.image_proof import Pictured
-    from converters.gguf.job import find_arch
     from converters.gguf.towers import plan_towers, with_template
 
     checkpoint = open_checkpoint(model)
     config = load_config(checkpoint.folder)
-    find_arch(config, checkpoint.folder)
+    find_arch(config.architecture, checkpoint.folder / "config.json")
     tokenizer = load_tokenizer(checkpoint.folder, config.vocab_size)
     towers = plan_towers(checkpoint, config, tokenizer)
     templates, pictured = [tokenizer.chat.default], None
@@ -149,7 +148,7 @@ def _open_checkpoint(path: Path) -> Opened:
     checkpoint = open_checkpoint(path)
     config = load_config(checkpoint.folder)
     sizes = _stored_sizes(checkpoint)
-    source, decoder = language_model(checkpoint, config)
+    source, decoder = language_model(checkpoint, config, checkpoint.folder / "config.json")
     quant = _commonest(sizes)
     text = _handling(lambda: of_data(load_tokenizer(checkpoint.folder, config.vocab_size)))
     return Opened(path, "checkpoint", quant, quant, source, decoder, text, sizes, checkpoint.nbytes)
@@ -161,7 +160,7 @@ def _open_gptq(path: Path) -> Opened:
 
     model = open_model(path)
     config = load_config(path)
-    source, decoder = language_model(model, config)
+    source, decoder = language_model(model, config, path / "config.json")
     bits = {f"{name}.weight": model.bits for name in model.linears}
     sizes = sizes_by_type(
         (model.dtype(name), prod(shape), _packed_nbytes(model.checkpoint, name, name in bits, PARTS))
@@ -180,7 +179,7 @@ def _open_exl2(path: Path) -> Opened:
 
     model = open_model(path)
     config = load_config(path)
-    source, decoder = language_model(model, config)
+    source, decoder = language_model(model, config, path / "config.json")
     packed = {f"{name}.weight" for name in model.linears}
     sizes = sizes_by_type(
         (model.dtype(name), prod(shape), _packed_nbytes(model.checkpoint, name, name in packed, PARTS))
