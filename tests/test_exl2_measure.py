@@ -141,5 +141,5 @@ def test_what_is_no_measurement_of_this_model_is_refused(
 
 def test_a_file_that_is_no_json_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m.json").write_text("{")
-    with pytest.raises(CheckpointError, match="cannot be read as JSON.*--measurement"):
+    with pytest.raises(CheckpointError, match=r"cannot be read as JSON.*--measurement"):
         measure.load(tmp_path / "m.json", SHAPES)

@@ -125,7 +125,7 @@ def test_whatever_a_parser_raises_is_the_ordinary_error(
 @pytest.mark.parametrize("damage", ["", "[", "[]", "null", '{"sha256": 3}', "{}"])
 def test_a_damaged_record_of_a_run_is_named(damage: str, tmp_path: Path) -> None:
     (tmp_path / "block-00000.json").write_text(damage)
-    with pytest.raises(OutputError, match="Remove block-00000.json"):
+    with pytest.raises(OutputError, match=r"Remove block-00000\.json"):
         State(tmp_path).records()
 
 
