@@ -256,23 +256,6 @@ def test_render_a_plain_dialogue() -> None:
     assert text == ("<B>User: Hello, who are you?\n\nAssistant: A test.<E>User: Thanks.\n\nAssistant:")
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-        "{{ 'x' * 9999999999 }}",
-        "{{ 2 ** 9999999 }}",
-        "{{ ''.__class__.__mro__ }}",
-        "{% if %}",
-        "{{ raise_exception('no') }}",
-    ],
-)
-def test_hostile_templates_give_a_note(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_template, "SECONDS", 0.2)
-    (note,) = chat_template.check(chat_template.ChatTemplates(text))
-    assert "does not render" in note
-
-
 def test_byte_alphabet_is_the_librarys() -> None:
     from tokenizers.pre_tokenizers import ByteLevel
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
-import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from dsconvert import reading
 from dsconvert.errors import TokenizerError
+from tokenizer_tools import rendering
 from tokenizer_tools.library import read_object
 
-SECONDS = 5.0
+TRIED = 32  # named templates of one model; published ones have up to three
 DIALOGUE = (
     {"role": "user", "content": "Hello, who are you?"},
     {"role": "assistant", "content": "A test."},
@@ -104,65 +102,38 @@ def _templates(raw: object, where: str) -> dict[str, str]:
 
 
 def render(template: str, messages: Any = DIALOGUE, **variables: Any) -> str:
-    """The prompt that a template makes of messages, rendered as transformers does (sandboxed jinja2).
+    """The prompt that a template makes of messages, rendered as transformers does, in a process of its own.
 
-    Raises whatever the template or jinja2 raises; TimeoutError after five seconds in the template's loops.
+    Raises Unrendered with what the template or jinja2 raises, or with the limit that it goes over.
     """
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Environment(ImmutableSandboxedEnvironment):
-        # A product can ask for any amount of memory in one step.
-        intercepted_binops = frozenset({"*", "**"})
-
-        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            if not all(isinstance(x, (int, float)) and abs(x) < 1 << 20 for x in (left, right)):
-                raise ValueError(f"{operator} of anything but small numbers")
-            return super().call_binop(context, operator, left, right)
-
-    def raise_exception(message: str) -> None:
-        raise ValueError(message)
-
-    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = time.strftime
-    environment.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, indent=kw.get("indent"))
-    compiled = environment.from_string(template)
     values = {"messages": list(messages), "add_generation_prompt": True, "tools": None, "documents": None}
-    return _in_time(lambda: compiled.render(**{**values, **variables}))
+    return rendering.render(template, {**values, **variables})
 
 
-def _in_time(call: Any) -> str:
-    """Runs `call`, raising TimeoutError from inside it when SECONDS have passed."""
-    end = time.monotonic() + SECONDS
-    tracer = sys.gettrace()
-
-    def trace(frame: FrameType, event: str, argument: Any) -> Any:
-        if time.monotonic() > end:
-            raise TimeoutError(f"did not finish in {SECONDS:g} seconds")
-        return trace
-
-    sys.settrace(trace)
-    try:
-        return str(call())
-    finally:
-        sys.settrace(tracer)
-
-
-def check(templates: ChatTemplates, **variables: Any) -> tuple[str, ...]:
+def check(templates: ChatTemplates, **variables: str) -> tuple[str, ...]:
     """Notes on templates that do not render a plain dialogue; empty when all do.
 
-    A template that only takes other content (images, tools) is no error: the note says what it said.
+    A template that only takes other content (images, tools) is no error: the note says what it said. After
+    one that goes over a limit, and after TRIED, no other is tried.
     """
-    texts = {"default": templates.default, **templates.named}
-    notes = []
-    for name, text in texts.items():
-        if text:
-            try:
-                render(text, **variables)
-            except ImportError:
-                return ("jinja2 is not installed, so the chat template was not tried",)
-            except Exception as error:
-                said = f"{type(error).__name__}: {str(error)[:200]}"
-                notes.append(f"the chat template {name!r} does not render a plain dialogue ({said})")
+    texts = {name: text for name, text in {"default": templates.default, **templates.named}.items() if text}
+    notes: list[str] = []
+    for number, (name, text) in enumerate(texts.items()):
+        said, broke = _try(text, tuple(variables.items()))
+        if said:
+            notes.append(f"the chat template {name!r} does not render a plain dialogue ({said})")
+        left = len(texts) - number - 1
+        if left and (broke or number + 1 == TRIED):
+            notes.append(f"{left} more chat templates were not tried")
+            break
     return tuple(notes)
+
+
+@lru_cache(maxsize=TRIED)
+def _try(text: str, variables: tuple[tuple[str, str], ...]) -> tuple[str, bool]:
+    """What a template says instead of rendering a plain dialogue, and whether it went over a limit."""
+    try:
+        render(text, **dict(variables))
+    except rendering.Unrendered as error:
+        return str(error)[:230], error.broke
+    return "", False

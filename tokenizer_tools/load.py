@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsconvert.errors import TokenizerError, UsageError
-from tokenizer_tools import chat_template
+from tokenizer_tools import chat_template, rendering
 from tokenizer_tools.added import add, beside, flag_notes, with_added, without_rows
 from tokenizer_tools.chat_template import ChatTemplates
 from tokenizer_tools.library import ids, open_tokenizer, parse_object, read_object, read_text
+from tokenizer_tools.rendering import Unrendered
 from tokenizer_tools.special import additions, check_bytes, lost_bos, normalizer, special_ids
 from tokenizer_tools.steps import PreTokenizer, extract
 from tokenizer_tools.stops import lost_stops, stop_ids
@@ -92,7 +93,7 @@ class TokenizerData:
         tokens = {f"{kind}_token": names[kind] for kind in ("bos", "eos") if kind in names}
         try:
             return chat_template.render(self.chat_template, messages, **tokens)
-        except Exception as error:  # a template may raise anything
+        except Unrendered as error:
             raise UsageError("cannot be written with the chat template", why=str(error)[:200]) from None
 
 
@@ -117,6 +118,7 @@ def read_tokens(folder: Path, config: Mapping[str, Any], rows: int) -> Tokens:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise _no_tokenizer(folder)
+    rendering.start()
     text = read_text(path)
     library = open_tokenizer(text, path)
     raw = parse_object(text, path)
