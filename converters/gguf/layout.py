@@ -6,6 +6,7 @@ the first byte is written. Source: the GGUF specification of the ggml project.
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,8 +67,16 @@ def padded(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
+def utf8(text: str) -> bytes:
+    """The text in UTF-8; U+FFFD for what no UTF-8 has: a file name's bytes that are none, half a pair."""
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError:
+        return re.sub("[\ud800-\udfff]", "\ufffd", text).encode("utf-8")
+
+
 def encode_string(text: str) -> bytes:
-    data = text.encode("utf-8")
+    data = utf8(text)
     return len(data).to_bytes(8, "little") + data
 
 
@@ -78,8 +87,8 @@ def encode_value(kind: str, value: Any) -> bytes:
     if kind == "array":
         head += struct.pack("<IQ", VALUE_TYPES[item][0], len(value))
         if item == "string":
-            # A vocabulary has 100,000 of them: written out here, a call each would take longer.
-            encoded = [text.encode("utf-8") for text in value]
+            # A vocabulary has 100,000 of them: written out here, a call of encode_string each takes longer.
+            encoded = list(map(utf8, value))
             return head + b"".join([x for data in encoded for x in (len(data).to_bytes(8, "little"), data)])
         return head + struct.pack(f"<{len(value)}{VALUE_TYPES[item][1]}", *value)
     if kind == "string":

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from converters.gguf.layout import MAGIC, VALUE_TYPES
+from converters.gguf.layout import MAGIC, VALUE_TYPES, VERSION
 from converters.gguf.qtypes import BY_ID, QType
 from dsconvert.errors import CheckpointError
 from dsconvert.reading import open_regular, short
@@ -25,6 +25,32 @@ from dsconvert.reading import open_regular, short
 KINDS = {number: (name, fmt) for name, (number, fmt) in VALUE_TYPES.items()}
 SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 MAX_DIMS = 4
+MAX_NESTING = 8
+VERSIONS = (2, VERSION)
+# Numbers that are stored as they are: type -> NumPy's.
+PLAIN = {"f32": "<f4", "f64": "<f8", "i8": "i1", "i16": "<i2", "i32": "<i4", "i64": "<i8"}
+AGAIN = "Fetch or convert the file again"
+# How other files begin that are taken for GGUF files: the beginning, what the file is, what to do.
+OTHERS: tuple[tuple[tuple[bytes, ...], str, str], ...] = (
+    (
+        (b"version https://git-lfs",),
+        "a Git LFS pointer, the file itself was not fetched",
+        "Run git lfs pull, or fetch it with huggingface-cli download",
+    ),
+    (
+        (b"<!doctype", b"<!DOCTYPE", b"<html", b"<HTML", b"<?xml"),
+        "a web page, not the file that it is about",
+        "Fetch the file itself: its address has /resolve/ in it, not /blob/",
+    ),
+    (
+        (b"lmgg", b"fmgg", b"tjgg", b"algg"),
+        "a file of the old GGML format, from before GGUF",
+        "Convert the original checkpoint to GGUF; old llama.cpp has convert-llama-ggml-to-gguf.py",
+    ),
+    ((b"PK\x03\x04",), "a zip file (perhaps a PyTorch checkpoint)", "Give a GGUF file"),
+    ((b"\x1f\x8b",), "a gzip file", "Unpack it: gunzip FILE"),
+    ((b"{",), "a JSON text", "Give a GGUF file"),
+)
 
 
 @dataclass(frozen=True)
@@ -53,14 +79,24 @@ class StoredTensor:
         return self.float32_rows(0, self.values).reshape(self.shape)
 
     def float32_rows(self, start: int, stop: int) -> npt.NDArray[np.float32]:
-        """Rows `start` to `stop`, dequantized: [rows, columns]; a 1-D tensor is one row."""
+        """Rows `start` to `stop`, dequantized: [rows, columns]; a 1-D tensor is one row.
+
+        Raises CheckpointError for a type whose values cannot be told here.
+        """
         import gguf
 
         blocks = self.blocks()[start:stop]
-        if self.qtype.name == "f32":
-            return np.array(blocks).view(np.float32)
-        kind = gguf.GGMLQuantizationType(self.qtype.ggml)
-        return np.asarray(gguf.dequantize(np.ascontiguousarray(blocks), kind), dtype=np.float32)
+        if self.qtype.name in PLAIN:
+            return np.array(blocks).view(PLAIN[self.qtype.name]).astype(np.float32, copy=False)
+        try:
+            kind = gguf.GGMLQuantizationType(self.qtype.ggml)
+            return np.asarray(gguf.dequantize(np.ascontiguousarray(blocks), kind), dtype=np.float32)
+        except (NotImplementedError, ValueError):
+            raise CheckpointError(
+                f"tensor {self.name[:80]!r} is of type {self.qtype.name}, whose values cannot be read here",
+                why="the gguf library has no dequantizer for it",
+                hint="dsconvert inspect shows the file without them",
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -116,8 +152,7 @@ class _Cursor:
         self.data, self.path, self.at = data, path, 0
 
     def wrong(self, what: str) -> CheckpointError:
-        return CheckpointError(what, where=self.path, why=f"at byte {self.at}",
-                               hint="Fetch or convert the file again")  # fmt: skip
+        return CheckpointError(what, where=self.path, why=f"at byte {self.at}", hint=AGAIN)
 
     def take(self, fmt: str) -> tuple[Any, ...]:
         size = struct.calcsize("<" + fmt)
@@ -150,7 +185,7 @@ class _Cursor:
         self.at = at
         return found
 
-    def value(self, kind: int) -> tuple[str, Any]:
+    def value(self, kind: int, depth: int = 0) -> tuple[str, Any]:
         name, fmt = self.kind(kind)
         if name == "string":
             return name, self.string()
@@ -158,10 +193,12 @@ class _Cursor:
             return name, self.take(fmt)[0]
         item, count = self.take("IQ")
         item_name, fmt = self.kind(item)
-        if item_name == "array" or count > len(self.data) - self.at:
+        if depth == MAX_NESTING or count > len(self.data) - self.at:
             raise self.wrong(f"an array of {count} items of type {item_name} cannot be")
         if item_name == "string":
             return "array:string", self.strings(count)
+        if item_name == "array":
+            return "array:array", [self.value(item, depth + 1)[1] for _ in range(count)]
         return f"array:{item_name}", list(self.take(f"{count}{fmt}"))
 
     def kind(self, number: int) -> tuple[str, str]:
@@ -178,11 +215,12 @@ def _parse(path: Path) -> GGUFFile:
         raise CheckpointError("cannot be opened as a GGUF file", where=path, why=short(error)) from None
     cursor = _Cursor(data, path)
     if data[:4] != MAGIC:
-        raise CheckpointError("is no GGUF file", where=path, why=f"it begins with {data[:4]!r}")
+        raise _no_gguf(data[:64], path)
     cursor.at = 4
-    version, n_tensors, n_keys = cursor.take("IQQ")
-    if version not in (2, 3):
-        raise cursor.wrong(f"GGUF version {version} is not supported (2 and 3 are)")
+    (version,) = cursor.take("I")
+    if version not in VERSIONS:
+        raise _of_version(version, path)
+    n_tensors, n_keys = cursor.take("QQ")
     typed: dict[str, tuple[str, Any]] = {}
     for _ in range(n_keys):
         key = cursor.string()
@@ -196,6 +234,31 @@ def _parse(path: Path) -> GGUFFile:
     if len(tensors) != n_tensors:
         raise cursor.wrong("two tensors have the same name")
     return GGUFFile(path, (path,), version, typed, tensors)
+
+
+def _no_gguf(head: bytes, path: Path) -> CheckpointError:
+    for beginnings, what, hint in OTHERS:
+        if head.lstrip().startswith(beginnings):
+            return CheckpointError(f"is no GGUF file but {what}", where=path, hint=hint)
+    if head[8:9] == b"{":
+        what = "is no GGUF file but a safetensors file"
+        return CheckpointError(what, where=path, hint="Convert it: dsconvert gguf FILE")
+    return CheckpointError("is no GGUF file", where=path, why=f"it begins with {head[:8]!r}", hint=AGAIN)
+
+
+def _of_version(version: int, path: Path) -> CheckpointError:
+    if int.from_bytes(version.to_bytes(4, "little"), "big") in (1, *VERSIONS):
+        return CheckpointError(
+            "is a big-endian GGUF file, which is not read",
+            where=path,
+            why="it was made for a machine of the other byte order (s390x)",
+            hint="Turn it: python -m gguf.scripts.gguf_convert_endian FILE little",
+        )
+    return CheckpointError(
+        f"GGUF version {version} is not supported (2 and 3 are)",
+        where=path,
+        hint="Convert the model again" if version < 2 else "Update dsconvert, or fetch the file again",
+    )
 
 
 _Info = tuple[str, tuple[int, ...], int, int]
@@ -215,7 +278,7 @@ def _place(info: _Info, base: int, alignment: int, cursor: _Cursor) -> StoredTen
     name, shape, kind, offset = info
     qtype = BY_ID.get(kind)
     if qtype is None:
-        raise cursor.wrong(f"tensor {name[:80]!r} has type {kind}, which is not supported")
+        raise cursor.wrong(f"tensor {name[:80]!r} has type {kind}, which is not known here")
     values = prod(shape)
     if values == 0 or shape[-1] % qtype.block:
         raise cursor.wrong(f"tensor {name[:80]!r} of shape {list(shape)} is no whole number of blocks")

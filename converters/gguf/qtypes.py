@@ -44,4 +44,29 @@ QTYPES: dict[str, QType] = {
     )
 }
 
-BY_ID: dict[int, QType] = {row.ggml: row for row in QTYPES.values()}
+# Types of files of others, which are read but not written.
+FOREIGN: tuple[QType, ...] = (
+    QType("q8_1", 9, 32, 40),
+    QType("q8_k", 15, 256, 292),
+    QType("iq2_xxs", 16, 256, 66),
+    QType("iq2_xs", 17, 256, 74),
+    QType("iq3_xxs", 18, 256, 98),
+    QType("iq1_s", 19, 256, 50),
+    QType("iq4_nl", 20, 32, 18),
+    QType("iq3_s", 21, 256, 110),
+    QType("iq2_s", 22, 256, 82),
+    QType("iq4_xs", 23, 256, 136),
+    QType("i8", 24, 1, 1),
+    QType("i16", 25, 1, 2),
+    QType("i32", 26, 1, 4),
+    QType("i64", 27, 1, 8),
+    QType("f64", 28, 1, 8),
+    QType("iq1_m", 29, 256, 56),
+    QType("tq1_0", 34, 256, 54),
+    QType("tq2_0", 35, 256, 66),
+    QType("mxfp4", 39, 32, 17),
+    QType("nvfp4", 40, 64, 36),
+    QType("q1_0", 41, 128, 18),
+)
+
+BY_ID: dict[int, QType] = {row.ggml: row for row in (*QTYPES.values(), *FOREIGN)}
