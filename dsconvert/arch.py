@@ -104,7 +104,7 @@ def rope_factors(config: ModelConfig) -> dict[str, npt.NDArray[np.float32]]:
     if scaling is None or scaling.type != "llama3":
         return {}
     wavelengths = 2 * np.pi * config.rope_theta ** (np.arange(0, config.head_dim, 2) / config.head_dim)
-    context = scaling.original_context or 8192
+    context = scaling.original_context or config.context_length
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     smooth = np.clip((context / wavelengths - low) / (high - low), 0, 1)
     return {"rope_freqs.weight": (1 / ((1 - smooth) / scaling.factor + smooth)).astype(np.float32)}

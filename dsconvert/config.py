@@ -9,6 +9,7 @@ from typing import Any
 
 from dsconvert.errors import CheckpointError
 from dsconvert.reading import CONFIG, read_object
+from dsconvert.rope import RopeScaling, read_rope
 
 # What transformers' LlamaConfig takes for a key that is absent; original DeepSeek-VL files rely on it.
 LLAMA_DEFAULTS: dict[str, Any] = {
@@ -31,31 +32,18 @@ NESTED = {
     "DeepseekVLForConditionalGeneration": "text_config",
     "DeepseekVLHybridForConditionalGeneration": "text_config",
 }
-ROPE_TYPES = ("linear", "yarn", "llama3")
 LIMIT = 1 << 31
+UNSET = "Set it to null if the model was trained without it"
+COMPARE = "Compare this file with the one that the model's authors published"
 LAYERS_LIMIT = 4096  # the plan names every layer's tensors before it compares them
 
 
 @dataclass(frozen=True)
-class RopeScaling:
-    """RoPE scaling as the config states it; `type` is one of ROPE_TYPES.
-
-    A GGUF file read back states "factors" instead of "llama3": the divisor of each frequency.
-    """
-
-    type: str
-    factor: float
-    original_context: int | None = None
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    attention_factor: float | None = None
-    factors: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True)
 class ModelConfig:
-    """The numbers of a Llama-layout decoder; `raw` is config.json as read.
+    """The numbers of a Llama-layout decoder, as a converter reads them; `raw` is config.json as read.
 
+    `decoder` is its part that tells of the decoder, from which the reference side of a proof is built; empty
+    for a file without config.json. `notes` are what the user should know of how the numbers were read.
     `tied` says that the head may be absent; where the checkpoint has one it counts.
     """
 
@@ -76,6 +64,8 @@ class ModelConfig:
     mlp_bias: bool
     explicit_head_dim: bool
     raw: dict[str, Any] = field(repr=False, compare=False, default_factory=dict)
+    decoder: dict[str, Any] = field(repr=False, compare=False, default_factory=dict)
+    notes: tuple[str, ...] = field(repr=False, compare=False, default=())
 
     @property
     def dims(self) -> dict[str, int]:
@@ -123,7 +113,8 @@ def normalise(raw: dict[str, Any], where: object) -> ModelConfig:
         raise get.wrong("head_dim", f"{head_dim} is odd, RoPE needs pairs")
     if raw.get("hidden_act", "silu") != "silu":
         raise get.wrong("hidden_act", f"{str(raw['hidden_act'])[:40]!r} is not silu, which this layout needs")
-    theta, scaling = _rope(raw, get)
+    _check_attention(raw, get)
+    rope = read_rope(raw, get)
     return ModelConfig(
         architecture=architecture,
         hidden_size=hidden,
@@ -135,14 +126,16 @@ def normalise(raw: dict[str, Any], where: object) -> ModelConfig:
         vocab_size=get.size("vocab_size"),
         context_length=get.size("max_position_embeddings"),
         norm_eps=get.number("rms_norm_eps"),
-        rope_theta=theta,
-        rope_scaling=scaling,
+        rope_theta=rope.theta,
+        rope_scaling=rope.scaling,
         tied=get.flag("tie_word_embeddings"),
         attention_bias=get.flag("attention_bias"),
         mlp_bias=get.flag("mlp_bias"),
         # transformers 5 writes head_dim into every nested config; only an unusual one says something.
         explicit_head_dim=raw.get("head_dim") is not None and (raw is whole or head_dim * heads != hidden),
         raw=whole,
+        decoder=raw,
+        notes=rope.notes,
     )
 
 
@@ -189,35 +182,19 @@ def _decoder(raw: dict[str, Any], architecture: str, where: object) -> dict[str,
     return part
 
 
-def _rope(raw: dict[str, Any], get: _Getter) -> tuple[float, RopeScaling | None]:
-    """RoPE base and scaling from `rope_parameters` (new) or `rope_theta` and `rope_scaling` (old)."""
-    scaling: Any = None
-    for key in ("rope_scaling", "rope_parameters"):
-        value = raw.get(key)
-        if value is not None and not isinstance(value, dict):
-            raise get.wrong(key, "is neither an object nor null")
-        scaling = value or scaling
-    scaling = scaling or {}
-    inner = _Getter({**raw, **scaling}, get.where)
-    theta = inner.number("rope_theta")
-    if inner.number("partial_rotary_factor", 1.0) != 1.0:
-        raise get.wrong("partial_rotary_factor", "is not 1, and this layout rotates whole heads")
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind in ("default", None):
-        return theta, None
-    if kind not in ROPE_TYPES:
-        raise get.wrong("rope_scaling", f"type {str(kind)[:40]!r} is unknown; known: {', '.join(ROPE_TYPES)}")
-    original = inner.raw.get("original_max_position_embeddings")
-    factor = inner.number("factor")
-    attention = inner.raw.get("attention_factor")
-    return theta, RopeScaling(
-        type=kind,
-        factor=factor,
-        original_context=None if original is None else inner.size("original_max_position_embeddings"),
-        low_freq_factor=inner.number("low_freq_factor", 1.0),
-        high_freq_factor=inner.number("high_freq_factor", 4.0),
-        attention_factor=None if attention is None else inner.number("attention_factor"),
-    )
+def _check_attention(raw: dict[str, Any], get: _Getter) -> None:
+    """See that every position attends to all before it, by the keys that transformers honours in a Llama."""
+    context = get.size("max_position_embeddings")
+    for key in ("sliding_window", "attention_chunk_size"):
+        if raw.get(key) is not None and get.size(key) < context:
+            raise get.wrong(key, f"is {raw[key]}, and this layout attends to all of {context} tokens", UNSET)
+    types = raw.get("layer_types")
+    if types is not None and (not isinstance(types, list) or any(kind != "full_attention" for kind in types)):
+        raise get.wrong("layer_types", "names other layers than full_attention, the only ones of this layout")
+    if raw.get("is_causal", True) is not True:
+        raise get.wrong("is_causal", "is not true, and this layout attends to what came before only")
+    if raw.get("per_layer_config") is not None:
+        raise get.wrong("per_layer_config", "gives layers numbers of their own, and Llama's share theirs")
 
 
 @dataclass(frozen=True)
@@ -227,13 +204,12 @@ class _Getter:
     raw: dict[str, Any]
     where: object
 
-    def wrong(self, key: str, why: str) -> CheckpointError:
-        return CheckpointError(
-            f"{key!r} cannot be used",
-            where=self.where,
-            why=f"{key} {why}",
-            hint="Compare this file with the one that the model's authors published",
-        )
+    def over(self, more: dict[str, Any]) -> _Getter:
+        """The config with these keys in place of its own."""
+        return _Getter({**self.raw, **more}, self.where)
+
+    def wrong(self, key: str, why: str, hint: str = COMPARE) -> CheckpointError:
+        return CheckpointError(f"{key!r} cannot be used", where=self.where, why=f"{key} {why}", hint=hint)
 
     def value(self, key: str, default: Any = None) -> Any:
         value = self.raw.get(key)

@@ -177,7 +177,7 @@ def compare_blocks(
         st.open_decoder(reference, config, place, kind),
         st.open_decoder(candidate, other, place, kind),
     )
-    run = Run(decoders, windows, differences(config, other), [], [])
+    run = Run(decoders, windows, differences(*map(st.numbers, decoders)), [], [])
     hidden = _embedded(run)
     for index in sorted({0, *blocks}):
         error, hidden, broken = _same_input(run, index, hidden)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dsconvert.errors import OutputError
+from dsconvert.rope import ORIGINAL, SCALINGS, kind_of, settings
 from dsconvert.safetensors_writer import Piece, write_safetensors
 
 SHARD_BYTES = 4 << 30
@@ -105,16 +106,19 @@ def quantized_config(config: Mapping[str, Any], settings: Mapping[str, Any]) -> 
 def with_both_ropes(config: Mapping[str, Any]) -> dict[str, Any]:
     """A copy with `rope_parameters`, and `rope_theta` and `rope_scaling` that say the same.
 
-    Old readers see the latter only and take theta 10000 and no scaling where they are absent. A part of a
-    config without any RoPE key stays without.
+    They say what transformers 5 takes from the source. Old readers see the latter only and take theta 10000
+    and no scaling where they are absent. A part of a config without any RoPE key stays without.
     """
     out = copy.deepcopy(dict(config))
     if not any(out.get(key) is not None for key in ("rope_parameters", "rope_theta", "rope_scaling")):
         return out
-    both = {**(out.get("rope_scaling") or {}), **(out.get("rope_parameters") or {})}
+    both = settings(out)[1]
+    kind = kind_of(both) or "default"
     theta = both.pop("rope_theta", None) or out.get("rope_theta") or 10000.0
-    old, new = both.pop("type", None), both.pop("rope_type", None)
-    kind = new or old or "default"
+    for key in ("type", "rope_type"):
+        both.pop(key, None)
+    if kind in SCALINGS and out.get(ORIGINAL) is not None:  # only transformers 5 looks for it there
+        both[ORIGINAL] = out[ORIGINAL]
     out["rope_theta"] = theta
     out["rope_scaling"] = None if kind == "default" else {LEGACY_KEY.get(kind, "rope_type"): kind, **both}
     out["rope_parameters"] = {"rope_theta": theta, "rope_type": kind, **both}

@@ -10,19 +10,17 @@ import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
-from dsconvert.arch import WeightSource, plan, rope_factors
+from dsconvert.arch import WeightSource, plan
 from dsconvert.archs import ARCHS
-from dsconvert.config import ModelConfig, RopeScaling
+from dsconvert.config import ModelConfig
 from dsconvert.errors import CheckpointError
+from dsconvert.plain_config import Floats, Numbers
 
-Floats = npt.NDArray[np.float32]
 Names = tuple[str, ...]
 Request = tuple[Names, Floats]  # matrices by module attribute without ".weight", and what they are applied to
 Steps = Generator[Request, tuple[Floats, ...], Floats]
 EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-FAST, SLOW = 32.0, 1.0  # turns within the original context between which YaRN blends
 
 
 def tensor_names(source: WeightSource, config: ModelConfig) -> tuple[tuple[dict[str, str], ...], str]:
@@ -44,42 +42,6 @@ def tensor_names(source: WeightSource, config: ModelConfig) -> tuple[tuple[dict[
     return tuple(blocks), HEAD if HEAD in names else EMBED
 
 
-def rope(config: ModelConfig) -> tuple[Floats, float]:
-    """Angles per position, float32 [head_dim / 2], and the factor on their cosines and sines.
-
-    As transformers' modeling_rope_utils computes them for the types of config.ROPE_TYPES.
-    """
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
-    angles = (1.0 / np.float32(config.rope_theta) ** exponents).astype(np.float32)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return angles, 1.0
-    if scaling.factors:
-        return (angles / np.array(scaling.factors)).astype(np.float32), 1.0
-    if scaling.type == "llama3":
-        return angles / rope_factors(config)["rope_freqs.weight"], 1.0
-    if scaling.type == "yarn":
-        return _yarn(angles, config, scaling)
-    return (angles / scaling.factor).astype(np.float32), 1.0
-
-
-def _yarn(angles: Floats, config: ModelConfig, scaling: RopeScaling) -> tuple[Floats, float]:
-    """Fast angles are kept, slow ones divided by the factor, those between blended (Peng et al., 2023)."""
-    context = scaling.original_context or config.context_length
-
-    def place(turns: float) -> float:
-        size = config.head_dim * math.log(context / (turns * 2 * math.pi))
-        return size / (2 * math.log(config.rope_theta))
-
-    low = max(math.floor(place(FAST)), 0)
-    high = min(math.ceil(place(SLOW)), config.head_dim - 1)
-    slow = np.clip((np.arange(len(angles)) - low) / max(high - low, 1e-3), 0, 1)
-    usual = 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
-    attention = usual if scaling.attention_factor is None else scaling.attention_factor
-    blended = angles / scaling.factor * slow + angles * (1 - slow)
-    return blended.astype(np.float32), attention
-
-
 @np.errstate(over="ignore", invalid="ignore")
 def norm(x: Floats, weight: Floats, eps: float) -> Floats:
     """RMSNorm over the last axis."""
@@ -88,17 +50,17 @@ def norm(x: Floats, weight: Floats, eps: float) -> Floats:
 
 
 @np.errstate(over="ignore", invalid="ignore")  # exp of a gate may be inf; what is broken shows in the result
-def block(config: ModelConfig, weights: Mapping[str, Floats], x: Floats) -> Floats:
+def block(numbers: Numbers, weights: Mapping[str, Floats], x: Floats) -> Floats:
     """One decoder layer: states [n, length, d] to new states; `weights` by module attribute."""
 
     def products(names: Names, states: list[Floats]) -> list[tuple[Floats, ...]]:
         return [tuple(x @ weights[name + ".weight"].T for name in names) for x in states]
 
-    (made,) = in_step([steps(config, weights, x)], products)
+    (made,) = in_step([steps(numbers, weights, x)], products)
     return made
 
 
-def steps(config: ModelConfig, vectors: Mapping[str, Floats], x: Floats) -> Steps:
+def steps(numbers: Numbers, vectors: Mapping[str, Floats], x: Floats) -> Steps:
     """`block` without its matrices: yields which of them to apply to what, and is sent the products.
 
     `vectors` are the norms and biases by module attribute, all of which is at hand while the matrices pass.
@@ -109,12 +71,12 @@ def steps(config: ModelConfig, vectors: Mapping[str, Floats], x: Floats) -> Step
         biases = [vectors.get(name + ".bias") for name in names]
         return [y if bias is None else y + bias for y, bias in zip(products, biases, strict=True)]
 
-    states = norm(x, vectors["input_layernorm.weight"], config.norm_eps)
+    states = norm(x, vectors["input_layernorm.weight"], numbers.norm_eps)
     projected = yield from linear(states, *(f"self_attn.{part}_proj" for part in "qkv"))
-    q, k, v = (part.reshape(*x.shape[:2], -1, config.head_dim).swapaxes(1, 2) for part in projected)
-    mixed = attention(*rotate(config, q, k), v).swapaxes(1, 2).reshape(*x.shape[:2], -1)
+    q, k, v = (part.reshape(*x.shape[:2], -1, numbers.head_dim).swapaxes(1, 2) for part in projected)
+    mixed = attention(*rotate(numbers, q, k), v).swapaxes(1, 2).reshape(*x.shape[:2], -1)
     x = x + (yield from linear(mixed, "self_attn.o_proj"))[0]
-    states = norm(x, vectors["post_attention_layernorm.weight"], config.norm_eps)
+    states = norm(x, vectors["post_attention_layernorm.weight"], numbers.norm_eps)
     gate, up = yield from linear(states, "mlp.gate_proj", "mlp.up_proj")
     gate /= 1 + np.exp(-gate)
     return x + (yield from linear(gate * up, "mlp.down_proj"))[0]
@@ -146,9 +108,9 @@ def logits(x: Floats, weight: Floats, head: Floats, eps: float) -> Floats:
     return found
 
 
-def rotate(config: ModelConfig, q: Floats, k: Floats) -> tuple[Floats, Floats]:
+def rotate(numbers: Numbers, q: Floats, k: Floats) -> tuple[Floats, Floats]:
     """Queries and keys [n, heads, length, head_dim] turned by their positions."""
-    angles, scale = rope(config)
+    angles, scale = numbers.angles, numbers.scale
     turns = np.outer(np.arange(q.shape[2], dtype=np.float32), angles)
     cos, sin = np.cos(turns) * np.float32(scale), np.sin(turns) * np.float32(scale)
     half = len(angles)

@@ -20,7 +20,8 @@ from dsconvert.effort import Effort, Speed
 from dsconvert.events import BlockCompared, Event, Step
 from dsconvert.figures import BlockError, TensorError, decibel, joined, summary
 from dsconvert.machine import usable_cores
-from dsconvert.plain import EMBED, NORM, Floats
+from dsconvert.plain import EMBED, NORM
+from dsconvert.plain_config import Floats, Numbers, Unread, numbers
 from dsconvert.plain_figures import energies, hidden_error, length, snr, token_figures
 from dsconvert.thresholds import Thresholds
 from dsconvert.verify import Comparison, check_sizes, differences, judge
@@ -58,7 +59,17 @@ def check(
     seconds: float,
     candidate_config: ModelConfig,
 ) -> Generator[Event, None, Comparison]:
-    """Choose, say it, compare and judge, as `effort.check`; a big model's blocks for about `seconds`."""
+    """Choose, say it, compare and judge, as `effort.check`; a big model's blocks for about `seconds`.
+
+    A config.json that the numpy decoder does not know every key of is run with transformers' own modules.
+    """
+    try:
+        read_both(config, candidate_config, windows)
+    except Unread as key:
+        yield Step(
+            f"config.json has {key}, which the numpy proof does not know; transformers' own code is run"
+        )
+        return (yield from _with_torch(reference, candidate, config, windows, limits, candidate_config))
     chosen = effort.choose(
         config, windows, "quick", "cpu", WHOLE_SECONDS, speed=speed(), least=1, tokens=TOKENS
     )
@@ -80,6 +91,21 @@ def check(
     return comparison
 
 
+def _with_torch(
+    reference: WeightSource,
+    candidate: WeightSource,
+    config: ModelConfig,
+    windows: Windows,
+    limits: Thresholds,
+    candidate_config: ModelConfig,
+) -> Generator[Event, None, Comparison]:
+    chosen = effort.choose(config, windows, "quick", "auto")
+    comparison, _ = yield from effort.check(
+        reference, candidate, config, chosen, limits, candidate_config=candidate_config
+    )
+    return comparison
+
+
 def compare(
     reference: WeightSource,
     candidate: WeightSource,
@@ -91,7 +117,8 @@ def compare(
 
     All blocks and the logits, or the chosen blocks in their order, each on the reference's input (see
     effort.compare_blocks), until the next would end after the chosen seconds, but LEAST_BLOCKS at least.
-    Yields BlockCompared. Raises CheckpointError, PlanError when the two cannot be the same model.
+    Yields BlockCompared. Raises CheckpointError, PlanError when the two cannot be the same model, and Unread
+    where `check` would take transformers.
     """
     other = candidate_config or config
     check_sizes(config, other)
@@ -99,18 +126,27 @@ def compare(
     names, heads = zip(
         *(plain.tensor_names(*side) for side in ((reference, config), (candidate, other))), strict=True
     )
+    pair = read_both(config, other, chosen.windows)
     with ThreadPoolExecutor(usable_cores()) as pool:
-        run = _Run((reference, candidate), (config, other), names[0], chosen.windows, pool)
-        run.config += differences(config, other)
+        run = _Run((reference, candidate), pair, names[0], chosen.windows, pool)
+        run.config += differences(*pair)
         if chosen.blocks is None:
             return (yield from run.whole(heads))
         return (yield from run.sample(chosen.blocks, chosen.seconds))
 
 
+def read_both(config: ModelConfig, other: ModelConfig, windows: Windows) -> tuple[Numbers, Numbers]:
+    """Both models' numbers, each by its own file; raises Unread where numpy is not enough."""
+    pair = numbers(config), numbers(other)
+    if windows.length > min(pair[0].within, pair[1].within):
+        raise Unread("max_position_embeddings")
+    return pair
+
+
 @dataclass
 class _Run:
     sources: tuple[WeightSource, WeightSource]
-    configs: tuple[ModelConfig, ModelConfig]
+    numbers: tuple[Numbers, Numbers]
     names: tuple[dict[str, str], ...]
     windows: Windows
     pool: ThreadPoolExecutor
@@ -137,8 +173,8 @@ class _Run:
         for window, first in enumerate(self.windows.first.tolist()):
             rows = slice(first, self.windows.length - 1)
             logits = [
-                plain.logits(x[window, rows], norm, head, config.norm_eps)
-                for x, norm, head, config in zip(hidden, norms, matrices, self.configs, strict=True)
+                plain.logits(x[window, rows], norm, head, numbers.norm_eps)
+                for x, norm, head, numbers in zip(hidden, norms, matrices, self.numbers, strict=True)
             ]
             if broken := _broken(logits, f"as logits in window {window}"):
                 return self.ended(broken)
@@ -186,8 +222,8 @@ class _Run:
         names = self.names[index]
         both = self.read(names.values())
         return [
-            plain.block(config, {attribute: both[name][side] for attribute, name in names.items()}, x)
-            for side, (config, x) in enumerate(zip(self.configs, hidden, strict=True))
+            plain.block(numbers, {attribute: both[name][side] for attribute, name in names.items()}, x)
+            for side, (numbers, x) in enumerate(zip(self.numbers, hidden, strict=True))
         ]
 
     @np.errstate(over="ignore", invalid="ignore")  # as plain.block
@@ -196,7 +232,7 @@ class _Run:
         names, shapes = self.names[index], self.sources[0].shapes()
         small = self.read(name for name in names.values() if len(shapes[name]) == 1)
         vectors = [{a: small[name][side] for a, name in names.items() if name in small} for side in (0, 1)]
-        runs = [plain.steps(*given) for given in zip(self.configs, vectors, hidden, strict=True)]
+        runs = [plain.steps(*given) for given in zip(self.numbers, vectors, hidden, strict=True)]
 
         def products(asked: plain.Names, states: list[Floats]) -> list[tuple[Floats, ...]]:
             pairs = [self.product(names[name + ".weight"], states) for name in asked]
@@ -212,7 +248,7 @@ class _Run:
         """
         rows, columns = self.sources[0].shapes()[name]
         pair = [room[: rows * columns].reshape(rows, columns) for room in self.rooms(rows * columns)]
-        head = self.configs[1].head_dim  # RoPE's order is undone by whole heads
+        head = self.numbers[1].head_dim  # RoPE's order is undone by whole heads
         step = max(CHUNK // columns // head, 1) * head
 
         def read(start: int) -> tuple[float, float]:

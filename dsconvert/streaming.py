@@ -18,8 +18,9 @@ import numpy.typing as npt
 from dsconvert import plain
 from dsconvert.arch import WeightSource
 from dsconvert.config import ModelConfig
-from dsconvert.errors import CheckpointError, UsageError
-from dsconvert.reading import short
+from dsconvert.errors import UsageError
+from dsconvert.plain_config import Numbers
+from dsconvert.torch_config import llama_config, numbers_of, open_rotary
 
 if TYPE_CHECKING:
     import torch
@@ -100,57 +101,15 @@ def open_decoder(
     Raises PlanError when tensors are missing, unknown or misshapen, CheckpointError when transformers
     does not accept the config.
     """
-    import torch
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
     blocks, head = plain.tensor_names(source, config)
     llama = llama_config(config)
-    rotary = LlamaRotaryEmbedding(config=llama).to(device)  # inv_freq stays float32
-    if config.rope_scaling is not None and config.rope_scaling.factors:
-        rotary.inv_freq /= torch.tensor(config.rope_scaling.factors, device=device)
+    rotary = open_rotary(config, llama, device)
     return Decoder(source, config, device, dtype, blocks, head, llama, rotary)
 
 
-def llama_config(config: ModelConfig) -> Any:
-    """transformers' LlamaConfig of a normalised config, for its old and its new RoPE keys.
-
-    Raises CheckpointError when transformers refuses the numbers.
-    """
-    import transformers
-
-    rope: dict[str, Any] = {"rope_type": "default"}
-    scaling = config.rope_scaling
-    if scaling is not None and not scaling.factors:  # factors are applied to the angles made without them
-        rope = {"rope_type": scaling.type, "factor": scaling.factor}
-        if scaling.type != "linear":
-            rope["original_max_position_embeddings"] = scaling.original_context or config.context_length
-        if scaling.type == "llama3":
-            rope |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
-        if scaling.attention_factor is not None:
-            rope["attention_factor"] = scaling.attention_factor
-    keys = {"rope_theta": config.rope_theta, "rope_scaling": rope if "factor" in rope else None}
-    if int(transformers.__version__.split(".")[0]) >= 5:
-        keys = {"rope_parameters": {**rope, "rope_theta": config.rope_theta}}
-    try:
-        llama = transformers.LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.kv_heads,
-            head_dim=config.head_dim,
-            max_position_embeddings=config.context_length,
-            rms_norm_eps=config.norm_eps,
-            attention_bias=config.attention_bias,
-            mlp_bias=config.mlp_bias,
-            tie_word_embeddings=config.tied,
-            **keys,
-        )
-    except Exception as error:  # its validation raises classes of its own
-        raise CheckpointError("transformers refuses this config", why=short(error)) from None
-    llama._attn_implementation = "sdpa"
-    return llama
+def numbers(decoder: Decoder) -> Numbers:
+    """What transformers made of the decoder's config."""
+    return numbers_of(decoder.config, decoder.llama, decoder.rotary)
 
 
 def read(decoder: Decoder, name: str, rows: slice | None = None) -> torch.Tensor:
@@ -299,7 +258,7 @@ def normed(decoder: Decoder, norm: torch.Tensor, hidden: torch.Tensor) -> torch.
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
     with torch.device("meta"):
-        final = LlamaRMSNorm(decoder.config.hidden_size, eps=decoder.config.norm_eps)
+        final = LlamaRMSNorm(decoder.llama.hidden_size, eps=decoder.llama.rms_norm_eps)
     final.load_state_dict({"weight": norm}, assign=True)
     final.requires_grad_(False)
     result: torch.Tensor = final(hidden)

@@ -29,15 +29,17 @@ from dsconvert.figures import (
     snr,
     summary,
 )
-from dsconvert.plain import rope
+from dsconvert.plain_config import Numbers
 from dsconvert.scoring import Scores, scored_states
 from dsconvert.thresholds import Thresholds, Verdict, judge_blocks, judge_figures, judge_tensors, verdict
+from dsconvert.torch_config import read_numbers
 from dsconvert.windows import Windows
 
 if TYPE_CHECKING:
     import torch
 
 Result = TypeVar("Result")
+ROPE_CLOSE = 1e-5  # relative; float32 arithmetic of two programs differs by less
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def compare(
     place = st.pick_device(device)
     kind = st.pick_dtype(dtype, place)
     pair = (st.open_decoder(reference, config, place, kind), st.open_decoder(candidate, other, place, kind))
-    run = Run(pair, windows, differences(config, other), [], [])
+    run = Run(pair, windows, differences(*map(st.numbers, pair)), [], [])
     name = str(kind).removeprefix("torch.")
     yield Step(f"comparing {config.layers} blocks over {windows.tokens.size} tokens on {place} in {name}")
     hidden = run.embed()
@@ -111,7 +113,7 @@ def compare(
     return replace(found, states=(states[0], states[1])) if keep_states else found
 
 
-def differences(reference: ModelConfig, candidate: ModelConfig) -> tuple[str, ...]:
+def differences(reference: Numbers, candidate: Numbers) -> tuple[str, ...]:
     """The numbers that a runtime goes by and that differ; floats as float32 can hold them."""
     names = ("norm_eps", "heads", "kv_heads", "head_dim", "context_length")
     found = [text] if (text := rope_difference(reference, candidate)) else []
@@ -124,15 +126,21 @@ def differences(reference: ModelConfig, candidate: ModelConfig) -> tuple[str, ..
     return tuple(found)
 
 
-def rope_difference(one: ModelConfig, other: ModelConfig) -> str:
+def config_differences(reference: ModelConfig, candidate: ModelConfig) -> tuple[str, ...]:
+    """The `differences` of two files where no decoder is run."""
+    return differences(read_numbers(reference), read_numbers(candidate))
+
+
+def rope_difference(one: Numbers, other: Numbers) -> str:
     """What differs in the two decoders' RoPE angles, or nothing."""
-    (a, scale), (b, other_scale) = rope(one), rope(other)
-    same = a.shape == b.shape and np.allclose(a, b, rtol=1e-5, atol=0.0)
-    if same and math.isclose(scale, other_scale, rel_tol=1e-5):
+    same = one.angles.shape == other.angles.shape and np.allclose(one.angles, other.angles, ROPE_CLOSE, 0.0)
+    if same and math.isclose(one.scale, other.scale, rel_tol=ROPE_CLOSE):
         return ""
     if one.rope_theta != other.rope_theta:
         return f"rope_theta is {other.rope_theta}, the reference has {one.rope_theta}"
-    return f"RoPE scaling is {other.rope_scaling}, the reference has {one.rope_scaling}"
+    if same:
+        return f"RoPE's attention factor is {other.scale:g}, the reference has {one.scale:g}"
+    return f"RoPE scaling is {other.rope}, the reference has {one.rope}"
 
 
 def judge(comparison: Comparison, limits: Thresholds) -> Verdict:

@@ -52,6 +52,11 @@ class Memory:
         return replace(self, tensors={**self.tensors, **new})
 
 
+def stored(config: ModelConfig, **changes: Any) -> ModelConfig:
+    """The config as the keys of a GGUF file state it, with changes: nothing is left of config.json."""
+    return replace(config, decoder={}, **changes)
+
+
 def make(seed: int = 0, scale: float = 4.0, **keys: Any) -> tuple[Any, Memory, ModelConfig]:
     """transformers' model, its weights, and our config; `scale` multiplies the initial weights' 0.02.
 

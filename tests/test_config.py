@@ -118,7 +118,7 @@ def test_the_model_type_names_the_class_of_old_files() -> None:
         ({"head_dim": 65}, "65 is odd"),
         ({"hidden_act": "gelu" * 100}, "is not silu"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is 'nan'"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "known: linear, yarn, llama3"),
+        ({"rope_scaling": {"type": "su", "factor": 2.0}}, "known: default, linear, dynamic, yarn, llama3"),
         ({"rope_scaling": {"type": "linear"}}, "factor is missing"),
         ({"rope_scaling": "linear"}, "neither an object nor null"),
         ({"tie_word_embeddings": "no"}, "should be true or false"),

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from random_llama import Memory, make, tokens
+from random_llama import Memory, make, stored, tokens
 from test_verify import L, interleaved, noisy, zeroed
 
 from dsconvert import effort, verify, windows
@@ -112,7 +112,7 @@ def test_a_sample_finds_planted_defects(plant: Any) -> None:
 
 def test_a_sample_finds_a_wrong_rope_base() -> None:
     _, source, config = make()
-    other = dataclasses.replace(config, rope_theta=100.0)
+    other = stored(config, rope_theta=100.0)
     _, _, verdict = checked(source, source, config, "q8_0", candidate_config=other)
     assert any("rope_theta" in reason for reason in verdict.reasons)
     assert any("block 0: error" in reason for reason in verdict.reasons)

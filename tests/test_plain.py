@@ -13,6 +13,7 @@ from random_llama import make, tokens
 from test_streaming import VARIANTS
 
 from dsconvert import plain
+from dsconvert.plain_config import numbers
 
 torch = pytest.importorskip("torch")
 from dsconvert import streaming as st  # noqa: E402
@@ -29,13 +30,13 @@ def test_blocks_are_those_of_transformers(variant: str) -> None:
     hidden = st.embed(st.read(decoder, st.EMBED), tokens(config, 3, 100), torch.float32)
     blocks, head = plain.tensor_names(source, config)
     assert (blocks, head) == (decoder.blocks, decoder.head)
-    angles, scale = plain.rope(config)
-    np.testing.assert_allclose(angles, decoder.rotary.inv_freq.numpy(), rtol=1e-6)
-    assert scale == pytest.approx(decoder.rotary.attention_scaling)
+    read = numbers(config)
+    np.testing.assert_allclose(read.angles, decoder.rotary.inv_freq.numpy(), rtol=1e-6)
+    assert read.scale == pytest.approx(decoder.rotary.attention_scaling)
     for index, names in enumerate(blocks):
         expected = st.run_block(decoder, st.load_block(decoder, index), hidden)
         weights = {attribute: source.float32(name) for attribute, name in names.items()}
-        found = plain.block(config, weights, hidden.numpy())
+        found = plain.block(numbers(config), weights, hidden.numpy())
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-4)
         hidden = expected
@@ -50,7 +51,7 @@ def test_a_shut_gate_is_no_warning() -> None:
     weights = {attribute: source.float32(name) for attribute, name in blocks[0].items()}
     weights["mlp.gate_proj.weight"] = weights["mlp.gate_proj.weight"] * 1e6
     states = np.random.default_rng(0).standard_normal((1, 8, config.hidden_size), np.float32)
-    assert np.isfinite(plain.block(config, weights, states)).all()
+    assert np.isfinite(plain.block(numbers(config), weights, states)).all()
 
 
 def test_it_needs_no_torch() -> None:

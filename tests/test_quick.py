@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from random_llama import Memory, make, tokens
+from random_llama import Memory, make, stored, tokens
 from test_verify import L, interleaved, noisy, zeroed
 
 from dsconvert import figures, plain_figures, quick, verify, windows
@@ -91,7 +91,7 @@ def test_planted_defects_are_found(plant: Any, blocks: tuple[int, ...] | None) -
 def test_a_wrong_rope_base_and_a_broken_block_are_named() -> None:
     _, source, config = make()
     text = windows.whole(tokens(config, 1, 64))
-    other = dataclasses.replace(config, rope_theta=100.0)
+    other = stored(config, rope_theta=100.0)
     found = verify.result(quick.compare(source, source, config, effort(text), other))
     assert found.config == ("rope_theta is 100.0, the reference has 10000.0",)
     assert found.figures is not None
@@ -200,7 +200,7 @@ def test_a_conversions_proof_finds_a_defect(tmp_path: Path, monkeypatch: pytest.
 
     def damaged(file: Any) -> Any:
         model = opened(file)
-        return dataclasses.replace(model, config=dataclasses.replace(model.config, rope_theta=500000.0))
+        return dataclasses.replace(model, config=stored(model.config, rope_theta=500000.0))
 
     monkeypatch.setattr(proof, "open_model", damaged)
     result = CliRunner().invoke(cli, ["gguf", "sample:", "-q", "q8_0", "-o", str(tmp_path / "bad.gguf")])

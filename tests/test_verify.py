@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from random_llama import Memory, make, tokens
+from random_llama import Memory, make, stored, tokens
 
 from dsconvert import figures as fig
 from dsconvert import thresholds as th
@@ -201,7 +201,7 @@ def test_planted_defects_fail_and_are_named(defect: str) -> None:
 
 def test_a_wrong_rope_base_shows_in_logits_and_is_named() -> None:
     _, source, config = make()
-    found = compared(source, source, config, dataclasses.replace(config, rope_theta=1e6))
+    found = compared(source, source, config, stored(config, rope_theta=1e6))
     said = verify.judge(found, Q8)
     assert said.reasons[0] == "rope_theta is 1000000.0, the reference has 10000.0"
     assert any("mean KLD" in reason for reason in said.reasons)
@@ -211,9 +211,7 @@ def test_a_wrong_rope_base_shows_in_logits_and_is_named() -> None:
 
 def test_numbers_rounded_to_float32_are_no_difference() -> None:
     _, source, config = make(rope_theta=123456.7)
-    rounded = dataclasses.replace(
-        config, norm_eps=float(np.float32(1e-6)), rope_theta=float(np.float32(123456.7))
-    )
+    rounded = stored(config, norm_eps=float(np.float32(1e-6)), rope_theta=float(np.float32(123456.7)))
     assert rounded.norm_eps != config.norm_eps
     assert rounded.rope_theta != config.rope_theta
     assert compared(source, source, config, rounded).config == ()
@@ -228,7 +226,7 @@ def test_numbers_rounded_to_float32_are_no_difference() -> None:
 )
 def test_differing_numbers_are_named(change: dict[str, Any], said: str) -> None:
     _, source, config = make()
-    found = compared(source, source, config, dataclasses.replace(config, **change))
+    found = compared(source, source, config, stored(config, **change))
     assert len(found.config) == 1
     assert found.config[0].startswith(said)
 

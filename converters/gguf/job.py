@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converters.gguf import importance, metadata, mmproj, qtypes, recipe
+from converters.gguf import importance, metadata, mmproj, qtypes, recipe, rope
 from converters.gguf.layout import KeyValues, Layout, Tensor, lay_out, lay_out_split
 from converters.gguf.towers import Towers, plan_towers, with_template
 from converters.gguf.writer import check_targets
@@ -155,7 +155,13 @@ def _prepare(options: Options) -> Job:
     outputs = plan_outputs(paths, keys, shapes, config, options)
     projector = plan_projector(options, checkpoint, config, towers, keys, outputs[0])
     weights, unweighted = importance.weigh(matrix, outputs)
-    notes = (*tokenizer.notes, *resolution.notes, *(towers.notes if towers is not None else ()), *unweighted)
+    notes = (
+        *rope.notes(config),
+        *tokenizer.notes,
+        *resolution.notes,
+        *(towers.notes if towers is not None else ()),
+        *unweighted,
+    )
     job = Job(
         options, checkpoint, arch, config, specs, derived, tokenizer, resolution.name,
         keys, outputs, notes, towers, projector, weights,

@@ -8,8 +8,8 @@ from typing import Any
 
 import dsconvert
 from converters.gguf.layout import KeyValues
+from converters.gguf.rope import scaling_keys
 from dsconvert.config import ModelConfig
-from dsconvert.errors import CheckpointError
 from dsconvert.manifest import origin
 
 # A size in a model's name: "7b", "1.3B", "135M", also between separators.
@@ -35,27 +35,8 @@ def model_keys(config: ModelConfig, arch: str) -> dict[str, tuple[str, Any]]:
     if config.explicit_head_dim:
         keys["attention.key_length"] = ("uint32", config.head_dim)
         keys["attention.value_length"] = ("uint32", config.head_dim)
-    keys |= _scaling_keys(config)
+    keys |= scaling_keys(config)
     return {f"{arch}.{key}": value for key, value in keys.items()}
-
-
-def _scaling_keys(config: ModelConfig) -> dict[str, tuple[str, Any]]:
-    scaling = config.rope_scaling
-    if scaling is None or scaling.type == "llama3":  # llama3 travels as the tensor rope_freqs.weight
-        return {}
-    if scaling.attention_factor is not None:
-        raise CheckpointError(
-            f"rope_scaling of type {scaling.type} with its own attention_factor has no GGUF form",
-            where="config.json",
-            hint="Remove attention_factor if it is the default of the scaling type",
-        )
-    keys: dict[str, tuple[str, Any]] = {
-        "rope.scaling.type": ("string", scaling.type),
-        "rope.scaling.factor": ("float32", scaling.factor),
-    }
-    if scaling.original_context is not None:
-        keys["rope.scaling.original_context_length"] = ("uint32", scaling.original_context)
-    return keys
 
 
 def general_keys(folder: Path, config: ModelConfig, arch: str, parameters: int) -> dict[str, tuple[str, Any]]:

@@ -103,7 +103,7 @@ def _check_logits(job: Job, output: Output, model: GGUFModel, seconds: float) ->
         short = f"two decoder blocks need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
         yield Step(f"no blocks were run and no logits compared: {short}; --verify full does it all the same")
         verify.check_sizes(config, model.config)
-        yield from verify.judge_config(verify.differences(config, model.config))
+        yield from verify.judge_config(verify.config_differences(config, model.config))
         return
     limits, score = thresholds.thresholds_for(output.quant), windows.whole(page.tokens)
     if full:

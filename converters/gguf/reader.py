@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from converters.gguf.parse import GGUFFile
+from converters.gguf.rope import magnitude
 from dsconvert.arch import IDENTITY, ROPE_K, ROPE_Q, Arch, Spec, plan_stored
 from dsconvert.archs import BY_GGUF_NAME
 from dsconvert.config import ModelConfig, RopeScaling
@@ -126,7 +127,7 @@ def stored_config(file: GGUFFile) -> ModelConfig:
         context_length=count("context_length"),
         norm_eps=number("attention.layer_norm_rms_epsilon"),
         rope_theta=number("rope.freq_base", 10000.0),
-        rope_scaling=_stored_scaling(file, prefix) or _stored_factors(file),
+        rope_scaling=stored_scaling(file, prefix),
         tied="output.weight" not in file.tensors,
         attention_bias="blk.0.attn_q.bias" in file.tensors,
         mlp_bias="blk.0.ffn_up.bias" in file.tensors,
@@ -134,23 +135,22 @@ def stored_config(file: GGUFFile) -> ModelConfig:
     )
 
 
-def _stored_scaling(file: GGUFFile, prefix: str) -> RopeScaling | None:
+def stored_scaling(file: GGUFFile, prefix: str) -> RopeScaling | None:
+    """RoPE scaling as llama.cpp reads it from a file of this architecture; a key that it ignores is not read.
+
+    Raises CheckpointError for a value that no file should have, or a type that is not read here.
+    """
     keys, numbers, at = file.keys, Numbers(file), prefix + "rope.scaling."
-    kind = keys.get(at + "type", "none")
-    if kind == "none":
-        return None
-    context, attention = at + "original_context_length", at + "attn_factor"
-    return RopeScaling(
-        str(kind)[:40],
-        numbers.number(at + "factor", 1.0),
-        numbers.count(context) if context in keys else None,
-        attention_factor=numbers.number(attention) if attention in keys else None,
-    )
-
-
-def _stored_factors(file: GGUFFile) -> RopeScaling | None:
-    """The divisors of Llama 3's RoPE frequencies, which a file holds as a tensor and not as keys."""
+    kind, context = keys.get(at + "type", "linear"), at + "original_context_length"
+    if kind not in ("none", "linear", "yarn"):
+        raise numbers.wrong(at + "type", "none, linear and yarn are read here")
+    old = prefix + "rope.scale_linear"
+    factor = numbers.number(at + "factor", numbers.number(old) if old in keys else 1.0)
+    factor = 1.0 if kind == "none" else factor
+    attention = numbers.number(at + "attn_factor", 1.0) * (magnitude(factor) if kind == "yarn" else 1.0)
+    original = numbers.count(context) if context in keys else None
     tensor = file.tensors.get("rope_freqs.weight")
-    if tensor is None:
+    factors = () if tensor is None else tuple(tensor.float32().ravel().tolist())
+    if factor == 1.0 and attention == 1.0 and not factors:
         return None
-    return RopeScaling("factors", 1.0, factors=tuple(tensor.float32().tolist()))
+    return RopeScaling(kind, factor, original, attention_factor=attention, factors=factors)

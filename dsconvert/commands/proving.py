@@ -228,7 +228,7 @@ def compare(
             scored = yield from kld_base.compare_base(
                 base, opened.source, opened.config, token_bytes=lengths, **where
             )
-            return replace(scored, config=verify.differences(config, opened.config))
+            return replace(scored, config=verify.config_differences(config, opened.config))
         yield from kld_base.write_base(asked.kld_base, reference.source, config, windows, **where)
         yield Step(f"wrote {asked.kld_base}")
     mode: Any = "quick" if asked.effort == "quick" and not asked.engine else "full"
