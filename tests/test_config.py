@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import tiny
 
-from dsconvert.config import LLAMA_DEFAULTS, ModelConfig, RopeScaling, load_config, load_json, normalise
+from dsconvert.config import LLAMA_DEFAULTS, ModelConfig, load_config, load_json, normalise
 from dsconvert.errors import CheckpointError
+from dsconvert.rope import RopeScaling
 
 PEER = Path(__file__).parents[2] / "shared" / "data" / "peers" / "tiny256"
 BASE: dict[str, Any] = {"architectures": ["LlamaForCausalLM"]}

@@ -17,8 +17,9 @@ from random_llama import Memory, make, stored, tokens
 from dsconvert import figures as fig
 from dsconvert import thresholds as th
 from dsconvert import verify, windows
-from dsconvert.config import ModelConfig, RopeScaling
+from dsconvert.config import ModelConfig
 from dsconvert.errors import CheckpointError, UsageError
+from dsconvert.rope import RopeScaling
 
 torch = pytest.importorskip("torch")
 Q8 = th.thresholds_for("q8_0")

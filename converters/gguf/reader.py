@@ -12,8 +12,9 @@ from converters.gguf.parse import GGUFFile
 from converters.gguf.rope import magnitude
 from dsconvert.arch import IDENTITY, ROPE_K, ROPE_Q, Arch, Spec, plan_stored
 from dsconvert.archs import BY_GGUF_NAME
-from dsconvert.config import ModelConfig, RopeScaling
+from dsconvert.config import ModelConfig
 from dsconvert.errors import CheckpointError
+from dsconvert.rope import RopeScaling
 
 LIMIT, GREATEST = 1 << 31, 1e30  # as in config.json
 AGAIN = "Convert the model again, or fetch the file again from where it came from"
