@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dsconvert.config import ModelConfig
+from dsconvert.diagnosis import resized, unfit
 from dsconvert.errors import PlanError
 
 Array = npt.NDArray[Any]
@@ -116,9 +117,9 @@ class T:
 
     `{i}` in a name stands for the layer, counted by the dimension `depth`; a dimension "letter.layer" goes
     before one that all layers share. `part=(k, n)` takes the k-th of n equal slices of the source's rows.
-    `source` is the shape in the checkpoint where that is another. An `optional` row may be absent. `when`
-    names the config flag without which the row must be absent. `tied_to` names the row whose tensor the
-    runtime uses instead.
+    `source` is the shape in the checkpoint where that is another. An `optional` row may be absent, in all
+    layers. `when` names the config flag without which the row must be absent. `tied_to` names the row whose
+    tensor the runtime uses instead.
     """
 
     hf: str
@@ -214,25 +215,24 @@ def plan(arch: Arch, config: Sizes, shapes: Mapping[str, tuple[int, ...]]) -> li
     Raises PlanError naming each missing, unexplained or misshapen tensor and its nearest row.
     """
     candidates = expand(arch, config)
-    wanted = [spec for spec in candidates if _wanted(spec, config, shapes)]
+    # An optional tensor is there in every layer or in none.
+    begun = {spec.row.hf for spec in candidates if spec.row.optional and spec.hf in shapes}
+    wanted = [spec for spec in candidates if _wanted(spec, config, shapes, begun)]
     known = {spec.hf for spec in wanted}
     dropped = [re.compile(pattern) for pattern in arch.drop]
     missing = [spec.hf for spec in wanted if spec.hf not in shapes]
     unknown = [n for n in shapes if n not in known and not any(p.fullmatch(n) for p in dropped)]
     if missing or unknown:
+        heads = {spec.hf for spec in wanted if spec.row.tied_to}
+        what, hint = unfit(missing, unknown, heads)
+        counted = (
+            _listed("missing", missing, unknown or list(shapes)),
+            _listed("unknown", unknown, missing or list(known)),
+        )
         raise PlanError(
-            "the tensors are not those of " + config.architecture,
-            why="; ".join(
-                filter(
-                    None,
-                    [
-                        _listed("missing", missing, unknown or list(shapes)),
-                        _listed("unknown", unknown, missing or list(known)),
-                    ],
-                )
-            ),
-            hint="Check config.json (num_hidden_layers, architectures) against the weights, and "
-            "that every shard is there",
+            f"the tensors {what or f'are not those of {config.architecture}'}",
+            why="; ".join(filter(None, counted)),
+            hint=hint,
         )
     for spec in wanted:
         _check_shape(spec, shapes[spec.hf])
@@ -250,12 +250,12 @@ def plan_stored(arch: Arch, config: Any, shapes: Mapping[str, tuple[int, ...]]) 
     return [originals[spec.gguf] for spec in plan(stored, config, shapes)]
 
 
-def _wanted(spec: Spec, config: Sizes, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+def _wanted(spec: Spec, config: Sizes, shapes: Mapping[str, tuple[int, ...]], begun: Collection[str]) -> bool:
     if spec.row.when and not getattr(config, spec.row.when):
         return False
-    if spec.row.optional or (spec.row.tied_to and config.tied):
-        return spec.hf in shapes
-    return True
+    if spec.row.optional:
+        return spec.row.hf in begun
+    return spec.hf in shapes or not (spec.row.tied_to and config.tied)
 
 
 def _listed(label: str, names: list[str], others: list[str]) -> str:
@@ -275,5 +275,5 @@ def _check_shape(spec: Spec, shape: tuple[int, ...]) -> None:
         raise PlanError(
             f"has shape {list(shape)}, config.json asks for {list(spec.source)}",
             where=spec.hf,
-            hint="config.json and the weights are not of the same model; fetch both again",
+            hint=resized(spec.row.source or spec.row.shape, shape, spec.source),
         )

@@ -1,13 +1,13 @@
 """Opens a checkpoint: a model folder, a weight file, the embedded sample, a hub id. Maps, never loads.
 
-Weights are safetensors or pytorch_model.bin, one file or shards with an index; where both kinds are there,
-safetensors win. Everything is checked before the first weight is read.
+Everything is checked before the first weight is read. Whatever form a checkpoint has, it comes out of this
+door in one: names of the table, tensors that the model reads, notes on what was changed.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,48 +15,28 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dsconvert.config import load_json
+from dsconvert.config import is_tied, load_json
+from dsconvert.diagnosis import SOURCE, is_left_over, quantized_form, stated_method
 from dsconvert.errors import CheckpointError
-from dsconvert.locate import SAMPLE, SAMPLE_VL, locate
-from dsconvert.reading import INDEX, read_object
-from dsconvert.safetensors_header import READABLE, Array, Stored, quoted, read_safetensors, unique_keys
-from dsconvert.torch_pickle import read_torch
-
-SHARD = re.compile(r"(.+)-(\d{1,6})-of-(\d{1,6})")
-# Files beside the model that are not the model: adapters, original formats, training state.
-ASIDE = re.compile(r"(adapter|consolidated|optimizer|scheduler|training|random_states).*")
-# Endings of tensors that only quantized checkpoints have.
-QUANTIZED = (".qweight", ".q_weight", ".qzeros", ".weight_scale_inv", ".weight_scale", ".weight_packed")
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of weight file: its single file, the ending of shards, who reads it."""
-
-    single: str
-    suffix: str
-    read: Callable[[Path], dict[str, Stored]]
-
-    @property
-    def index(self) -> str:
-        """The file that says which shard holds which tensor."""
-        return self.single + ".index.json"
-
-
-SAFETENSORS = Kind("model.safetensors", ".safetensors", read_safetensors)
-TORCH = Kind("pytorch_model.bin", ".bin", read_torch)
+from dsconvert.locate import SAMPLE, SAMPLE_VL, find
+from dsconvert.model_class import model_class
+from dsconvert.safetensors_header import READABLE, Array, Stored, quoted
+from dsconvert.spelling import LEFTOVERS, respelled
+from dsconvert.weight_files import Weights, open_file, open_weights
 
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
     """A model on disk by its Hugging Face names: a WeightSource over mapped files.
 
+    `notes` are what the user should know of how it was found and read; every command shows them.
     All methods may be called from many threads at once. The files stay mapped while a view of them lives.
     """
 
     folder: Path
     files: tuple[Path, ...]
     tensors: Mapping[str, Stored] = field(repr=False)
+    notes: tuple[str, ...] = field(repr=False, default=())
 
     @property
     def nbytes(self) -> int:
@@ -122,169 +102,50 @@ def _widened(raw: Array) -> npt.NDArray[np.float32]:
 def open_checkpoint(model: str | Path | None = None) -> Checkpoint:
     """Open what the user named: a folder, a weight file, "sample:" or "sample-vl:", a hub id, or this folder.
 
-    Maps every weight file and checks headers, index and shards against each other; reads no weights.
-    Raises UsageError when `model` names nothing, CheckpointError for what is missing, damaged,
-    contradictory or quantized already.
+    Maps every weight file and checks headers, index and shards against each other; reads no weights. The
+    tensors have the names of their class's table, whatever wrapper they were saved from, and those that the
+    model reads only; `notes` say what was changed. Raises UsageError when `model` names nothing,
+    CheckpointError for what is missing, damaged, contradictory or quantized already.
     """
-    path = locate(model)
-    folder = path if path.is_dir() else path.parent
-    config = load_json(folder / "config.json")
-    if path.is_dir():
-        files, tensors = open_weights(folder)
-    else:
-        kind = TORCH if path.suffix == TORCH.suffix else SAFETENSORS
-        files, tensors = (path,), kind.read(path)
+    found = find(model)
+    folder = found.path if found.path.is_dir() else found.path.parent
+    where = folder / "config.json"
+    config = load_json(where)
+    weights = open_weights(folder) if found.path.is_dir() else open_file(found.path)
     if model == SAMPLE_VL:  # it holds the towers; its decoder is the other sample's
-        (shared,), decoder = open_weights(locate(SAMPLE))
-        files = (*files, shared)
-        tensors |= {re.sub(r"^model\.", "model.language_model.", name): t for name, t in decoder.items()}
-    _refuse_quantized(folder, config, tensors)
-    return Checkpoint(folder, files, tensors)
-
-
-def open_weights(folder: Path) -> tuple[tuple[Path, ...], dict[str, Stored]]:
-    """The weight files of a folder and the tensors they hold, index and shards agreeing."""
-    for kind in (SAFETENSORS, TORCH):
-        if (folder / kind.single).exists():
-            return (folder / kind.single,), kind.read(folder / kind.single)
-        if (folder / kind.index).exists():
-            return _open_index(folder, kind)
-        names = _shard_set(folder, kind)
-        if names:
-            return _open_shards(folder, kind, names)
-    raise _no_weights(folder)
-
-
-def open_unindexed(folder: Path) -> tuple[tuple[Path, ...], dict[str, Stored]]:
-    """Every safetensors file of a folder and the tensors they hold, complete if they are shards; no index.
-
-    As exllamav2 reads a folder, where an index is often left from the model that it was made from.
-    """
-    names = _shard_set(folder, SAFETENSORS) or sorted(path.name for path in folder.glob("*.safetensors"))
-    if not names:
-        raise _no_weights(folder)
-    return _open_shards(folder, SAFETENSORS, names)
-
-
-def _shard_set(folder: Path, kind: Kind) -> list[str]:
-    """The shards of a folder without an index, complete and in order; empty when there are none."""
-    names = [path.name for path in folder.glob("*" + kind.suffix) if not ASIDE.fullmatch(path.name)]
-    sets: dict[tuple[str, int], dict[int, str]] = {}
-    for name in names:
-        match = SHARD.fullmatch(name.removesuffix(kind.suffix))
-        if match:
-            sets.setdefault((match[1], int(match[3])), {})[int(match[2])] = name
-    if not sets:
-        return names if len(names) == 1 and kind is SAFETENSORS else []
-    if len(sets) > 1:
-        several = ", ".join(sorted(quoted(next(iter(shards.values()))) for shards in sets.values())[:3])
-        raise CheckpointError(
-            "holds shards of more than one set",
-            where=folder,
-            why=f"Found {several}",
-            hint="Keep the shards of one model, or add its index",
-        )
-    ((_, total), shards) = next(iter(sets.items()))
-    missing = [str(number) for number in range(1, min(total, 10**6) + 1) if number not in shards]
-    if missing or len(shards) != total:
-        raise CheckpointError(
-            f"holds {len(shards)} shards of {total}",
-            where=folder,
-            why=f"Missing: number {', '.join(missing[:5])}{' and more' if len(missing) > 5 else ''}",
-            hint="Download the missing files",
-        )
-    return [shards[number] for number in sorted(shards)]
-
-
-def _open_index(folder: Path, kind: Kind) -> tuple[tuple[Path, ...], dict[str, Stored]]:
-    """The shards that an index names; index and shards must hold the same tensors."""
-    path = folder / kind.index
-    weight_map = _weight_map(path, kind)
-    files, tensors = _open_shards(folder, kind, sorted(set(weight_map.values())))
-    for name, shard in weight_map.items():
-        if name not in tensors or tensors[name].path.name != shard:
-            actual = f"{tensors[name].path.name} holds it" if name in tensors else "no shard holds it"
-            raise _disagree(path, f"It puts {quoted(name)} into {quoted(shard)}, but {actual}")
-    extra = [name for name in tensors if name not in weight_map]
-    if extra:
-        where = tensors[extra[0]].path.name
-        raise _disagree(path, f"It does not name {quoted(extra[0])}, which {quoted(where)} holds")
-    return files, tensors
-
-
-def _open_shards(folder: Path, kind: Kind, names: list[str]) -> tuple[tuple[Path, ...], dict[str, Stored]]:
-    tensors: dict[str, Stored] = {}
-    missing = [name for name in names if not (folder / name).exists()]
-    if missing:
-        raise CheckpointError(
-            f"{len(missing)} of {len(names)} weight files are missing",
-            where=folder,
-            why=f"The first is {quoted(missing[0])}",
-            hint="Download the missing files",
-        )
-    for name in names:
-        for tensor, stored in kind.read(folder / name).items():
-            if tensor in tensors:
-                both = f"{quoted(tensors[tensor].path.name)} and {quoted(name)}"
-                raise _disagree(folder, f"Tensor {quoted(tensor)} is in both {both}")
-            tensors[tensor] = stored
-    return tuple(folder / name for name in names), tensors
-
-
-def _weight_map(path: Path, kind: Kind) -> dict[str, str]:
-    """The index's map from tensor to shard; every shard is a plain file name of this folder.
-
-    Symbolic links are followed: the hub's cache is made of them.
-    """
-    weights = read_object(path, INDEX, pairs=unique_keys).get("weight_map")
-    if not isinstance(weights, dict) or not weights:
-        raise CheckpointError("has no weight_map", where=path, hint="Fetch the index again")
-    for name, shard in weights.items():
-        if not isinstance(shard, str) or not _is_plain(shard, kind):
-            raise CheckpointError(
-                "names a weight file that is no file of this folder",
-                where=path,
-                why=f"Tensor {quoted(name)} is said to be in {quoted(shard)}",
-                hint="Do not use this checkpoint before you know where it comes from",
-            )
-    return weights
-
-
-def _is_plain(name: str, kind: Kind) -> bool:
-    plain = name.isprintable() and not set(name) & set("/\\:") and not name.startswith(".")
-    return plain and name.endswith(kind.suffix) and len(name.encode()) <= 255
-
-
-def _disagree(where: Path, why: str) -> CheckpointError:
-    hint = "Index and shards are not of the same model, or a download is incomplete; fetch both again"
-    return CheckpointError("does not agree with the weight files", where=where, why=why, hint=hint)
-
-
-def _no_weights(folder: Path) -> CheckpointError:
-    names = sorted(path.name for path in folder.iterdir() if path.is_file())
-    odd = [name for name in names if name.endswith((".gguf", ".safetensors", ".bin", ".pth", ".pt", ".h5"))]
-    return CheckpointError(
-        "holds no weights",
-        where=folder,
-        why=f"Found only {', '.join(map(quoted, odd[:3]))}" if odd else "",
-        hint=f"Expected {SAFETENSORS.single} or {TORCH.single}, or their shards with an index",
+        decoder = open_weights(find(SAMPLE).path)
+        moved = {re.sub(r"^model\.", "model.language_model.", n): t for n, t in decoder.tensors.items()}
+        weights = Weights((*weights.files, *decoder.files), weights.tensors | moved)
+    left_over = _refuse_quantized(folder, config, weights.tensors)
+    named = model_class(config)
+    tensors, respelt = respelled(weights.tensors, named.name, is_tied(config, named.name), folder)
+    return Checkpoint(
+        folder, weights.files, tensors, (*found.notes, *weights.notes, *left_over, *named.notes, *respelt)
     )
 
 
-def _refuse_quantized(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> None:
-    parts = [config, *(config.get(key) for key in ("text_config", "language_config"))]
-    stated = [p["quantization_config"] for p in parts if isinstance(p, dict) and p.get("quantization_config")]
-    name = next((name for name in tensors if name.endswith(QUANTIZED)), "")
-    if not stated and not name:
-        return
-    method = stated[0].get("quant_method", "unnamed") if stated and isinstance(stated[0], dict) else "unnamed"
+def _refuse_quantized(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Stored]
+) -> tuple[str, ...]:
+    """A note where config.json states a quantization that the weights have not; raises CheckpointError."""
+    dtypes = {name: t.dtype for name, t in tensors.items() if not LEFTOVERS.fullmatch(name)}
+    method, found = stated_method(config), quantized_form(dtypes)
+    if found is None and not method:
+        return ()
+    if found is None and is_left_over(method, dtypes):
+        types = " and ".join(sorted(set(dtypes.values())))
+        return (
+            f"config.json states the quantization {quoted(method)}, but every tensor is {types}: taken for a "
+            "left-over of the training, and ignored",
+        )
+    name, form = found or ("", None)
+    stated = f"config.json has a quantization_config, method {quoted(method)}" if method else ""
+    held = f"It holds {quoted(name)}, as {form.what} checkpoints do" if form else ""
     raise CheckpointError(
         "is quantized already",
         where=folder,
-        why=f"config.json has a quantization_config, method {quoted(method)}"
-        if stated
-        else f"It holds {quoted(name)}",
-        hint="Convert the 16-bit checkpoint that it was made from: each quantization loses",
+        why=". ".join(filter(None, (stated, held))),
+        hint=form.hint if form else SOURCE,
     )
 
 

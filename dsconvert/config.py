@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dsconvert.diagnosis import unquantized
 from dsconvert.errors import CheckpointError
+from dsconvert.model_class import ModelClass, mistral_as_llama, model_class
 from dsconvert.reading import CONFIG, read_object
 from dsconvert.rope import RopeScaling, read_rope
 
@@ -99,8 +102,8 @@ def normalise(raw: dict[str, Any], where: object) -> ModelConfig:
 
     Raises CheckpointError for a value of the wrong kind, an impossible size, or an unknown RoPE type.
     """
-    whole, architecture = raw, _architecture(raw, where)
-    raw = _decoder(raw, architecture, where)
+    whole, found = raw, _architecture(raw, where)
+    raw = _decoder(raw, found, where)
     get = _Getter(raw, where)
     hidden, heads = get.size("hidden_size"), get.size("num_attention_heads")
     kv_heads = get.size("num_key_value_heads", heads)
@@ -111,12 +114,12 @@ def normalise(raw: dict[str, Any], where: object) -> ModelConfig:
         raise get.wrong("num_attention_heads", f"{heads} does not divide hidden_size {hidden}")
     if head_dim % 2:
         raise get.wrong("head_dim", f"{head_dim} is odd, RoPE needs pairs")
-    if raw.get("hidden_act", "silu") != "silu":
+    if raw.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function
         raise get.wrong("hidden_act", f"{str(raw['hidden_act'])[:40]!r} is not silu, which this layout needs")
     _check_attention(raw, get)
     rope = read_rope(raw, get)
     return ModelConfig(
-        architecture=architecture,
+        architecture=found.name,
         hidden_size=hidden,
         intermediate_size=get.size("intermediate_size"),
         layers=get.size("num_hidden_layers", limit=LAYERS_LIMIT),
@@ -133,8 +136,8 @@ def normalise(raw: dict[str, Any], where: object) -> ModelConfig:
         mlp_bias=get.flag("mlp_bias"),
         # transformers 5 writes head_dim into every nested config; only an unusual one says something.
         explicit_head_dim=raw.get("head_dim") is not None and (raw is whole or head_dim * heads != hidden),
-        raw=whole,
-        decoder=raw,
+        raw=_cleaned(whole, found),
+        decoder=unquantized(raw),
         notes=rope.notes,
     )
 
@@ -145,36 +148,48 @@ def load_config(folder: Path) -> ModelConfig:
     return normalise(load_json(path), path)
 
 
-def _architecture(raw: dict[str, Any], where: object) -> str:
-    names = raw.get("architectures")
-    if isinstance(names, list) and len(names) == 1 and isinstance(names[0], str):
-        return names[0]
-    if names is None and raw.get("model_type") == "llama":
-        return "LlamaForCausalLM"
+def _architecture(raw: dict[str, Any], where: object) -> ModelClass:
+    found = model_class(raw)
+    if found.name:
+        return found
     raise CheckpointError(
         "does not name one architecture",
         where=where,
-        why=f'"architectures" is {str(names)[:80]!r}',
+        why=f'"architectures" is {str(raw.get("architectures"))[:80]!r}',
         hint='Set it to the class that was saved, for example ["LlamaForCausalLM"]',
     )
 
 
-def _decoder(raw: dict[str, Any], architecture: str, where: object) -> dict[str, Any]:
-    """The decoder's part of a config; absent keys take LlamaConfig's defaults.
+def is_tied(raw: Mapping[str, Any], architecture: str) -> bool:
+    """Whether a config.json says that the head is the embedding; transformers' default where it is silent."""
+    key = NESTED.get(architecture)
+    part = raw.get(key) if key == "language_config" else raw
+    stated = part.get("tie_word_embeddings", key == "text_config") if isinstance(part, dict) else False
+    return stated is True
+
+
+def _cleaned(raw: dict[str, Any], found: ModelClass) -> dict[str, Any]:
+    """The config as an output of it may carry it: under its class's own name, of no quantization."""
+    named = {"architectures": [found.written]} if found.notes else {}
+    return {**unquantized(raw), **named}
+
+
+def _decoder(raw: dict[str, Any], found: ModelClass, where: object) -> dict[str, Any]:
+    """The decoder's part of a config; absent keys take LlamaConfig's defaults, or MistralConfig's.
 
     In transformers' layout the whole model's config says whether the head may be absent. It says so by
     default, also for published files that have one.
     """
-    key = NESTED.get(architecture)
+    key = NESTED.get(found.name)
     if key is None:
-        return raw
+        return mistral_as_llama(raw) if found.mistral else raw
     part = raw.get(key)
     if not isinstance(part, dict) or part.get("model_type", "llama") != "llama":
-        found = part.get("model_type") if isinstance(part, dict) else part
+        told = part.get("model_type") if isinstance(part, dict) else part
         raise CheckpointError(
             f"{key!r} holds no Llama decoder",
             where=where,
-            why=f"It is {str(found)[:80]!r}",
+            why=f"It is {str(told)[:80]!r}",
             hint="Fetch config.json again from where the checkpoint came from",
         )
     if key == "text_config":

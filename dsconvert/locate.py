@@ -3,46 +3,56 @@
 from __future__ import annotations
 
 import importlib.resources
+import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
+from dsconvert.config import load_json
 from dsconvert.errors import CheckpointError, UsageError
+from dsconvert.hub_model import download, parse
 from dsconvert.reading import short
 from dsconvert.safetensors_header import quoted
 
 SAMPLE, SAMPLE_VL = "sample:", "sample-vl:"
 SAMPLES = {SAMPLE: "sample", SAMPLE_VL: "sample_vl"}  # folders of this package
 WEIGHTS = (".safetensors", ".bin")
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
-# What a model needs from the hub; the weights of one kind come with it.
-HUB_FILES = ("*.json", "*.jinja", "LICENSE*")
-HUB_IGNORE = ("*/*", "adapter*", "consolidated*", "optimizer*", "training*")
 
 
-def locate(model: str | Path | None) -> Path:
+@dataclass(frozen=True)
+class Found:
+    """An existing model folder or weight file, and what the user should know of how it was chosen."""
+
+    path: Path
+    notes: tuple[str, ...] = ()
+
+
+def find(model: str | Path | None) -> Found:
     """The existing folder or weight file that `model` stands for.
 
-    A path, "sample:" or "sample-vl:", a hub id when no such folder exists, or nothing for a current folder
-    that holds a config.json. Raises UsageError, and CheckpointError for what the hub cannot give.
+    A path, "sample:" or "sample-vl:", a hub id or the address of its page when no such folder exists, or
+    nothing for a current folder that holds a config.json. Of an entry of the hub's cache it is the snapshot
+    of its main branch. Raises UsageError, and CheckpointError for a folder of something else and for what
+    the hub cannot give.
     """
     if not model:
         if Path("config.json").is_file():
-            return Path.cwd()
+            return Found(Path.cwd())
         raise UsageError(
             "No model is given and this folder holds no config.json",
             hint='Give a model folder, a .safetensors file, a hub id or "sample:"',
         )
     if model in SAMPLES:
-        return _sample(SAMPLES[str(model)])
+        return Found(_sample(SAMPLES[str(model)]))
     path = Path(model)
     try:
         if path.is_dir():
-            return path
+            return in_folder(path)
         exists = path.exists()
     except (OSError, ValueError) as error:
         raise UsageError(f"{quoted(model)} is no usable path", why=short(error)) from None
     if exists and path.suffix in WEIGHTS:
-        return path
+        return Found(path)
     if exists:
         raise UsageError(
             "is neither a folder nor a .safetensors or .bin file",
@@ -51,12 +61,69 @@ def locate(model: str | Path | None) -> Path:
             if path.suffix == ".gguf"
             else "Give the folder that holds config.json and the weights",
         )
-    if HUB_ID.fullmatch(str(model)) and path.suffix not in WEIGHTS:
-        return _download(str(model))
+    repository = parse(str(model))
+    if repository is not None and path.suffix not in WEIGHTS:
+        return Found(download(repository))
     raise UsageError(
         f"{quoted(model)} does not exist",
         hint='Give a model folder, a .safetensors file, a hub id such as owner/name, or "sample:"',
     )
+
+
+def in_folder(folder: Path) -> Found:
+    """The model that a folder holds: the folder itself, or a snapshot; CheckpointError says what is there."""
+    if os.path.lexists(folder / "config.json"):
+        return Found(folder)
+    snapshots = _folders(folder / "snapshots") if (folder / "refs").is_dir() else []
+    if snapshots:
+        return _snapshot(folder, snapshots)
+    inside = [path for path in _folders(folder) if (path / "config.json").exists()]
+    entries = [path for path in _folders(folder) if path.name.startswith("models--")]
+    names = ", ".join(quoted(path.name) for path in (inside or entries)[-3:])
+    place = quoted(str((inside or entries or [folder])[-1]))
+    if inside or entries:
+        several = len(inside or entries)
+        raise CheckpointError(
+            "holds no config.json of its own, but folders of models",
+            where=folder,
+            why=f"{several} of them: {names}" if several <= 3 else f"{several} of them, the last: {names}",
+            hint=f"Give one of them, for example {place}",
+        )
+    if (folder / "adapter_config.json").exists():
+        base = load_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        raise CheckpointError(
+            "is an adapter, not a model",
+            where=folder,
+            why=f"Its base is {quoted(base)}",
+            hint="Merge it into the base first, with peft: merge_and_unload(), then save_pretrained(FOLDER)",
+        )
+    return Found(folder)
+
+
+def _folders(folder: Path) -> list[Path]:
+    """The folders inside a folder, checkpoint-1000 after checkpoint-500; none where it cannot be read."""
+    try:
+        inside = [path for path in folder.iterdir() if path.is_dir()]
+    except OSError:
+        return []
+    return sorted(inside, key=lambda path: [(len(n), n) for n in re.split(r"(\d+)", path.name)])
+
+
+def _snapshot(entry: Path, snapshots: list[Path]) -> Found:
+    """The snapshot of an entry of the hub's cache: of the branch main, or the only one."""
+    chosen = snapshots[0] if len(snapshots) == 1 else None
+    main = entry / "refs" / "main"
+    if main.is_file() and main.stat().st_size <= 100:
+        commit = main.read_text("utf-8", "replace").strip()
+        chosen = next((path for path in snapshots if path.name == commit), chosen)
+    if chosen is None:
+        raise CheckpointError(
+            "is an entry of the hub's cache without a snapshot of the branch main",
+            where=entry,
+            why=f"It holds {len(snapshots)} snapshots, the last {quoted(snapshots[-1].name)}",
+            hint=f"Give one of them: {quoted(str(snapshots[-1]))}",
+        )
+    return Found(chosen, (f"read from the snapshot {chosen.name} of this entry of the hub's cache",))
 
 
 def _sample(name: str) -> Path:
@@ -66,37 +133,3 @@ def _sample(name: str) -> Path:
             "The embedded sample is not installed", where=folder, hint="Install dsconvert again"
         )
     return folder
-
-
-def _download(repository: str) -> Path:
-    """The model's files from the Hugging Face hub or its local cache; safetensors where it has them."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        for suffix in WEIGHTS:
-            patterns = [*HUB_FILES, "*" + suffix]
-            folder = Path(
-                snapshot_download(repository, allow_patterns=patterns, ignore_patterns=list(HUB_IGNORE))
-            )
-            if any(folder.glob("*" + suffix)):
-                return folder
-    except Exception as error:  # the library lets its HTTP client's errors through
-        raise _hub_error(repository, error) from None
-    raise CheckpointError("has no weights on the hub", where=repository, hint="Look at its file list")
-
-
-def _hub_error(repository: str, error: Exception) -> CheckpointError:
-    from huggingface_hub import constants, errors
-
-    if constants.HF_HUB_OFFLINE:
-        what, hint = "is not in the local cache", "HF_HUB_OFFLINE is set: unset it to download"
-    elif isinstance(error, errors.GatedRepoError):
-        what, hint = "is gated", "Accept its terms on its page, then run `hf auth login`"
-    elif isinstance(error, errors.RepositoryNotFoundError):
-        what = "is neither a folder here nor a repository on the hub"
-        hint = "Check the spelling; for a private one run `hf auth login`"
-    elif isinstance(error, errors.LocalEntryNotFoundError):
-        what, hint = "cannot be reached", "Check the network, or give the path of a local folder"
-    else:
-        what, hint = "cannot be downloaded", "Try again, or download it by hand and give its folder"
-    return CheckpointError(what, where=repository, why=short(error), hint=hint)

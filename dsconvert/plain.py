@@ -12,9 +12,8 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 import numpy as np
 
 from dsconvert.arch import WeightSource, plan
-from dsconvert.archs import ARCHS
 from dsconvert.config import ModelConfig
-from dsconvert.errors import CheckpointError
+from dsconvert.inner import find_arch
 from dsconvert.plain_config import Floats, Numbers
 
 Names = tuple[str, ...]
@@ -29,10 +28,7 @@ def tensor_names(source: WeightSource, config: ModelConfig) -> tuple[tuple[dict[
     Raises PlanError when tensors are missing, unknown or misshapen, CheckpointError for a class without a
     table.
     """
-    arch = ARCHS.get(config.architecture)
-    if arch is None:
-        known = ", ".join(sorted(ARCHS))
-        raise CheckpointError(f"{config.architecture} cannot be run here", why=f"known: {known}")
+    arch = find_arch(config.architecture)
     blocks: list[dict[str, str]] = [{} for _ in range(config.layers)]
     names = set()
     for spec in plan(arch, config, source.shapes()):

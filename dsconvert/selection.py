@@ -9,7 +9,6 @@ from math import prod
 from typing import Any
 
 from dsconvert.arch import SOLVE_ORDER, Spec, WeightSource, plan
-from dsconvert.archs import ARCHS
 from dsconvert.archs.deepseek_vl import HYBRID, ORIGINAL, VL
 from dsconvert.archs.llama import LLAMA
 from dsconvert.checkpoint import Checkpoint, open_checkpoint
@@ -109,7 +108,7 @@ def _kept(
     language = {spec.hf: spec.hf for spec in rest}
     if config.architecture in LLAMA.classes:
         return language
-    known = {spec.hf for spec in plan(ARCHS[config.architecture], config, checkpoint.shapes())}
+    known = {spec.hf for spec in plan(find_arch(config.architecture), config, checkpoint.shapes())}
     return {name: name for name in checkpoint.tensors if name in language or name not in known}
 
 

@@ -161,6 +161,9 @@ def assemble_block(decoder: Decoder, index: int, weights: Mapping[str, torch.Ten
     with torch.device("meta"):
         module = LlamaDecoderLayer(decoder.llama, index)
     state = {attribute: weights[name] for attribute, name in names.items()}
+    for attribute, parameter in module.named_parameters():
+        if attribute.endswith(".bias") and attribute not in state:  # as transformers starts it
+            state[attribute] = torch.zeros(parameter.shape, dtype=decoder.dtype, device=decoder.device)
     module.load_state_dict(state, strict=True, assign=True)
     module.requires_grad_(False).eval()
     linears = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shlex
 import warnings
 import zipfile
 from pathlib import Path
@@ -17,10 +18,13 @@ if TYPE_CHECKING:
 
 PICKLE_LIMIT = 64 << 20  # a 67B model's names and shapes need less than 1 MiB
 MEMBERS_LIMIT = 1 << 20
+# Where trainers keep the model inside of a checkpoint that holds more, the commonest first.
+TRAINERS_KEYS = ("state_dict", "model_state_dict", "model", "module")
 DTYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "f64"}
+# The file's name is no part of the code: it may hold anything.
 RESAVE = (
-    "Save it again in the current format, which runs no code either: "
-    "python -c \"import torch; f = '{name}'; torch.save(torch.load(f, weights_only=True), f)\""
+    "Save it again in the current format, which runs no code either: python -c "
+    '"import sys, torch; f = sys.argv[1]; torch.save(torch.load(f, weights_only=True), f)" {name}'
 )
 RESAVE_TRUSTED = (
     "Ask for a safetensors version; or, if you trust the file, load it with the program that wrote it "
@@ -31,16 +35,39 @@ RESAVE_TRUSTED = (
 def read_torch(path: Path) -> dict[str, Stored]:
     """Every tensor of a zip file that `torch.save` wrote from a state dict, by name, mapped and not read.
 
-    A view is strided where the saved tensor was. Raises CheckpointError for an old non-zip pickle, for a
-    file that needs more than the restricted unpickler grants, and for a damaged one.
+    Of a trainer's checkpoint, {"state_dict": {...}, "epoch": 3}, the names begin with "state_dict.". A view
+    is strided where the saved tensor was. Raises CheckpointError for an old non-zip pickle, for a file that
+    needs more than the restricted unpickler grants, and for a damaged one.
     """
     size = check_file(path)
     _check_zip(path, size)
     state = _load(path)
     if not isinstance(state, dict) or not state:
         raise _no_state_dict(path, f"It holds a {type(state).__name__}")
+    state = _weights(state)
     mappings = _mappings(path)
     return {_key(path, name): _stored(path, name, value, mappings) for name, value in state.items()}
+
+
+def _weights(state: dict[Any, Any]) -> dict[Any, Any]:
+    """The state dict itself, or the one that a trainer's checkpoint holds, its key before every name."""
+    if any(_is_tensor(value) for value in state.values()):
+        return state
+    inner = {
+        key: value
+        for key, value in state.items()
+        if isinstance(key, str) and isinstance(value, dict) and value and all(map(_is_tensor, value.values()))
+    }
+    for key in (*TRAINERS_KEYS, *(inner if len(inner) == 1 else ())):
+        if key in inner:
+            return {f"{key}.{name}" if isinstance(name, str) else name: t for name, t in inner[key].items()}
+    return state
+
+
+def _is_tensor(value: object) -> bool:
+    import torch
+
+    return isinstance(value, torch.Tensor)
 
 
 def _check_zip(path: Path, size: int) -> None:
@@ -53,7 +80,7 @@ def _check_zip(path: Path, size: int) -> None:
             "is an old PyTorch pickle that cannot be mapped",
             where=path,
             why="Reading it would load the whole file into memory",
-            hint=RESAVE.format(name=path.name),
+            hint=RESAVE.format(name=shlex.quote(path.name)),
         )
     try:
         with zipfile.ZipFile(path) as archive:

@@ -22,7 +22,7 @@ import tiny
 
 from dsconvert.checkpoint import Checkpoint, open_checkpoint
 from dsconvert.errors import CheckpointError, ConversionError, UsageError
-from dsconvert.locate import _hub_error
+from dsconvert.hub_model import Repository, hub_error
 
 ROOT = Path(__file__).parents[1]
 PEERS = ROOT.parent / "shared" / "data" / "peers"
@@ -343,7 +343,7 @@ def test_hub_failures_name_the_remedy() -> None:
         (OSError("broken\npipe"), "Try again"),
     ]
     for error, hint in cases:
-        text = str(_hub_error("owner/name", error))
+        text = str(hub_error(Repository("owner/name"), error))
         assert hint in text
         assert "\n" not in text
 
@@ -353,6 +353,8 @@ def test_hub_failures_name_the_remedy() -> None:
 
 def test_quantized_checkpoints_are_refused(tmp_path: Path) -> None:
     small(tmp_path)
+    data = tiny.safetensors_bytes({"a.weight_scale_inv": np.zeros(4, np.float32)})
+    (tmp_path / "model.safetensors").write_bytes(data)
     config = json.loads((tmp_path / "config.json").read_text())
     for changed in (
         {**config, "quantization_config": {"quant_method": "fp8"}},
@@ -363,6 +365,7 @@ def test_quantized_checkpoints_are_refused(tmp_path: Path) -> None:
         assert "quantized already" in text
         assert "fp8" in text
     tiny.write_json(tmp_path / "config.json", {**config, "quantization_config": None})
+    small(tmp_path)
     assert open_checkpoint(tmp_path).nbytes
 
 
@@ -437,12 +440,15 @@ def test_an_old_pickle_is_refused_and_the_hint_works(tmp_path: Path) -> None:
 
     values = torch.arange(6).float()
     bin_folder(tmp_path, lambda p: torch.save({"x": values}, p, _use_new_zipfile_serialization=False))
-    text = refusal(tmp_path)
+    path = tmp_path / "x'); import os; os.mkdir('ran') #$(mkdir ran) .bin"
+    (tmp_path / "pytorch_model.bin").rename(path)
+    text = refusal(path)
     assert "old PyTorch pickle" in text
-    command = re.search(r"python (-c \".*\")", text)
+    command = re.search(r"python (-c .*)\.", text)
     assert command is not None
     subprocess.run([sys.executable, *shlex.split(command[1])], cwd=tmp_path, check=True)
-    assert np.array_equal(open_checkpoint(tmp_path).raw("x"), values.numpy())
+    assert not (tmp_path / "ran").exists()
+    assert np.array_equal(open_checkpoint(path).raw("x"), values.numpy())
 
 
 class Evil:
@@ -472,7 +478,8 @@ def test_a_file_that_holds_more_than_tensors(tmp_path: Path) -> None:
     import torch
 
     cases: list[tuple[object, str]] = [
-        ({"epoch": 3, "model": {"x": torch.zeros(2)}}, "'epoch' is a int"),
+        ({"epoch": 3, "x": torch.zeros(2)}, "'epoch' is a int"),
+        ({"epoch": 3, "a": {"x": torch.zeros(2)}, "b": {"x": torch.zeros(2)}}, "'epoch' is a int"),
         ([torch.zeros(2)], "It holds a list"),
         ({}, "It holds a dict"),
         ({7: torch.zeros(2)}, "no string"),

@@ -55,7 +55,7 @@ def convert(options: Options) -> Iterator[Event]:
     """
     started = time.monotonic()
     job = prepare(options)
-    for note in (*job.model.config.notes, *job.tokenizer.notes):
+    for note in (*job.model.checkpoint.notes, *job.model.config.notes, *job.tokenizer.notes):
         yield Warn(note)
     calibration = yield from draw(job)
     decoder = open_decoder(job)

@@ -156,6 +156,7 @@ def _prepare(options: Options) -> Job:
     projector = plan_projector(options, checkpoint, config, towers, keys, outputs[0])
     weights, unweighted = importance.weigh(matrix, outputs)
     notes = (
+        *checkpoint.notes,
         *rope.notes(config),
         *tokenizer.notes,
         *resolution.notes,

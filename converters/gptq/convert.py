@@ -80,7 +80,7 @@ def convert(options: Options, ranks: Ranks = ALONE) -> Iterator[Event]:
 
 def describe(job: Job) -> Iterator[Event]:
     """What will be written, to the byte, and which runtimes will not take it."""
-    for note in (*job.model.config.notes, *job.tokenizer.notes):
+    for note in (*job.model.checkpoint.notes, *job.model.config.notes, *job.tokenizer.notes):
         yield Warn(note)
     if job.model.vision is not None:
         yield Step("written in transformers' layout; what no forward pass uses is left out")

@@ -12,10 +12,11 @@ import numpy.typing as npt
 
 from converters.gptq.pack import PARTS, STORED_LESS, Packed, dequantize
 from converters.gptq.shapes import BITS
-from dsconvert.checkpoint import Checkpoint, open_weights
+from dsconvert.checkpoint import Checkpoint
 from dsconvert.config import load_json
 from dsconvert.errors import CheckpointError
 from dsconvert.safetensors_header import quoted, values
+from dsconvert.weight_files import open_weights
 from dsconvert.words import unpack_rows
 
 NESTED = ("text_config", "language_config")

@@ -181,14 +181,14 @@ LANGUAGE_ORIGINAL = Arch(
     LLAMA.name,
     (ORIGINAL,),
     prefixed(LLAMA.table, "language_model."),
-    (*("language_model\\." + pattern for pattern in DROP), _VISION_PART[ORIGINAL]),
+    (*DROP, _VISION_PART[ORIGINAL]),
     rope_factors,
 )
 LANGUAGE = Arch(
     LLAMA.name,
     (VL, HYBRID),
     renamed(LLAMA.table, _inside),
-    (*(pattern.replace("model", r"model\.language_model", 1) for pattern in DROP), _VISION_PART[VL]),
+    (*DROP, _VISION_PART[VL]),
     rope_factors,
 )
 TOWERS: dict[tuple[str, bool], Arch] = {
@@ -211,6 +211,14 @@ def towers(architecture: str, hybrid: bool, names: Iterable[str]) -> Arch:
     arch = TOWERS[architecture, hybrid]
     if not any(name.startswith(_SPELLED) for name in names):
         return arch
-    return replace(
-        arch, table=renamed(arch.table, lambda name: name.replace("model.vision_model.", _SPELLED, 1))
-    )
+    return replace(arch, table=_respelled(arch.table))
+
+
+def _respelled(table: tuple[T, ...]) -> tuple[T, ...]:
+    return renamed(table, lambda name: name.replace("model.vision_model.", _SPELLED, 1))
+
+
+def tower_tables(architecture: str) -> list[tuple[T, ...]]:
+    """The tables that the towers of a class may have, in every spelling; none for a class without any."""
+    tables = [arch.table for (name, _), arch in TOWERS.items() if name == architecture]
+    return [*tables, *map(_respelled, tables)]

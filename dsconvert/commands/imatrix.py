@@ -63,13 +63,15 @@ def make(
     from converters.gguf.writer import check_targets
     from dsconvert.calibrate import check_chat
     from dsconvert.commands.sources import open_reference
-    from dsconvert.events import Finished
+    from dsconvert.events import Finished, Warn
 
     started = time.monotonic()
     outfile = outfile.absolute()
     check_chat(wanted.chat)
     check_targets([outfile], [0], force)
     reference = open_reference(model)
+    for note in reference.notes:
+        yield Warn(note)
     # Conversations go through the template that a GGUF file gets: of a model with a tower it is another one.
     chat = replace(reference.tokenizer.chat, default=reference.templates[-1])
     tokenizer = replace(reference.tokenizer, chat=chat)

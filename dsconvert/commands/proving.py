@@ -16,7 +16,7 @@ from dsconvert.calibration import evaluation_windows
 from dsconvert.commands import pictures
 from dsconvert.commands.sources import Opened, Reference, limits_name, open_output
 from dsconvert.errors import TokenizerError, UsageError
-from dsconvert.events import Check, Event, Step
+from dsconvert.events import Check, Event, Step, Warn
 from dsconvert.figures import IntArray
 from dsconvert.machine import usable_cores
 from dsconvert.report import Report
@@ -78,6 +78,8 @@ def prove(path: Path, reference: Reference, asked: Asked) -> Generator[Event, No
     model, text that is too short. What can be compared and is wrong is a failed Check.
     """
     opened = open_output(path)
+    for note in (*reference.notes, *opened.notes):
+        yield Warn(note)
     if opened.kind != "GGUF" and asked.engine:
         raise UsageError("--engine llama.cpp runs GGUF files", where=path, why=f"this is a {opened.kind}")
     verify.check_sizes(reference.config, opened.config)

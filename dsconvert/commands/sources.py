@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 from dsconvert.arch import WeightSource
 from dsconvert.checkpoint import Checkpoint, open_checkpoint
 from dsconvert.config import ModelConfig, load_config, load_json
+from dsconvert.diagnosis import is_left_over, stated_method
 from dsconvert.errors import CheckpointError, TokenizerError, UsageError
 from dsconvert.inner import find_arch, language_model
+from dsconvert.locate import in_folder
 from dsconvert.report import TypeSize, sizes_by_type
+from dsconvert.weight_files import open_weights
 from tokenizer_tools.identity import TextHandling, of_data, of_metadata
 from tokenizer_tools.load import TokenizerData, load_tokenizer
 
@@ -21,7 +24,6 @@ if TYPE_CHECKING:
     from converters.gguf.image_proof import Pictured
     from converters.gguf.parse import GGUFFile
 
-NESTED = ("text_config", "language_config")
 # The mixture whose limits a stranger's type has to keep, by its bits per weight.
 BY_BITS = ((12.0, "bf16"), (7.5, "q8_0"), (6.0, "q6_k"), (4.8, "q5"), (3.8, "q4_0"), (2.8, "q3"), (0.0, "q2"))
 
@@ -36,6 +38,7 @@ class Reference:
     tokenizer: TokenizerData = field(repr=False)
     templates: tuple[str, ...] = field(repr=False)  # the chat templates that an output may carry
     pictured: Pictured | None = field(repr=False)  # the same with its towers; None without any
+    notes: tuple[str, ...] = field(repr=False, default=())  # on how it was found and read
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Opened:
     sizes: tuple[TypeSize, ...]
     nbytes: int
     keys: Mapping[str, Any] = field(default_factory=dict, repr=False)  # a GGUF file's
+    notes: tuple[str, ...] = field(default=(), repr=False)  # on how a 16-bit folder was read
 
     @property
     def bits(self) -> float:
@@ -78,7 +82,8 @@ def open_reference(model: str) -> Reference:
         templates.append(with_template(tokenizer, towers).chat.default)
         pictured = Pictured(checkpoint, config, tokenizer, towers)
     source, config = language_model(checkpoint, config)
-    return Reference(checkpoint.folder, source, config, tokenizer, tuple(templates), pictured)
+    notes = (*checkpoint.notes, *config.notes)
+    return Reference(checkpoint.folder, source, config, tokenizer, tuple(templates), pictured, notes)
 
 
 def is_projector(path: Path) -> bool:
@@ -100,12 +105,10 @@ def open_output(path: Path) -> Opened:
         raise UsageError(
             "there is no such file or folder", where=path, hint="Give a GGUF file or a model folder"
         )
-    config = load_json(path / "config.json")
-    parts = [config, *(config.get(key) for key in NESTED)]
-    stated = [p["quantization_config"] for p in parts if isinstance(p, dict) and p.get("quantization_config")]
-    if not stated:
+    path = in_folder(path).path
+    method = stated_method(load_json(path / "config.json"))
+    if not method or is_plain(path, method):
         return _open_checkpoint(path)
-    method = str(stated[0].get("quant_method")) if isinstance(stated[0], dict) else "unnamed"
     if method not in OPENERS:
         raise UsageError(
             f"is quantized by a method that is not read here, {method[:40]!r}",
@@ -113,6 +116,13 @@ def open_output(path: Path) -> Opened:
             why=f"known: GGUF files, 16-bit folders, {', '.join(OPENERS)}",
         )
     return OPENERS[method](path)
+
+
+def is_plain(folder: Path, method: str) -> bool:
+    """Whether the weights of a folder are plain ones in spite of the method that its config.json states."""
+    if method == "exl2":  # its folders may hold another model's index
+        return False
+    return is_left_over(method, {name: t.dtype for name, t in open_weights(folder).tensors.items()})
 
 
 def _open_gguf(path: Path) -> Opened:
@@ -151,7 +161,10 @@ def _open_checkpoint(path: Path) -> Opened:
     source, decoder = language_model(checkpoint, config, checkpoint.folder / "config.json")
     quant = _commonest(sizes)
     text = _handling(lambda: of_data(load_tokenizer(checkpoint.folder, config.vocab_size)))
-    return Opened(path, "checkpoint", quant, quant, source, decoder, text, sizes, checkpoint.nbytes)
+    return Opened(
+        path, "checkpoint", quant, quant, source, decoder, text, sizes, checkpoint.nbytes,
+        notes=checkpoint.notes,
+    )  # fmt: skip
 
 
 def _open_gptq(path: Path) -> Opened:
