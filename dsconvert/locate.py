@@ -11,12 +11,13 @@ from pathlib import Path
 from dsconvert.config import load_json
 from dsconvert.errors import CheckpointError, UsageError
 from dsconvert.hub_model import download, parse
-from dsconvert.reading import short
+from dsconvert.reading import read_text, short
 from dsconvert.safetensors_header import quoted
 
 SAMPLE, SAMPLE_VL = "sample:", "sample-vl:"
 SAMPLES = {SAMPLE: "sample", SAMPLE_VL: "sample_vl"}  # folders of this package
 WEIGHTS = (".safetensors", ".bin")
+REF = 1 << 10  # bytes: a branch's file in the hub's cache is a commit of 40 digits
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,8 @@ def _snapshot(entry: Path, snapshots: list[Path]) -> Found:
     """The snapshot of an entry of the hub's cache: of the branch main, or the only one."""
     chosen = snapshots[0] if len(snapshots) == 1 else None
     main = entry / "refs" / "main"
-    if main.is_file() and main.stat().st_size <= 100:
-        commit = main.read_text("utf-8", "replace").strip()
+    if main.exists():
+        commit = read_text(main, REF).strip()
         chosen = next((path for path in snapshots if path.name == commit), chosen)
     if chosen is None:
         raise CheckpointError(
