@@ -18,7 +18,7 @@ import numpy.typing as npt
 from dsconvert.config import is_tied, load_json
 from dsconvert.diagnosis import SOURCE, is_left_over, quantized_form, stated_method
 from dsconvert.errors import CheckpointError
-from dsconvert.locate import SAMPLE, SAMPLE_VL, find
+from dsconvert.locate import SAMPLE, SAMPLE_VL, find, locate
 from dsconvert.model_class import model_class
 from dsconvert.safetensors_header import READABLE, Array, Stored, quoted
 from dsconvert.spelling import LEFTOVERS, respelled
@@ -113,7 +113,7 @@ def open_checkpoint(model: str | Path | None = None) -> Checkpoint:
     config = load_json(where)
     weights = open_weights(folder) if found.path.is_dir() else open_file(found.path)
     if model == SAMPLE_VL:  # it holds the towers; its decoder is the other sample's
-        decoder = open_weights(find(SAMPLE).path)
+        decoder = open_weights(locate(SAMPLE))
         moved = {re.sub(r"^model\.", "model.language_model.", n): t for n, t in decoder.tensors.items()}
         weights = Weights((*weights.files, *decoder.files), weights.tensors | moved)
     left_over = _refuse_quantized(folder, config, weights.tensors)

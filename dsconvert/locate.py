@@ -71,6 +71,11 @@ def find(model: str | Path | None) -> Found:
     )
 
 
+def locate(model: str | Path | None) -> Path:
+    """What `find` gives, without its notes."""
+    return find(model).path
+
+
 def in_folder(folder: Path) -> Found:
     """The model that a folder holds: the folder itself, or a snapshot; CheckpointError says what is there."""
     if os.path.lexists(folder / "config.json"):

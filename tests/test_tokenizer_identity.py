@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dsconvert.locate import find
+from dsconvert.locate import locate
 from tokenizer_tools import identity
 from tokenizer_tools.load import TokenizerData, load_tokenizer
 from tokenizer_tools.pretokenizer import resolve
@@ -19,7 +19,7 @@ ROWS = 2048
 
 @pytest.fixture(scope="module")
 def data() -> TokenizerData:
-    return load_tokenizer(find("sample:").path, ROWS)
+    return load_tokenizer(locate("sample:"), ROWS)
 
 
 @pytest.fixture(scope="module")

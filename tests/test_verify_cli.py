@@ -23,7 +23,7 @@ from converters.gguf import proof
 from converters.gguf.parse import open_gguf
 from dsconvert import effort, kld_base, text
 from dsconvert.cli import cli
-from dsconvert.locate import find
+from dsconvert.locate import locate
 from dsconvert.textdata import SETS
 
 pytest.importorskip("torch")
@@ -154,7 +154,7 @@ def test_quick_on_a_small_model_says_what_it_ran(files: dict[str, Path]) -> None
 
 def test_a_bf16_copy_of_the_checkpoint(tmp_path: Path) -> None:
     copy = tmp_path / "copy"
-    shutil.copytree(find("sample:").path, copy)
+    shutil.copytree(locate("sample:"), copy)
     assert command("verify", copy, "--against", "sample:", "--windows", 1).exit_code == 0
     config = json.loads((copy / "tokenizer_config.json").read_text())
     (copy / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": "{{ 'hello' }}"}))

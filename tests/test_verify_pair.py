@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from converters.gguf.parse import GGUFFile, open_gguf
 from dsconvert.cli import cli
 from dsconvert.config import load_json
-from dsconvert.locate import find
+from dsconvert.locate import locate
 
 pytest.importorskip("torch")
 
@@ -203,7 +203,7 @@ def test_what_is_no_pair_is_an_error(
 
 def test_a_projector_of_pictures_of_another_size_is_named(pair: tuple[Path, Path], tmp_path: Path) -> None:
     """The same grid of patches, so that every tensor has its shape."""
-    assert load_json(find("sample-vl:").path / "config.json")["vision_config"]["image_size"] == 384
+    assert load_json(locate("sample-vl:") / "config.json")["vision_config"]["image_size"] == 384
     data = bytearray(pair[1].read_bytes())
     key = b"clip.vision.image_size"
     at = data.index(key) + len(key) + 4
