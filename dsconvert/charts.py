@@ -20,14 +20,15 @@ NAMES = 150  # where the cells of a heat map begin
 
 def line(values: Sequence[float], x_label: str, y_label: str, limit: float | None = None) -> str:
     """One value per integer x from 0 on, as a line with dots; `limit` is a dashed line if it is in sight."""
-    top = max([*values, 1e-12]) * 1.1
+    top = max([*filter(math.isfinite, values), 1e-12]) * 1.1
     sight = limit is not None and limit <= 3 * top
     if limit is not None and sight:
         top = max(top, limit * 1.05)
     ticks = nice_ticks(top)
     top = max(top, ticks[-1])
     count = max(len(values) - 1, 1)
-    points = [(_x(i / count), _y(v / top)) for i, v in enumerate(values)]
+    shares = [v / top if math.isfinite(v) else 1.0 for v in values]  # at the upper edge; its title says it
+    points = [(_x(i / count), _y(share)) for i, share in enumerate(shares)]
     parts = _frame(x_label, y_label, [(t / top, f"{t:g}") for t in ticks])
     step = max(1, len(values) // 16)
     parts += [_text(_x(i / count), HEIGHT - 18, str(i), "middle") for i in range(0, len(values), step)]
@@ -44,9 +45,12 @@ def line(values: Sequence[float], x_label: str, y_label: str, limit: float | Non
 
 def log_histogram(values: Floats, x_label: str, marks: Mapping[str, float], bins: int = 48) -> str:
     """Counts of positive values in bins of equal ratio; `marks` are named lines; zeros are counted below."""
-    positive = values[values > 0]
-    if not len(positive):
+    endless = int((~np.isfinite(values)).sum())
+    positive = values[(values > 0) & np.isfinite(values)]
+    if not len(positive) and not endless:
         return f"<p>All {len(values)} values are exactly zero.</p>"
+    if not len(positive):
+        return f"<p>{endless} of {len(values)} values are not finite and none can be drawn.</p>"
     low = math.log10(max(float(positive.min()), 1e-14))
     high = max(math.log10(float(positive.max())), low + 1e-3)
     counts, edges = np.histogram(np.log10(positive.clip(min=10**low)), bins, (low, high))
@@ -63,19 +67,20 @@ def log_histogram(values: Floats, x_label: str, marks: Mapping[str, float], bins
     for power in range(math.ceil(low), math.floor(high) + 1):
         parts.append(_text(_x((power - low) / (high - low)), HEIGHT - 18, f"1e{power}", "middle"))
     for row, (name, value) in enumerate(marks.items()):
-        if value > 0:
+        if 0 < value < math.inf:
             x = _x(min(max((math.log10(value) - low) / (high - low), 0), 1))
             parts.append(f'<line class="limit" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
             anchor = "end" if x > WIDTH - 160 else "start"
             parts.append(_text(x + (-4 if anchor == "end" else 4), TOP + 10 + 13 * row, name, anchor))
-    zeros = len(values) - len(positive)
+    zeros = len(values) - len(positive) - endless
     note = f"<p>{zeros} of {len(values)} values are exactly zero and not drawn.</p>" if zeros else ""
+    note += f"<p>{endless} of {len(values)} values are not finite and not drawn.</p>" if endless else ""
     return _svg(parts, HEIGHT, f"histogram of {x_label}") + note
 
 
 def log_scatter(points: Mapping[str, tuple[float, float]], x_label: str, y_label: str) -> str:
     """Named points (x from 0 on, y above 0 on a logarithmic axis); a y of 0 is at the lower edge, marked."""
-    positive = [y for _, y in points.values() if y > 0]
+    positive = [y for _, y in points.values() if 0 < y < math.inf]
     low = math.floor(math.log10(min(positive, default=1e-6)))
     high = max(math.ceil(math.log10(max(positive, default=1e-5))), low + 1)
     ticks = nice_ticks(max([x for x, _ in points.values()], default=1.0) * 1.1)
@@ -83,7 +88,8 @@ def log_scatter(points: Mapping[str, tuple[float, float]], x_label: str, y_label
     parts = _frame(x_label, y_label, [((p - low) / (high - low), f"1e{p}") for p in powers])
     parts += [_text(_x(t / ticks[-1]), HEIGHT - 18, f"{t:g}", "middle") for t in ticks]
     for name, (x, y) in points.items():
-        at, height = _x(x / ticks[-1]), _y((math.log10(y) - low) / (high - low) if y > 0 else 0.0)
+        share = (math.log10(y) - low) / (high - low) if 0 < y < math.inf else float(y > 0)
+        at, height = _x(x / ticks[-1]), _y(share)
         tip = escape(f"{name}: {x:.4g}, {y:.4g}")
         parts.append(
             f'<circle class="dot" cx="{at:.1f}" cy="{height:.1f}" r="4"><title>{tip}</title></circle>'

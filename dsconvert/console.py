@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dsconvert.errors import ConversionError
 from dsconvert.events import BlockRun, Check, Event, Finished, Planned, Step, TensorDone, Warn
+from dsconvert.streams import as_json, escaped, write
 
 if TYPE_CHECKING:
+    from types import TracebackType
+
     from dsconvert.report import Report
 
 Result = TypeVar("Result")
@@ -25,17 +27,17 @@ PLAIN_INTERVAL = 2.0  # seconds between progress lines where there is no termina
 
 def say(text: str = "") -> None:
     """A line of the result, on standard output."""
-    _write(sys.stdout, text)
+    write(sys.stdout, text)
 
 
 def note(text: str) -> None:
     """A line about the work, on standard error."""
-    _write(sys.stderr, text)
+    write(sys.stderr, text)
 
 
 def say_json(value: Any) -> None:
     """A value as one line of JSON on standard output."""
-    _write(sys.stdout, json.dumps(value, ensure_ascii=False, default=str))
+    write(sys.stdout, as_json(value))
 
 
 def fail(error: ConversionError, as_json: bool = False) -> int:
@@ -46,6 +48,15 @@ def fail(error: ConversionError, as_json: bool = False) -> int:
     else:
         note(f"error: {error}")
     return STOPPED
+
+
+def show_traceback(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+    """What `sys.excepthook` does, with an error's text escaped as everything else."""
+    import traceback
+
+    for part in traceback.format_exception(kind, error, where):
+        for line in part.splitlines():
+            note(line)
 
 
 def size(nbytes: float) -> str:
@@ -61,7 +72,7 @@ def table(
     rows: Iterable[Sequence[object]], heads: Sequence[str], right: frozenset[int] = frozenset()
 ) -> None:
     """Print rows under `heads`; the columns in `right` are set flush right."""
-    cells = [list(heads), *([str(cell) for cell in row] for row in rows)]
+    cells = [list(heads), *([escaped(str(cell)) for cell in row] for row in rows)]
     widths = [max(len(row[at]) for row in cells) for at in range(len(heads))]
     for row in cells:
         line = "  ".join(
@@ -234,16 +245,6 @@ def _lines() -> Callable[[int, int], None]:
             note(f"{100 * done // total} %, {size(done)} of {size(total)}, {size(rate)}/s, {left}")
 
     return update
-
-
-def _write(stream: TextIO, text: str) -> None:
-    try:
-        stream.write(text + "\n")
-    except UnicodeEncodeError:
-        stream.write(
-            text.encode(stream.encoding or "ascii", "backslashreplace").decode(stream.encoding) + "\n"
-        )
-    stream.flush()
 
 
 def show_mapping(values: Mapping[str, object], width: int = 100) -> None:

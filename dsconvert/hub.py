@@ -17,6 +17,12 @@ TRIES = 2  # the client's own retries take about 24 s before they say anything
 TRANSPORTS = ("httpcore", "httpx", "httpx2", "requests", "urllib3")
 
 
+def host(url: str) -> str:
+    """The host and port of a URL, as it can be shown: a mirror's may hold a user and a password."""
+    parts = urlsplit(url)
+    return parts.netloc.rpartition("@")[2]
+
+
 class Unreachable(CheckpointError):
     """There is no network, or none is allowed, and the file is not in the local cache."""
 
@@ -52,7 +58,7 @@ def fetch(repository: str, name: str, *, offline: bool = False) -> Generator[Eve
         )
     url = hf_hub_url(repository, name, repo_type="dataset")
     patience = f"without a network this gives up after about {TRIES * TIMEOUT:.0f} s"
-    yield Step(f"asking {urlsplit(url).netloc} for {where}; {patience}")
+    yield Step(f"asking {host(url)} for {where}; {patience}")
     problem: Exception | None = None
     for attempt in range(TRIES):
         try:

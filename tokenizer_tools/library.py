@@ -88,6 +88,25 @@ def ids(tokenizer: Tokenizer, texts: Sequence[str], where: object = "tokenizer.j
         return [e.ids for e in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
+def decode(tokenizer: Tokenizer, ids: Sequence[int], where: object = "tokenizer.json") -> str:
+    """The text of token ids, special tokens among it."""
+    with guarded("decode tokens", where):
+        return str(tokenizer.decode(list(ids), skip_special_tokens=False))
+
+
+def tokens(tokenizer: Tokenizer, text: str, where: object = "tokenizer.json") -> tuple[list[int], list[str]]:
+    """The ids and the tokens of one text, nothing added."""
+    with guarded("encode a text", where):
+        encoding = tokenizer.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.tokens
+
+
+def same_pieces(first: Splitter, second: Splitter, texts: Sequence[str], where: object = "") -> bool:
+    """Whether two pre-tokenizers split every text into the same pieces."""
+    with guarded("split a text", where):
+        return all(first.pre_tokenize_str(text) == second.pre_tokenize_str(text) for text in texts)
+
+
 def splitter(spec: PreTokenizer, where: object = "") -> Splitter:
     """The library's pre-tokenizer object of a spec; raises TokenizerError for a pattern it refuses."""
     from tokenizers import Tokenizer

@@ -7,9 +7,11 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from tokenizer_tools.library import ids
 from tokenizer_tools.samples import PROBES, random_texts
 
 if TYPE_CHECKING:
@@ -59,10 +61,7 @@ class Comparison:
 def encoder(tokenizer: Tokenizer) -> Encoder:
     """The batch encoder of a `tokenizers.Tokenizer`: nothing added, added tokens in a text recognised."""
 
-    def encode(texts: Sequence[str]) -> list[list[int]]:
-        return [e.ids for e in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
-
-    return encode
+    return partial(ids, tokenizer)
 
 
 def one_by_one(encode: Callable[[str], Sequence[int]]) -> Encoder:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from dsconvert.errors import TokenizerError
 from tokenizer_tools import parity
-from tokenizer_tools.library import ids, splitter
+from tokenizer_tools.library import ids, same_pieces, splitter
 from tokenizer_tools.load import TokenizerData
 from tokenizer_tools.rebuild import gguf_keys, rebuild
 from tokenizer_tools.runtimes import RUNTIMES, Runtime, by_name
@@ -180,7 +180,7 @@ def _overridden(name: str, proof: _Proof) -> Resolution:
 def _same_pieces(row: Runtime, data: TokenizerData) -> bool:
     """Whether the runtime's steps split the probes into the same pieces, whatever the vocabulary."""
     own, other = splitter(data.spec, data.source), splitter(row.runtime, data.source)
-    return all(own.pre_tokenize_str(t) == other.pre_tokenize_str(t) for t in parity.PROBES)
+    return same_pieces(own, other, parity.PROBES, data.source)
 
 
 def _same_flag(row: Runtime, data: TokenizerData) -> bool:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from dsconvert.errors import TokenizerError
-from tokenizer_tools.library import build_tokenizer, open_tokenizer
+from tokenizer_tools.library import build_tokenizer, guarded, open_tokenizer
 from tokenizer_tools.load import TokenizerData
 from tokenizer_tools.runtimes import by_name
 from tokenizer_tools.steps import PreTokenizer, Value, from_gguf, to_gguf, to_json
@@ -118,7 +118,9 @@ def _from_parts(
         vocab = {tokens[i]: i for i in sorted([*normal, *members])}
         flagged = _added(metadata, added, types)
         made = build_tokenizer(_around(metadata, spec), vocab, merges, ignore_merges, flagged, where)
-        if all(made.token_to_id(content) == i for i, content in added.items()):
+        with guarded("look up an added token", where):
+            same = all(made.token_to_id(content) == i for i, content in added.items())
+        if same:
             return made
     raise TokenizerError("has added tokens whose ids cannot be rebuilt", where=where)
 
@@ -131,12 +133,18 @@ def _array(metadata: Mapping[str, Any], name: str, where: object) -> list[Any]:
 
 
 def _added(metadata: Mapping[str, Any], added: Mapping[int, str], types: list[Any]) -> list[dict[str, Any]]:
-    flagged = {flag: set(metadata.get(f"{EXTRA}added.{flag}", ())) for flag in FLAGS}
+    flagged = {flag: _ids(metadata, f"{EXTRA}added.{flag}") for flag in FLAGS}
     return [
         {"content": content, "special": bool(types[i] == CONTROL)}
         | {flag: i in flagged[flag] for flag in FLAGS}
         for i, content in added.items()
     ]
+
+
+def _ids(metadata: Mapping[str, Any], key: str) -> set[int]:
+    """The ids in an array; empty where the key is of another kind."""
+    value = metadata.get(key)
+    return {i for i in value if isinstance(i, int)} if isinstance(value, list) else set()
 
 
 def _around(metadata: Mapping[str, Any], spec: PreTokenizer) -> dict[str, Any]:
@@ -158,9 +166,9 @@ def _post_processor(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
     known = {}
     for name, pieces in around.items():
         i = metadata.get(ID_KEYS[name])
-        if metadata.get(f"{GGML}add_{name}_token") and i is not None:
+        if metadata.get(f"{GGML}add_{name}_token") and isinstance(i, int):
             pieces.append({"SpecialToken": {"id": name, "type_id": 0}})
-            known[name] = {"id": name, "ids": [int(i)], "tokens": [name]}
+            known[name] = {"id": name, "ids": [i], "tokens": [name]}
     if not known:
         return None
     single = [*around["bos"], text, *around["eos"]]

@@ -18,6 +18,7 @@ from dsconvert.errors import CheckpointError
 from dsconvert.events import Check, Event, Step
 from dsconvert.inner import language_model
 from dsconvert.vision_runner import Floats
+from tokenizer_tools.library import tokens
 from tokenizer_tools.load import TokenizerData
 from tokenizer_tools.vision_template import SYSTEM
 
@@ -64,7 +65,7 @@ def check_question(model: Pictured, text: GGUFFile, limit: float, both: tuple[Fl
     """Logits of a question about the picture: the files against the checkpoint, each with its embeddings."""
     towers, tokenizer = model.towers, model.tokenizer
     prompt = f"{SYSTEM}\n\nUser: {towers.token}What is this?\n\nAssistant:"
-    ids = tokenizer.tokenizer.encode(prompt, add_special_tokens=False).ids
+    ids, _ = tokens(tokenizer.tokenizer, prompt, tokenizer.source)
     at = ids.index(towers.token_id)
     before = ids[:at] if tokenizer.first_id is None else [tokenizer.first_id, *ids[:at]]
     source, plain = language_model(model.checkpoint, model.config)

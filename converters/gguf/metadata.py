@@ -11,9 +11,11 @@ from converters.gguf.layout import KeyValues
 from converters.gguf.rope import scaling_keys
 from dsconvert.config import ModelConfig
 from dsconvert.manifest import origin
+from dsconvert.reading import read_head
 
 # A size in a model's name: "7b", "1.3B", "135M", also between separators.
 SIZE_IN_NAME = re.compile(r"\d+(?:\.\d+)?[bBmM]")
+CARD = 64 << 10  # bytes in which the front matter ends; its parser takes 1 s for as many
 HUB = "https://huggingface.co"
 VERSION_IN_NAME = re.compile(r"v\d+(?:\.\d+)*", re.IGNORECASE)
 
@@ -78,17 +80,18 @@ def basename(name: str) -> str:
 
 def model_card(folder: Path) -> dict[str, Any]:
     """The front matter of README.md; empty when there is none or it cannot be read (a card is no weight)."""
-    path = folder / "README.md"
-    if not path.is_file():
+    try:
+        text = read_head(folder / "README.md", CARD).decode("utf-8-sig", errors="replace")
+    except OSError:
         return {}
-    text = path.read_text(encoding="utf-8", errors="replace")
-    if not text.startswith("---"):
+    parts = text.split("---", 2)
+    if parts[0] or len(parts) < 3:
         return {}
     import yaml
 
     try:
-        card = yaml.safe_load(text.split("---", 2)[1])
-    except (yaml.YAMLError, IndexError, ValueError):
+        card = yaml.safe_load(parts[1])
+    except Exception:  # of any kind: yaml raises what Python's types raise on odd values
         return {}
     return card if isinstance(card, dict) else {}
 

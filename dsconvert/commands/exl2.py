@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from dsconvert.commands.calibrating import calibration_options
+from dsconvert.commands.numbers import Number
 from dsconvert.commands.running import run
 
 
@@ -20,7 +21,7 @@ def _number(ctx: click.Context, param: click.Parameter, value: str) -> int:
 @click.option(
     "-b",
     "--bpw",
-    type=click.FloatRange(2, 8),
+    type=Number(2, 8),
     default=4.0,
     show_default=True,
     help="Bits per weight of the blocks' linears, on average; head and embedding are not counted.",
@@ -41,7 +42,7 @@ def _number(ctx: click.Context, param: click.Parameter, value: str) -> int:
 )
 @click.option(
     "--damp",
-    type=click.FloatRange(0, 1),
+    type=Number(0, 1),
     default=0.05,
     show_default=True,
     help="Fraction of the mean of H's diagonal that is added to it.",

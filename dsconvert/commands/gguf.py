@@ -8,9 +8,8 @@ from typing import Any
 import click
 
 from dsconvert.commands.calibrating import calibration_options, wanted_of
+from dsconvert.commands.numbers import size
 from dsconvert.commands.running import run
-
-UNITS = {"K": 1000, "M": 1000**2, "G": 1000**3}
 
 
 def _quants(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
@@ -23,18 +22,6 @@ def _quants(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str
             f"{', '.join(unknown) or 'nothing'} is unknown; known: {', '.join(FILE_TYPES)}"
         )
     return names
-
-
-def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
-    """A number of bytes: 4G, 500M, or plain; decimal units, as llama.cpp's split tool takes them."""
-    if value is None:
-        return None
-    text = value.upper().removesuffix("B")
-    scale = UNITS.get(text[-1:], 1)
-    number = text[:-1] if scale > 1 else text
-    if not number.isdigit() or int(number) == 0:
-        raise click.BadParameter(f"{value!r} is no size; write 500M or 4G")
-    return int(number) * scale
 
 
 def _overrides(
@@ -82,7 +69,7 @@ def _overrides(
 @click.option("--pre", metavar="NAME", help="The runtime's pre-tokenizer, when none is proven to fit.")
 @click.option(
     "--split-max-size",
-    callback=_size,
+    callback=size,
     metavar="SIZE",
     help="Split into files of at most this size (4G, 500M).",
 )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dsconvert.commands.calibrating import calibration_options
+from dsconvert.commands.numbers import Number
 from dsconvert.commands.running import on_each_rank, run
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def _number(ctx: click.Context, param: click.Parameter, value: str) -> int:
 )
 @click.option(
     "--damp",
-    type=click.FloatRange(0, 1),
+    type=Number(0, 1),
     default=0.05,
     show_default=True,
     help="Fraction of the mean of H's diagonal that is added to it.",

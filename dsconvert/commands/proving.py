@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from dsconvert.thresholds import Thresholds, thresholds_for, verdict
 from dsconvert.verify import Comparison
 from dsconvert.windows import Windows, consecutive, strided
 from tokenizer_tools import identity, parity
+from tokenizer_tools.library import decode
 from tokenizer_tools.library import ids as encode
 from tokenizer_tools.vocabulary import NORMAL
 
@@ -114,7 +116,7 @@ def prove(path: Path, reference: Reference, asked: Asked) -> Generator[Event, No
         provenance=provenance(opened, reference, chosen_text, where, comparison)
         | ({} if pair is None else {"projector": pair.said}),
         engine=engine,
-        decode=lambda ids: str(reference.tokenizer.tokenizer.decode(list(ids), skip_special_tokens=False)),
+        decode=partial(decode, reference.tokenizer.tokenizer),
     )
     return Proof(opened, report)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -21,7 +20,11 @@ def run(work: Callable[[], int], *, as_json: bool, debug: bool) -> None:
     """Run a command's work and leave with its exit code; errors become one paragraph and exit code 2."""
     from dsconvert import console
     from dsconvert.ranks import leave
+    from dsconvert.streams import open_streams
 
+    open_streams()
+    if debug:
+        sys.excepthook = console.show_traceback
     signal.signal(signal.SIGTERM, _terminate)
     try:
         code = work()
@@ -31,10 +34,9 @@ def run(work: Callable[[], int], *, as_json: bool, debug: bool) -> None:
         code = console.fail(error, as_json)
     except KeyboardInterrupt:
         code = console.fail(ConversionError("interrupted", why="No unfinished file was left"), as_json)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = console.STOPPED
-    except Exception as error:
+    except (SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a library's panic is no Exception
         if debug:
             raise
         code = console.fail(_unexpected(error), as_json)
@@ -64,9 +66,15 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _unexpected(error: Exception) -> ConversionError:
+def _unexpected(error: BaseException) -> ConversionError:
     from dsconvert.reading import short
 
+    if isinstance(error, MemoryError):
+        return ConversionError(
+            "there is not enough memory",
+            why=short(error) if str(error) else "",
+            hint="Give the process more (`ulimit -v`), end others, or ask for less at a time",
+        )
     return ConversionError(
         f"stopped by an unexpected {type(error).__name__}: {short(error)}",
         why="This is a fault of dsconvert",

@@ -48,7 +48,7 @@ def tokenizer(file: Path, other: Path | None, as_json: bool, debug: bool, **aske
         if opened.spec:
             steps = [vars(step) for step in opened.spec.steps]
             found["pre_tokenizer"] = {"sha256": opened.spec.sha256, "flavor": "oniguruma", "steps": steps}
-        found["encoded"] = [_encoded(opened.tokenizer, text) for text in asked["texts"]]
+        found["encoded"] = [_encoded(opened.tokenizer, text, file) for text in asked["texts"]]
         if other is not None:
             found["comparison"] = _compared(opened.tokenizer, _open_tokenizer(other).tokenizer, **asked)
         (console.say_json if as_json else console.show_tokenizer)(found)
@@ -67,9 +67,14 @@ def _open_tokenizer(path: Path) -> Any:
     return open_metadata(path, open_gguf(path).keys)
 
 
-def _encoded(tokenizer: Any, text: str) -> dict[str, Any]:
-    encoding = tokenizer.encode(text, add_special_tokens=False)
-    return {"text": text, "ids": encoding.ids, "tokens": encoding.tokens}
+def _encoded(tokenizer: Any, text: str, path: Path) -> dict[str, Any]:
+    from dsconvert.errors import UsageError
+    from tokenizer_tools.library import tokens
+
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        raise UsageError("--encode needs text in UTF-8", where=text)
+    ids, found = tokens(tokenizer, text, path)
+    return {"text": text, "ids": ids, "tokens": found}
 
 
 def _compared(

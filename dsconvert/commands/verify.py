@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
+from dsconvert.commands.numbers import Number
 from dsconvert.commands.running import run
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -57,13 +58,13 @@ PROOF_OPTIONS = (
         help="Arithmetic; default float32 on a CPU, bfloat16 on CUDA.",
     ),
     click.option(
-        "--max-kld", type=float, metavar="NATS", help="Largest mean KL divergence; default by type."
+        "--max-kld", type=Number(), metavar="NATS", help="Largest mean KL divergence; default by type."
     ),
     click.option(
-        "--max-ppl-ratio", type=float, metavar="RATIO", help="Largest PPL(Q)/PPL(base); default by type."
+        "--max-ppl-ratio", type=Number(), metavar="RATIO", help="Largest PPL(Q)/PPL(base); default by type."
     ),
     click.option(
-        "--min-top1", type=float, metavar="SHARE", help="Least share of equal top tokens; default by type."
+        "--min-top1", type=Number(), metavar="SHARE", help="Least share of equal top tokens; default by type."
     ),
     click.option(
         "--engine",

@@ -15,9 +15,26 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llvmlite.binding import get_host_cpu_features, get_host_cpu_name
-
 from dsconvert import __version__
+from dsconvert.errors import ConversionError
+from dsconvert.reading import short
+
+
+@contextlib.contextmanager
+def _loading() -> Iterator[None]:
+    """Tell why the compiler cannot be loaded, which takes 0.5 GB of address space."""
+    try:
+        yield
+    except (OSError, ImportError, MemoryError) as error:
+        raise ConversionError(
+            "the compiler of the kernels cannot be loaded",
+            why=short(error),
+            hint="Give the process more memory (`ulimit -v`), or install numba and llvmlite again",
+        ) from None
+
+
+with _loading():
+    from llvmlite.binding import get_host_cpu_features, get_host_cpu_name
 
 
 @contextlib.contextmanager
@@ -33,7 +50,8 @@ def _without(name: str) -> Iterator[None]:
             del sys.modules[name]
 
 
-with _without("scipy"):  # numba loads its linear algebra where it is installed; no kernel uses any
+# numba loads scipy's linear algebra where that is installed; no kernel uses any.
+with _loading(), _without("scipy"):
     import numba
     import numba.np.arraymath
 
