@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsconvert.config import LLAMA_DEFAULTS
 from dsconvert.errors import OutputError
 from dsconvert.rope import ORIGINAL, SCALINGS, kind_of, settings
 from dsconvert.safetensors_writer import Piece, write_safetensors
@@ -119,6 +120,11 @@ def with_both_ropes(config: Mapping[str, Any]) -> dict[str, Any]:
         both.pop(key, None)
     if kind in SCALINGS and out.get(ORIGINAL) is not None:  # only transformers 5 looks for it there
         both[ORIGINAL] = out[ORIGINAL]
+    context = out.get("max_position_embeddings") or LLAMA_DEFAULTS["max_position_embeddings"]
+    if kind == "llama3":  # transformers 4 takes no default for it
+        both.setdefault(ORIGINAL, context)
+    if kind == "yarn" and both.get("factor", 1.0) is None:  # nor for this
+        both["factor"] = context / both.get(ORIGINAL, context)
     out["rope_theta"] = theta
     out["rope_scaling"] = None if kind == "default" else {LEGACY_KEY.get(kind, "rope_type"): kind, **both}
     out["rope_parameters"] = {"rope_theta": theta, "rope_type": kind, **both}

@@ -30,12 +30,27 @@ def llama_config(config: ModelConfig) -> Any:
 
     stated = config.decoder or _stored(config)
     keys = {k: v for k, v in stated.items() if k not in NOT_ARITHMETIC and v is not None}
+    if int(transformers.__version__.split(".")[0]) < 5:
+        keys = _old_spelling(keys)
     try:
         llama = transformers.LlamaConfig(**copy.deepcopy(keys))  # it changes the RoPE settings in place
     except Exception as error:  # its validation raises classes of its own
         raise CheckpointError("transformers refuses this config", why=short(error)) from None
     llama._attn_implementation = "sdpa"
     return llama
+
+
+def _old_spelling(keys: dict[str, Any]) -> dict[str, Any]:
+    """The same RoPE for transformers 4, whose settings lie elsewhere: it has no rope_parameters."""
+    said = dict(keys.get("rope_scaling") or keys.get("rope_parameters") or {})
+    theta = said.pop("rope_theta", keys.get("rope_theta"))
+    kind = said.get("rope_type", said.get("type", "default"))
+    outside = keys.get("original_max_position_embeddings")
+    if outside is not None and kind != "default":
+        said["original_max_position_embeddings"] = outside
+    rest = {k: v for k, v in keys.items() if k not in ("rope_theta", "rope_parameters")}
+    rest["rope_scaling"] = None if kind == "default" else said
+    return rest if theta is None else {**rest, "rope_theta": theta}
 
 
 def _stored(config: ModelConfig) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from dsconvert.thresholds import thresholds_for
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-from dsconvert.torch_config import llama_config, numbers_of, open_rotary  # noqa: E402
+from dsconvert.torch_config import _old_spelling, llama_config, numbers_of, open_rotary  # noqa: E402
 
 if transformers.__version__ < "5":
     pytest.skip("needs transformers 5, whose rule is the reference here", allow_module_level=True)
@@ -159,7 +159,10 @@ def test_a_file_says_what_transformers_does_or_the_key_is_named(raw: dict[str, A
 @MANY
 @given(configs())
 def test_a_folder_says_the_same_to_every_reader(raw: dict[str, Any]) -> None:
-    """Both spellings, and each alone as transformers 4 and readers older than it see it."""
+    """Both spellings, and each alone as transformers 4 and readers older than it see it.
+
+    So does the reference that is built of the source where transformers 4 is installed.
+    """
     try:
         config = normalise(raw, "config.json")
     except CheckpointError:
@@ -171,7 +174,10 @@ def test_a_folder_says_the_same_to_every_reader(raw: dict[str, Any]) -> None:
     outside = "original_max_position_embeddings"
     old = {k: v for k, v in both.items() if k not in ("rope_parameters", outside)}
     new = {k: v for k, v in both.items() if k not in ("rope_scaling", "rope_theta", outside)}
-    for seen in (both, old, new):
+    four = _old_spelling(raw)
+    assert not {"rope_parameters"} & four.keys()
+    assert "rope_theta" not in (four["rope_scaling"] or {})
+    for seen in (both, old, new, four):
         same(expected(seen), wanted)
     assert with_both_ropes(both) == both
 

@@ -16,6 +16,7 @@ from converters.exl2.proof import prove_folder
 from dsconvert.errors import UsageError
 from dsconvert.events import Event, Finished, Step
 from dsconvert.inner import Inner
+from dsconvert.model_folder import with_both_ropes
 
 MODULE = "exllamav2.conversion.convert_exl2"
 OURS = "Leave --backend out: dsconvert's own quantizer needs neither"
@@ -74,11 +75,15 @@ def check_readable(job: Job) -> None:
     folder, raw = job.model.checkpoint.folder, job.model.raw
     if isinstance(job.model.source, Inner):
         raise UsageError("exllamav2 has no DeepSeek-VL", where=folder, hint=OURS)
-    if "rope_theta" not in raw and raw.get("rope_parameters"):
+    read, meant = (
+        (config.get("rope_theta") or 10000.0, config.get("rope_scaling") or None)
+        for config in (raw, with_both_ropes(raw))
+    )
+    if read[0] != meant[0] or (read[1] is None) != (meant[1] is None):
         raise UsageError(
-            "exllamav2 would take RoPE's theta for 10000, and no scaling",
+            f"exllamav2 would take RoPE's theta for {read[0]:g}, and {'a' if read[1] else 'no'} scaling",
             where=folder / "config.json",
-            why="It reads rope_theta and rope_scaling only, and the file has rope_parameters",
+            why="It reads rope_theta and rope_scaling only, and the file says more in rope_parameters",
             hint=f"Add rope_theta (and rope_scaling) to config.json. {OURS}",
         )
 
