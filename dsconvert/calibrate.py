@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from dsconvert.drawing import Ask
 from dsconvert.encoding import Encode, IntArray
 from dsconvert.errors import UsageError
 from dsconvert.events import Event, Step, Warn
-from dsconvert.textdata import chats, load_text
+from dsconvert.textdata import NAMES, chats, load_text
 from dsconvert.textfiles import Message
 
 
@@ -29,6 +30,17 @@ class Wanted:
     bos: int | None = None
     chat: Path | None = None
     offline: bool = False
+
+    @property
+    def files(self) -> list[Path]:
+        """The files and folders that are read."""
+        return files_of(self.text, self.chat)
+
+
+def files_of(text: str | None, chat: Path | None) -> list[Path]:
+    """The file or folder that a calibration text is read from, by its option, and that of conversations."""
+    named = [Path(text)] if text and text not in NAMES else []
+    return named + ([] if chat is None else [chat])
 
 
 def calibrate(
@@ -61,5 +73,5 @@ def calibrate(
 
 def check_chat(path: Path | None) -> None:
     """See that a file of conversations is there before any work; raises UsageError."""
-    if path is not None and not path.is_file():
+    if path is not None and not os.path.isfile(path):  # which never raises, as Path.is_file does
         raise UsageError("is no file", where=path, hint="Give a JSON lines file of conversations")

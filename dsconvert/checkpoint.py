@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dsconvert import bus_error
 from dsconvert.config import is_tied, load_json
 from dsconvert.diagnosis import SOURCE, is_left_over, quantized_form, stated_method
 from dsconvert.errors import CheckpointError
 from dsconvert.locate import SAMPLE, SAMPLE_VL, find, locate
 from dsconvert.model_class import model_class
 from dsconvert.safetensors_header import READABLE, Array, Stored, quoted
+from dsconvert.source_files import SourceFile, remember, small_files, weight_files
 from dsconvert.spelling import LEFTOVERS, respelled
 from dsconvert.weight_files import Weights, open_file, open_weights
 
@@ -30,13 +32,15 @@ class Checkpoint:
     """A model on disk by its Hugging Face names: a WeightSource over mapped files.
 
     `notes` are what the user should know of how it was found and read; every command shows them.
-    All methods may be called from many threads at once. The files stay mapped while a view of them lives.
+    All methods may be called from many threads at once. The files stay mapped while a view of them lives;
+    `seen` says what they, and the small files beside them, were before they were opened.
     """
 
     folder: Path
     files: tuple[Path, ...]
     tensors: Mapping[str, Stored] = field(repr=False)
     notes: tuple[str, ...] = field(repr=False, default=())
+    seen: tuple[SourceFile, ...] = field(repr=False, default=())
 
     @property
     def nbytes(self) -> int:
@@ -109,6 +113,8 @@ def open_checkpoint(model: str | Path | None = None) -> Checkpoint:
     """
     found = find(model)
     folder = found.path if found.path.is_dir() else found.path.parent
+    bus_error.watch()
+    before = remember([*small_files(folder), *weight_files(folder)])
     where = folder / "config.json"
     config = load_json(where)
     weights = open_weights(folder) if found.path.is_dir() else open_file(found.path)
@@ -119,9 +125,10 @@ def open_checkpoint(model: str | Path | None = None) -> Checkpoint:
     left_over = _refuse_quantized(folder, config, weights.tensors)
     named = model_class(config)
     tensors, respelt = respelled(weights.tensors, named.name, is_tied(config, named.name), folder)
-    return Checkpoint(
-        folder, weights.files, tensors, (*found.notes, *weights.notes, *left_over, *named.notes, *respelt)
-    )
+    notes = (*found.notes, *weights.notes, *left_over, *named.notes, *respelt)
+    used = {*small_files(folder), *weights.files}
+    seen = tuple(file for file in before if file.path in used)
+    return Checkpoint(folder, weights.files, tensors, notes, seen)
 
 
 def _refuse_quantized(

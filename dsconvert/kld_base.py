@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +21,10 @@ import numpy.typing as npt
 from dsconvert import streaming as st
 from dsconvert.arch import WeightSource
 from dsconvert.config import ModelConfig
-from dsconvert.errors import CheckpointError, OutputError, UsageError
+from dsconvert.errors import CheckpointError, UsageError
 from dsconvert.events import Event
 from dsconvert.figures import IntArray, TokenFigures, joined, summary, token_figures
+from dsconvert.output_files import part_files
 from dsconvert.reading import open_regular
 from dsconvert.scoring import hidden_states
 from dsconvert.verify import Comparison
@@ -47,7 +48,7 @@ class KldBase:
 
     def log_probs(self, window: int) -> npt.NDArray[np.float32]:
         """The base's log-probabilities [predictions, vocab] of one window, as the file holds them."""
-        rows = self.windows.length - 1 - self.windows.length // 2
+        rows = _predictions(self.windows)
         start = HEADER.size + 4 * self.windows.tokens.size + window * rows * row_bytes(self.vocab)
         table = np.memmap(self.path, np.uint8, "r", start, (rows, row_bytes(self.vocab)))
         scale, least = table[:, :8].copy().view("<f4").T[:, :, None]
@@ -116,18 +117,14 @@ def write_base(
     """
     if not np.all(windows.first == windows.length // 2):
         raise UsageError("a file of base log-probabilities needs consecutive windows", hint="Give no stride")
-    decoder, hidden = yield from _hidden_states(reference, config, windows, device, dtype)
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("wb") as file:
-            _write(file, decoder, windows, hidden)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        raise OutputError("cannot be written", where=path, why=error.strerror or str(error)) from None
-    finally:
-        part.unlink(missing_ok=True)
+    size = HEADER.size + 4 * windows.tokens.size
+    size += len(windows.tokens) * _predictions(windows) * row_bytes(config.vocab_size)
+    with part_files([path], [size], force=False) as (part,):  # it may have come since `path` was looked for
+        decoder, hidden = yield from _hidden_states(reference, config, windows, device, dtype)
+        offset = 0
+        for data in _parts(decoder, windows, hidden):
+            part.write(data, offset)
+            offset += len(data)
 
 
 def compare_base(
@@ -182,14 +179,20 @@ def _hidden_states(
     return decoder, (yield from hidden_states(decoder, windows))
 
 
-def _write(file: BinaryIO, decoder: st.Decoder, windows: Windows, hidden: torch.Tensor) -> None:
+def _predictions(windows: Windows) -> int:
+    """How many predictions of a window have a row."""
+    return windows.length - 1 - windows.length // 2
+
+
+def _parts(decoder: st.Decoder, windows: Windows, hidden: torch.Tensor) -> Iterator[bytes]:
+    """The file's bytes, in order."""
     vocab = decoder.config.vocab_size
-    file.write(HEADER.pack(MAGIC, windows.length, vocab, len(windows.tokens)))
-    file.write(windows.tokens.astype("<i4").tobytes())
+    yield HEADER.pack(MAGIC, windows.length, vocab, len(windows.tokens))
+    yield windows.tokens.astype("<i4").tobytes()
     norm, head = st.head_weights(decoder)
     for window in range(len(windows.tokens)):
         for rows in st.chunks(windows.length // 2, windows.length - 1, vocab):
             values = st.logits(decoder, norm, head, hidden[window, rows])
             if not st.finite(values):
                 raise CheckpointError(f"the reference gives non-finite logits in window {window}")
-            file.write(encode(values.cpu().numpy()).tobytes())
+            yield encode(values.cpu().numpy()).tobytes()

@@ -13,7 +13,7 @@ from dsconvert.arch import WeightSource
 from dsconvert.config import ModelConfig
 from dsconvert.encoding import Encode
 from dsconvert.events import Check, Event, Step
-from dsconvert.model_folder import companions
+from dsconvert.source_files import companions
 from dsconvert.windows import Windows, consecutive, whole
 
 PAGE = 16_000  # characters of held-out text whose logits are compared

@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsconvert.errors import OutputError
+from dsconvert.errors import ConversionError
 from dsconvert.figures import Figures
+from dsconvert.output_files import write_file
+from dsconvert.output_plan import check_distinct, check_side_file
+from dsconvert.reading import read_head, read_object
 from dsconvert.thresholds import Thresholds, Verdict
 from dsconvert.verify import Comparison
 from dsconvert.windows import Windows
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
 
 Decode = Callable[[Sequence[int]], str]
 WORST, CONTEXT = 20, 24
+GENERATOR = '<meta name="generator" content="dsconvert">'  # what a page of ours is known by
+JSON_LIMIT = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -162,15 +167,59 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def save(path: Path, text: str) -> None:
-    """Write a report so that it is complete or not there; raises OutputError."""
-    part = path.with_name(path.name + ".part")
+def check_targets(page: Path | None, json_file: Path | None, inputs: Sequence[Path] = ()) -> None:
+    """See that a report's page and its JSON can be written; raises OutputError.
+
+    What exists under these names is overwritten only if it is such a page or such JSON, and none of the
+    `inputs` that the command reads.
+    """
+    named = {path: kind for path, kind in ((page, PAGE), (json_file, JSON)) if path is not None}
+    check_distinct([path for path in (page, json_file) if path is not None])
+    for path, kind in named.items():
+        check_side_file(path, ours=kind.known, kind=kind.name, inputs=inputs)
+
+
+def save_page(path: Path, text: str) -> None:
+    """Write a page so that it is complete or not there; raises OutputError, also for a stranger's file."""
+    _save(path, text, PAGE)
+
+
+def save_json(path: Path, text: str) -> None:
+    """Write a proof's JSON so that it is complete or not there; OutputError, also for a stranger's file."""
+    _save(path, text, JSON)
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is a page that `report_page` made."""
     try:
-        part.write_text(text, encoding="utf-8", errors="replace")
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise OutputError("cannot be written", where=path, why=error.strerror or str(error)) from None
+        return GENERATOR.encode() in read_head(path, 1000)
+    except OSError:
+        return False
+
+
+def is_json(path: Path) -> bool:
+    """Whether a file is the JSON of a proof, or of several."""
+    try:
+        found = read_object(path, JSON_LIMIT)
+    except ConversionError:
+        return False
+    return {"title", "passed", "provenance"} <= found.keys() or found.keys() == {"title", "outputs"}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of file that a proof is written to: its name in messages, and how it is known."""
+
+    name: str
+    known: Callable[[Path], bool]
+
+
+PAGE, JSON = Kind("report of dsconvert", is_page), Kind("JSON of a proof", is_json)
+
+
+def _save(path: Path, text: str, kind: Kind) -> None:
+    check_side_file(path, ours=kind.known, kind=kind.name)
+    write_file(path, text.encode("utf-8", "replace"), replace=True)
 
 
 def as_json(report: Report) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from dsconvert import charts
 from dsconvert.figures import Figures, TensorError
-from dsconvert.report import OUTCOME_COLUMNS, Outcome, Report, outcome_row, worst_tokens
+from dsconvert.report import GENERATOR, OUTCOME_COLUMNS, Outcome, Report, outcome_row, worst_tokens
 from dsconvert.report_style import STYLE
 from dsconvert.thresholds import Thresholds, snr_floor
 
@@ -51,7 +51,7 @@ def document(title: str, body: str) -> str:
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        f'{GENERATOR}<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width">'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head>"
         f"<body><main>{body}</main></body></html>\n"

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dsconvert.errors import OutputError
+from dsconvert.errors import CheckpointError
+from dsconvert.output_files import write_error
 from dsconvert.safetensors_header import BITS, Stored
 
 CHUNK = 16 << 20
@@ -62,12 +63,22 @@ def from_stored(stored: Stored) -> Piece:
 
     def chunks() -> Iterator[bytes | memoryview]:
         left = nbytes
-        with stored.path.open("rb") as file:
+        try:
+            file = stored.path.open("rb")
+        except OSError as error:
+            raise CheckpointError(
+                "cannot be read", where=stored.path, why=error.strerror or str(error)
+            ) from None
+        with file:
             file.seek(offset)
             while left:
                 chunk = file.read(min(CHUNK, left))
                 if not chunk:
-                    raise OutputError("ended before its last tensor", where=stored.path, why="It has changed")
+                    raise CheckpointError(
+                        "was cut short while it was read",
+                        where=stored.path,
+                        hint="Run the same command again when nothing writes there",
+                    )
                 left -= len(chunk)
                 yield chunk
 
@@ -85,7 +96,7 @@ def write_safetensors(
     ordered = sorted(pieces.items(), key=lambda item: -BITS[item[1].dtype])
     header, total = _header(dict(ordered))
     try:
-        with path.open("wb") as file:
+        with open(path, "wb", opener=_not_through_a_link) as file:
             file.write(header)
             for name, piece in ordered:
                 written = sum(file.write(chunk) for chunk in piece.chunks())
@@ -95,8 +106,12 @@ def write_safetensors(
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise OutputError("cannot be written", where=path, why=error.strerror or str(error)) from error
+        raise write_error(path, error) from error
     return len(header) + total
+
+
+def _not_through_a_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
 
 def _header(pieces: Mapping[str, Piece]) -> tuple[bytes, int]:

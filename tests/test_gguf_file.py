@@ -19,8 +19,9 @@ import pytest
 from converters.gguf.layout import Tensor, lay_out, lay_out_split, padded
 from converters.gguf.parse import open_gguf
 from converters.gguf.qtypes import QTYPES
-from converters.gguf.writer import part_files
 from dsconvert.errors import CheckpointError, OutputError
+from dsconvert.output_files import part_files
+from dsconvert.output_plan import UNFINISHED
 
 KEYS: dict[str, tuple[str, Any]] = {
     "general.architecture": ("string", "llama"),
@@ -173,7 +174,7 @@ def test_existing_output_is_kept_without_force(tmp_path: Path) -> None:
 def test_a_second_writer_is_refused_and_a_dead_ones_part_is_taken_over(tmp_path: Path) -> None:
     path = tmp_path / "out.gguf"
     stale = tmp_path / "out.gguf.part"
-    stale.write_bytes(b"left by a killed process, and longer than the new file")
+    stale.write_bytes(b"left by a killed process, and longer than the new file" + UNFINISHED)
     with part_files([path], [4], force=False) as parts:
         with pytest.raises(OutputError, match="another process"), part_files([path], [4], force=False):
             pass
@@ -206,8 +207,8 @@ def test_no_room_is_said_before_the_first_byte(tmp_path: Path) -> None:
 FULL = """
 import sys
 from pathlib import Path
-from converters.gguf.writer import part_files
 from dsconvert.errors import OutputError
+from dsconvert.output_files import part_files
 try:
     with part_files([Path(sys.argv[1])], [1000], force=False) as parts:
         import resource
@@ -218,11 +219,12 @@ except OutputError as error:
 """
 
 
-def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_file_too_large_is_said_and_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "out.gguf"
     assert resource.RLIMIT_FSIZE
     done = subprocess.run([sys.executable, "-c", FULL, path], capture_output=True, text=True, check=False)
-    assert "the disk is full" in done.stderr
+    assert "too large for its file system or for this process" in done.stderr
+    assert "--split-max-size" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

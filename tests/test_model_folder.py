@@ -20,18 +20,18 @@ from converters.gptq.reader import open_model
 from converters.gptq.settings import quantization_settings
 from converters.gptq.shapes import Layout
 from converters.gptq.solver import Options, Solved, solve
-from dsconvert import model_folder as folder_module
+from dsconvert import output_folders as folder_module
 from dsconvert.checkpoint import Checkpoint, open_checkpoint
 from dsconvert.config import load_config, load_json
 from dsconvert.errors import OutputError
 from dsconvert.model_folder import (
-    companions,
     quantized_config,
     with_both_ropes,
     write_folder,
 )
 from dsconvert.safetensors_header import read_safetensors
 from dsconvert.safetensors_writer import Piece, from_array, from_stored, write_safetensors
+from dsconvert.source_files import companions
 
 LAYOUT = Layout(Scheme(4, 32))
 
@@ -268,12 +268,12 @@ def test_a_failure_leaves_nothing(tmp_path: Path, source: Path) -> None:
 
 def test_what_is_there_stays_unless_forced(tmp_path: Path, source: Path) -> None:
     out = written(tmp_path / "out", source)
-    (out / "mark").touch()
+    (out / "LICENSE-mark").touch()
     with pytest.raises(OutputError, match="--force"):
         written(out, source)
-    assert (out / "mark").exists()
+    assert (out / "LICENSE-mark").exists()
     written(out, source, force=True)
-    assert not (out / "mark").exists()
+    assert not (out / "LICENSE-mark").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     photos = tmp_path / "photos"
     photos.mkdir()
@@ -289,7 +289,7 @@ def test_what_is_there_stays_unless_forced(tmp_path: Path, source: Path) -> None
 
 def test_a_failed_replacement_keeps_the_old_folder(tmp_path: Path, source: Path, monkeypatch: Any) -> None:
     out = written(tmp_path / "out", source)
-    (out / "mark").touch()
+    (out / "LICENSE-mark").touch()
     real = os.replace
 
     def refuse(a: Any, b: Any) -> None:
@@ -300,13 +300,16 @@ def test_a_failed_replacement_keeps_the_old_folder(tmp_path: Path, source: Path,
     monkeypatch.setattr(folder_module.os, "replace", refuse)
     with pytest.raises(OutputError, match="Input/output"):
         written(out, source, force=True)
-    assert (out / "mark").exists()
+    assert (out / "LICENSE-mark").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_the_rest_of_a_killed_run_is_cleared(tmp_path: Path, source: Path) -> None:
     part = tmp_path / "out.part"
     part.mkdir()
+    folder_module.mark(part, "part")
+    (part / "vision").mkdir()
+    (part / "vision" / "model.safetensors").write_bytes(b"half")
     (part / "model-00001-of-00009.safetensors").write_bytes(b"half")
     out = written(tmp_path / "out", source)
     assert not part.exists()
@@ -316,6 +319,7 @@ def test_the_rest_of_a_killed_run_is_cleared(tmp_path: Path, source: Path) -> No
 def test_another_process_at_the_same_output_is_seen(tmp_path: Path, source: Path) -> None:
     part = tmp_path / "out.part"
     part.mkdir()
+    folder_module.mark(part, "part")
     (part / "theirs").touch()
     descriptor = os.open(part, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -196,11 +196,37 @@ def test_outputs_are_compared_on_one_page(report: rp.Report) -> None:
 
 
 def test_saving_is_all_or_nothing(tmp_path: Path) -> None:
-    rp.save(tmp_path / "r.html", "text \ud800")
+    rp.save_page(tmp_path / "r.html", "text \ud800")
     assert (tmp_path / "r.html").read_text() == "text ?"
     assert [p.name for p in tmp_path.iterdir()] == ["r.html"]
-    with pytest.raises(OutputError, match="cannot be written"):
-        rp.save(tmp_path / "none" / "r.html", "text")
+    with pytest.raises(OutputError, match="mkdir -p"):
+        rp.save_page(tmp_path / "none" / "r.html", "text")
+
+
+def test_only_a_file_of_its_kind_is_overwritten(tmp_path: Path, report: rp.Report) -> None:
+    page, proof, other = tmp_path / "r.html", tmp_path / "r.json", tmp_path / "other"
+    for _ in range(2):  # each over the first, too
+        rp.save_page(page, report_page.as_html(report))
+        rp.save_json(proof, rp.as_json(report))
+    rp.save_page(page, report_page.comparison_page("several", []))
+    rp.save_page(page, report_page.as_html(report))
+    before = {path: path.read_bytes() for path in (page, proof)}
+    for content in (b"<html>mine</html>", b'{"title": "mine"}', b"[]", b"GGUF"):
+        other.write_bytes(content)
+        with pytest.raises(OutputError, match="is no report"):
+            rp.save_page(other, "x")
+        with pytest.raises(OutputError, match="is no JSON of a proof"):
+            rp.save_json(other, "x")
+        assert other.read_bytes() == content
+    with pytest.raises(OutputError, match="is no report"):
+        rp.save_page(proof, "x")
+    with pytest.raises(OutputError, match="is no JSON of a proof"):
+        rp.save_json(page, "x")
+    assert before == {path: path.read_bytes() for path in (page, proof)}
+    other.write_bytes(b"")  # nothing is lost with it
+    rp.save_json(other, rp.as_json(report))
+    with pytest.raises(OutputError, match="two outputs"):
+        rp.check_targets(page, page)
 
 
 @pytest.mark.parametrize("top", [1e-12, 0.013, 0.1, 1.0, 3.7, 99.0, 12345.0])

@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from converters.exl2.job import Job, Options, prepare
+from converters.exl2.job import Job, Options, prepare, work_folder
 from converters.exl2.proof import prove_folder
 from dsconvert.errors import UsageError
 from dsconvert.events import Event, Finished, Step
 from dsconvert.inner import Inner
 from dsconvert.model_folder import with_both_ropes
+from dsconvert.output_folders import kept_folder, model_folder
+from dsconvert.source_files import check_unchanged
 
 MODULE = "exllamav2.conversion.convert_exl2"
 OURS = "Leave --backend out: dsconvert's own quantizer needs neither"
@@ -34,29 +36,37 @@ def convert(options: Options) -> Iterator[Event]:
         raise UsageError("exllamav2's converter does not read dsconvert's measurements", hint=OURS)
     job = prepare(options)
     check_readable(job)
-    out, work = job.out, job.out.with_name(job.out.name + ".work")
-    part = out.with_name(out.name + ".part")
+    out, work = job.out, work_folder(job.out)
     yield Step(f"running {MODULE}, whose work folder is {work}")
-    for left in (part, *([] if options.resume else [work])):
-        shutil.rmtree(left, ignore_errors=True)
-    work.mkdir(exist_ok=True)
-    done = subprocess.run(
-        command(job, work, part), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-    )
-    if done.returncode or not (part / "config.json").is_file():
-        raise UsageError(
-            "exllamav2's converter failed",
-            where=work,
-            why=" ".join(done.stdout.split())[-400:],
-            hint=f"Look at its own output: {' '.join(command(job, work, part))}. {OURS}",
-        )
-    shutil.rmtree(out, ignore_errors=True)
-    part.rename(out)
-    shutil.rmtree(work, ignore_errors=True)
+    with (
+        kept_folder(work, "work", options.resume),
+        model_folder(out, job.most_nbytes, options.force, job.inputs) as part,
+    ):
+        made = run(job, work)
+        check_unchanged(job.model.checkpoint.seen)
+        for path in made.iterdir():
+            path.rename(part / path.name)
     nbytes = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     yield Finished(str(out), nbytes, time.monotonic() - started)
     if options.verify != "off":
         yield from prove_folder(job)
+
+
+def run(job: Job, work: Path) -> Path:
+    """Run the converter in the folder `work`; gives the folder that it made. UsageError when it fails."""
+    own, made = work / "job", work / "made"  # `work` itself holds our marker
+    own.mkdir(exist_ok=True)
+    shutil.rmtree(made, ignore_errors=True)
+    arguments = command(job, own, made)
+    done = subprocess.run(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if done.returncode or not (made / "config.json").is_file():
+        raise UsageError(
+            "exllamav2's converter failed",
+            where=work,
+            why=" ".join(done.stdout.split())[-400:],
+            hint=f"Look at its own output: {' '.join(arguments)}. {OURS}",
+        )
+    return made
 
 
 def check_installed() -> None:

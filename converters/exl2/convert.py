@@ -27,6 +27,7 @@ from dsconvert.resume import State, open_state
 from dsconvert.safetensors_header import Stored, values
 from dsconvert.safetensors_writer import from_array
 from dsconvert.selection import model_digest
+from dsconvert.source_files import check_unchanged
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +69,7 @@ def convert(options: Options) -> Iterator[Event]:
         nbytes = write(job, calibration, measured, choice, state)
     yield Finished(str(job.out), nbytes, time.monotonic() - started)
     yield from prove(job, choice)
+    check_unchanged(job.model.checkpoint.seen)  # else something else was proven
 
 
 def draw(job: Job) -> Generator[Event, None, Calibration]:

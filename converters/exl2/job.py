@@ -11,13 +11,15 @@ from converters.exl2 import measure
 from converters.exl2.measure import Measured
 from converters.exl2.settings import HEADS, Group, bits_of, groups_for, settings_for
 from converters.exl2.shapes import HEAD, check_shapes
-from dsconvert.calibrate import check_chat
+from dsconvert.calibrate import check_chat, files_of
 from dsconvert.errors import UsageError
 from dsconvert.inner import Inner
 from dsconvert.manifest import origin
-from dsconvert.model_folder import check_target
-from dsconvert.resume import check_state
+from dsconvert.output_folders import check_folder
+from dsconvert.output_plan import check_distinct, check_files, look
+from dsconvert.resume import check_state, state_folder
 from dsconvert.selection import Selection, select
+from dsconvert.source_files import check_companions
 from tokenizer_tools.load import TokenizerData, load_tokenizer
 
 PLAIN = 16  # bits of a head that is not quantized
@@ -54,6 +56,14 @@ class Job:
     tokenizer: TokenizerData = field(repr=False)
     known: Measured | None = field(repr=False)
     out: Path
+
+    @property
+    def inputs(self) -> list[Path]:
+        """The files and folders that are read; a measurement that is still to be made among them."""
+        checkpoint, options = self.model.checkpoint, self.options
+        texts = files_of(options.calib, options.calib_chat)
+        measurement = [] if options.measurement is None else [options.measurement]
+        return [checkpoint.folder, *checkpoint.files, *texts, *measurement]
 
     @property
     def head(self) -> bool:
@@ -128,17 +138,22 @@ def prepare(options: Options) -> Job:
         raise UsageError(f"{options.head_bits} bits are no setting of the head", hint="Use --head-bits 6")
     model = select(options.model, language_only=True)
     folder = model.checkpoint.folder
+    check_companions(folder)
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
     out = (options.out or Path(default_name(options, origin(folder, model.config)[1]))).absolute()
     known = None
-    if options.measurement is not None and options.measurement.exists():
+    if options.measurement is not None and look(options.measurement) is not None:
         known = measure.load(options.measurement, model.linears)
     job = Job(options, model, tokenizer, known, out)
     head = {HEAD: job.shape(HEAD)} if job.head else {}
     check_shapes({**model.linears, **head}, job.kept)
     _check_budget(job)
+    if options.measurement is not None and known is None:
+        check_files([options.measurement], [0], force=False)
+        check_distinct([options.measurement, out])
+    space = 2 * job.most_nbytes  # the state and the folder, side by side
+    check_folder(out, space, options.force, job.inputs, [state_folder(out), work_folder(out)])
     check_state(out, options.resume, options.force)
-    check_target(out, 2 * job.most_nbytes, options.force)  # the state and the folder, side by side
     return job
 
 
@@ -159,6 +174,11 @@ def _check_budget(job: Job) -> None:
             why=f"This model's linears take {low:.2f} to {high:.2f} bits per weight in EXL2",
             hint=f"Give --bpw a value from {low + 0.005:.2f} to {high - 0.005:.2f}",
         )
+
+
+def work_folder(out: Path) -> Path:
+    """Where exllamav2's own converter works on `out`."""
+    return out.with_name(out.name + ".work")
 
 
 def default_name(options: Options, model: str) -> str:

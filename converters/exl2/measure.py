@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +23,10 @@ from converters.exl2.solver import Problem, prepare
 from dsconvert import capture, feedback
 from dsconvert import streaming as st
 from dsconvert.arch import SOLVE_ORDER
-from dsconvert.errors import CheckpointError, ConversionError, OutputError
+from dsconvert.errors import CheckpointError, ConversionError
 from dsconvert.events import Event, Step
 from dsconvert.fisher import sensitivities
+from dsconvert.output_files import write_file
 from dsconvert.reading import RECORD, read_object
 from dsconvert.resume import State
 
@@ -160,13 +160,8 @@ def as_file(measured: Measured, shapes: Mapping[str, tuple[int, ...]]) -> dict[s
 
 
 def save(path: Path, measured: Measured, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Write a measurement, for other bit rates to use; raises OutputError."""
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_text(json.dumps(as_file(measured, shapes)) + "\n", "utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        raise OutputError("cannot be written", where=path, why=error.strerror or str(error)) from error
+    """Write a measurement, for other bit rates to use; raises OutputError, also when one is there now."""
+    write_file(path, (json.dumps(as_file(measured, shapes)) + "\n").encode(), replace=False)
 
 
 def digest(measured: Measured) -> str:

@@ -65,6 +65,8 @@ def write(job: Job, calibration: Calibration, measured: Measured, choice: Choice
         beside={VISION: vision} if vision else {},
         naming=NAMING,
         force=job.options.force,
+        inputs=job.inputs,
+        seen=checkpoint.seen,
     )
 
 

@@ -6,11 +6,13 @@ import time
 from collections.abc import Generator, Iterator
 
 from converters.gguf.job import Job, Options, prepare
+from converters.gguf.layout import is_gguf
 from converters.gguf.mmproj import CANNOT
 from converters.gguf.pipeline import write_tensors
 from converters.gguf.proof import prove
-from converters.gguf.writer import part_files
 from dsconvert.events import Event, Finished, Planned, Step, TensorPlan, Warn
+from dsconvert.output_files import part_files
+from dsconvert.source_files import check_unchanged
 
 
 def convert(options: Options) -> Iterator[Event]:
@@ -28,11 +30,13 @@ def convert(options: Options) -> Iterator[Event]:
     if options.dry_run:
         return
     sizes = [layout.nbytes for layout in job.layouts]
-    with part_files(job.paths, sizes, options.force) as parts:
+    with part_files(job.paths, sizes, options.force, job.inputs, is_gguf) as parts:
         yield from write_tensors(job, parts)
+        check_unchanged(job.checkpoint.seen)
     for path, size in zip(job.paths, sizes, strict=True):
         yield Finished(str(path), size, time.monotonic() - started)
     yield from prove(job, time.monotonic() - started)
+    check_unchanged(job.checkpoint.seen)  # else something else was proven
     if job.projector is not None and job.towers is not None and job.towers.vision.sam is not None:
         yield Warn(CANNOT)
 

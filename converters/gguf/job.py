@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converters.gguf import importance, metadata, mmproj, qtypes, recipe, rope
-from converters.gguf.layout import KeyValues, Layout, Tensor, lay_out, lay_out_split
+from converters.gguf.layout import KeyValues, Layout, Tensor, is_gguf, lay_out, lay_out_split
 from converters.gguf.towers import Towers, plan_towers, with_template
-from converters.gguf.writer import check_targets
 from dsconvert.arch import Arch, Sizes, Spec, plan
 from dsconvert.checkpoint import Checkpoint, open_checkpoint
 from dsconvert.config import ModelConfig, load_config
 from dsconvert.errors import UsageError
 from dsconvert.inner import find_arch
-from dsconvert.machine import collector_paused, usable_cores
+from dsconvert.machine import collector_paused
 from dsconvert.manifest import origin, pairing_id
+from dsconvert.output_plan import check_files
+from dsconvert.source_files import check_quotable
 from tokenizer_tools.load import TokenizerData, load_tokenizer
 from tokenizer_tools.pretokenizer import resolve
 from tokenizer_tools.rebuild import gguf_keys
@@ -123,6 +124,13 @@ class Job:
         """The final name of every file, in the order of `layouts`."""
         return [path for output in self.every_output for path in output.paths]
 
+    @property
+    def inputs(self) -> list[Path]:
+        """The files and folders that are read."""
+        matrix, wanted = self.options.imatrix, self.options.calibration
+        others = [*([matrix] if matrix else []), *(wanted.files if wanted else [])]
+        return [self.checkpoint.folder, *self.checkpoint.files, *others]
+
 
 def prepare(options: Options) -> Job:
     """Open, validate and plan; the exact bytes ahead of the data and every offset are known after it.
@@ -136,6 +144,7 @@ def prepare(options: Options) -> Job:
 def _prepare(options: Options) -> Job:
     check_calibration(options)
     checkpoint = open_checkpoint(options.model)
+    check_quotable(checkpoint.folder)
     config = load_config(checkpoint.folder)
     arch = find_arch(config.architecture, checkpoint.folder / "config.json")
     specs = tuple(plan(arch, config, checkpoint.shapes()))
@@ -168,7 +177,8 @@ def _prepare(options: Options) -> Job:
         keys, outputs, notes, towers, projector, weights,
     )  # fmt: skip
     if not options.dry_run:
-        check_targets(job.paths, [layout.nbytes for layout in job.layouts], options.force)
+        sizes = [layout.nbytes for layout in job.layouts]
+        check_files(job.paths, sizes, force=options.force, inputs=job.inputs, ours=is_gguf)
     return job
 
 
@@ -299,8 +309,3 @@ def output_paths(options: Options, config: ModelConfig, source: Path) -> list[Pa
     several = len(options.quants) > 1
     names = [f"{stem}-{quant}.gguf" if several else f"{stem}.gguf" for quant in options.quants]
     return [options.outfile.absolute().with_name(name) for name in names]
-
-
-def thread_count(options: Options) -> int:
-    """The worker threads to use: as asked, else one per usable core."""
-    return options.threads or usable_cores()

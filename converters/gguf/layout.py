@@ -11,9 +11,11 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from converters.gguf.qtypes import QType
+from dsconvert.reading import read_head
 
 MAGIC = b"GGUF"
 VERSION = 3
@@ -65,6 +67,14 @@ class Layout:
 def padded(size: int) -> int:
     """`size` rounded up to the alignment."""
     return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file begins as GGUF files do."""
+    try:
+        return read_head(path, len(MAGIC)) == MAGIC
+    except OSError:
+        return False
 
 
 def utf8(text: str) -> bytes:

@@ -13,12 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from converters.gguf import kernels
-from converters.gguf.job import Job, thread_count
+from converters.gguf.job import Job
 from converters.gguf.qtypes import QType
-from converters.gguf.writer import PartFile
 from dsconvert.errors import QuantizationError
 from dsconvert.events import Event, Step, TensorDone, Warn
-from dsconvert.machine import collector_paused
+from dsconvert.machine import collector_paused, usable_cores
+from dsconvert.output_files import PartFile
 
 CHUNK = 1 << 20  # values: 2 MB of bf16 in, well under 4 MB out for every type
 PROJECTOR = ("v.", "mm.")  # how the tensors of a projector file begin
@@ -57,7 +57,7 @@ def write_tensors(job: Job, parts: list[PartFile]) -> Iterator[Event]:
     yield from _warm(job)
     done, total, warned = 0, job.source_nbytes, set[str]()
     work = (lambda chunk=chunk: (chunk, _run(chunk)) for chunk in _chunks(job, parts))
-    for chunk, flags in _pump(work, thread_count(job.options)):
+    for chunk, flags in _pump(work, job.options.threads or usable_cores()):
         done += chunk.view.nbytes
         _refuse(chunk, flags, job.options.allow_nonfinite)
         if flags and chunk.name not in warned:

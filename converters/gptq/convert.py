@@ -26,6 +26,7 @@ from dsconvert.resume import State, open_state, state_folder
 from dsconvert.safetensors_header import Stored, values
 from dsconvert.safetensors_writer import from_array, from_stored
 from dsconvert.selection import model_digest
+from dsconvert.source_files import check_unchanged
 
 if TYPE_CHECKING:
     import torch
@@ -76,6 +77,7 @@ def convert(options: Options, ranks: Ranks = ALONE) -> Iterator[Event]:
         nbytes = write(job, calibration, state)
     yield Finished(str(job.out), nbytes, time.monotonic() - started)
     yield from prove(job)
+    check_unchanged(job.model.checkpoint.seen)  # else something else was proven
 
 
 def describe(job: Job) -> Iterator[Event]:
@@ -196,6 +198,8 @@ def write(job: Job, calibration: Calibration, state: State) -> int:
         settings,
         extra=extra,
         force=job.options.force,
+        inputs=job.inputs,
+        seen=model.checkpoint.seen,
     )
 
 

@@ -11,12 +11,13 @@ from converters.gptq.grid import Scheme
 from converters.gptq.pack import stored_shapes
 from converters.gptq.shapes import Layout, check_shapes
 from converters.gptq.solver import Options as SolverOptions
-from dsconvert.calibrate import check_chat
+from dsconvert.calibrate import check_chat, files_of
 from dsconvert.errors import UsageError
 from dsconvert.manifest import origin
-from dsconvert.model_folder import check_target
-from dsconvert.resume import check_state
+from dsconvert.output_folders import check_folder
+from dsconvert.resume import check_state, state_folder
 from dsconvert.selection import Selection, plain_config, select
+from dsconvert.source_files import check_companions
 from dsconvert.vision import VisionConfig
 from dsconvert.vl_layout import TOKENIZER, model_config, processor_files
 from tokenizer_tools.library import read_object
@@ -73,6 +74,12 @@ class Job:
         """The settings that readers care about."""
         return Layout(self.options.solver.scheme, self.options.solver.desc_act)
 
+    @property
+    def inputs(self) -> list[Path]:
+        """The files and folders that are read."""
+        checkpoint, options = self.model.checkpoint, self.options
+        return [checkpoint.folder, *checkpoint.files, *files_of(options.calib, options.calib_chat)]
+
     def nbytes(self, name: str) -> int:
         """Bytes of a linear in the output."""
         (outputs, inputs), scheme = self.model.linears[name], self.options.solver.scheme
@@ -90,14 +97,16 @@ def prepare(options: Options) -> Job:
     _check(options)
     model = select(options.model, options.language_only, options.lm_head)
     folder = model.checkpoint.folder
+    check_companions(folder)
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
     if model.vision is not None:
         model = with_files(model, model.vision, tokenizer)
     out = (options.out or Path(default_name(options, origin(folder, model.config)[1]))).absolute()
     job = Job(options, model, tokenizer, out)
     check_shapes(model.linears, job.layout)
+    space = 2 * job.total  # the state and the folder, side by side
+    check_folder(out, space, options.force, job.inputs, [state_folder(out)])
     check_state(out, options.resume, options.force)
-    check_target(out, 2 * job.total, options.force)  # the state and the folder, side by side
     return job
 
 

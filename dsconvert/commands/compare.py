@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dsconvert.commands.running import run
-from dsconvert.commands.verify import proof_options
+from dsconvert.commands.verify import proof_options, read_by
 from dsconvert.errors import ConversionError
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ def compare(
         from dsconvert.commands.proving import Asked, prove
         from dsconvert.commands.sources import open_reference
 
+        page_and_json = (report, None if machine or json_file is None else Path(json_file))
+        reports.check_targets(*page_and_json, read_by(asked, against, *outputs))
         reference = open_reference(against)
         proofs = []
         for path in outputs:
@@ -45,19 +47,19 @@ def compare(
             proofs.append(console.follow(prove(path, reference, Asked(**asked)), quiet or machine))
         outcomes = [outcome(proof) for proof in proofs]
         title = f"Outputs of {reference.folder.resolve().name}"
-        if report is not None:
-            reports.save(report, report_page.comparison_page(title, outcomes))
         found = {"title": title, "outputs": [row | {"path": str(p.opened.path)} | reports.as_dict(p.report)
                  for row, p in zip(map(as_row, outcomes), proofs, strict=True)]}  # fmt: skip
         if machine:
             console.say_json(found)
-        elif json_file is not None:
-            reports.save(Path(json_file), json.dumps(found, indent=1, allow_nan=False) + "\n")
-        if not machine:
+        else:
             rows = [reports.outcome_row(row) for row in outcomes]
             console.table(
                 rows, reports.OUTCOME_COLUMNS, frozenset(range(1, len(reports.OUTCOME_COLUMNS) - 1))
             )
+        if report is not None:
+            reports.save_page(report, report_page.comparison_page(title, outcomes))
+        if json_file is not None and not machine:
+            reports.save_json(Path(json_file), json.dumps(found, indent=1, allow_nan=False) + "\n")
         return console.PASSED if all(row.passed for row in outcomes) else console.FAILED
 
     run(work, as_json=machine, debug=debug)

@@ -92,7 +92,7 @@ def _overrides(
     show_default=True,
     help="How much of the result is proven against the checkpoint.",
 )
-@click.option("--force", is_flag=True, help="Replace an existing output.")
+@click.option("--force", is_flag=True, help="Replace an existing output, never a file that is read.")
 @click.option(
     "--allow-nonfinite", is_flag=True, help="Convert weights that hold NaN or infinity all the same."
 )

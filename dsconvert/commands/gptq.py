@@ -74,7 +74,11 @@ def _number(ctx: click.Context, param: click.Parameter, value: str) -> int:
     help="Output folder; default MODEL-gptq-4bit-128g here.",
 )
 @click.option("--resume", is_flag=True, help="Go on with a run that was stopped, to the same bytes.")
-@click.option("--force", is_flag=True, help="Replace an existing output, or drop an unfinished run.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Replace a model folder that holds nothing else and no input, or drop an unfinished run.",
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option(
     "--language-only",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     help="Output file.",
 )
 @calibration_options("c4", 512)
-@click.option("--force", is_flag=True, help="Replace an existing output.")
+@click.option("--force", is_flag=True, help="Replace an existing output, never a file that is read.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line for everything that happens.")
 @click.option("--quiet", is_flag=True, help="Only warnings and failures.")
@@ -60,16 +60,20 @@ def make(
     from dataclasses import replace
 
     from converters.gguf import calibrated
-    from converters.gguf.writer import check_targets
+    from converters.gguf.layout import is_gguf
     from dsconvert.calibrate import check_chat
     from dsconvert.commands.sources import open_reference
     from dsconvert.events import Finished, Warn
+    from dsconvert.output_plan import check_files
+    from dsconvert.source_files import check_unchanged
 
     started = time.monotonic()
     outfile = outfile.absolute()
     check_chat(wanted.chat)
-    check_targets([outfile], [0], force)
+    check_files([outfile], [0], force=True)  # what can be known before the model is opened
     reference = open_reference(model)
+    inputs = [reference.folder, *(file.path for file in reference.seen), *wanted.files]
+    check_files([outfile], [0], force=force, inputs=inputs, ours=is_gguf)
     for note in reference.notes:
         yield Warn(note)
     # Conversations go through the template that a GGUF file gets: of a model with a tower it is another one.
@@ -77,7 +81,8 @@ def make(
     tokenizer = replace(reference.tokenizer, chat=chat)
     drawn = yield from calibrated.draw(wanted, tokenizer, reference.config.context_length)
     tensors = yield from calibrated.measure(reference.source, reference.config, drawn, device)
-    nbytes = save(outfile, calibrated.file_keys(drawn.report), tensors, force)
+    check_unchanged(reference.seen)
+    nbytes = save(outfile, calibrated.file_keys(drawn.report), tensors, force, inputs)
     yield Finished(str(outfile), nbytes, time.monotonic() - started)
 
 
@@ -86,14 +91,15 @@ def save(
     keys: KeyValues,
     tensors: Mapping[str, npt.NDArray[np.float32]],
     force: bool,
+    inputs: Sequence[Path] = (),
 ) -> int:
     """Write float32 tensors as a GGUF file; gives its size."""
-    from converters.gguf.layout import Tensor, lay_out
+    from converters.gguf.layout import Tensor, is_gguf, lay_out
     from converters.gguf.qtypes import QTYPES
-    from converters.gguf.writer import part_files
+    from dsconvert.output_files import part_files
 
     layout = lay_out(path.name, keys, [Tensor(name, a.shape, QTYPES["f32"]) for name, a in tensors.items()])
-    with part_files([path], [layout.nbytes], force) as (part,):
+    with part_files([path], [layout.nbytes], force, inputs, is_gguf) as (part,):
         part.write(layout.head, 0)
         for name, array in tensors.items():
             part.write(array.astype("<f4").tobytes(), layout.offsets[name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ def prove_projector(model: str, path: Path) -> Iterator[Event]:
 
 def check_files(output: Path, mmproj: Path) -> None:
     """Raises ConversionError unless the two files are another's, `mmproj` a projector and `output` none."""
-    if output.exists() and mmproj.exists() and output.samefile(mmproj):
+    if os.path.exists(output) and os.path.exists(mmproj) and output.samefile(mmproj):
         raise UsageError("OUTPUT and --mmproj are the same file", where=output, hint=USAGE)
     if sources.is_projector(output):
         raise UsageError("OUTPUT should be the text file, and is a projector", where=output, hint=USAGE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,6 +22,7 @@ from dsconvert.events import Check, Event, Step, Warn
 from dsconvert.figures import IntArray
 from dsconvert.machine import usable_cores
 from dsconvert.report import Report
+from dsconvert.source_files import check_unchanged
 from dsconvert.textdata import BUILTIN, load_text
 from dsconvert.thresholds import Thresholds, thresholds_for, verdict
 from dsconvert.verify import Comparison
@@ -105,6 +107,7 @@ def prove(path: Path, reference: Reference, asked: Asked) -> Generator[Event, No
         found += others
     if pair is not None:
         found += yield from pictures.check_pair(pair)
+    check_unchanged(reference.seen)  # else something else was compared
     said = verdict([*checks, *found])
     report = Report(
         title=f"{path.name} against {reference.folder.resolve().name}",
@@ -127,7 +130,7 @@ def choose_text(reference: Reference, asked: Asked) -> Generator[Event, None, Te
     runtime = asked.kld_base is not None or asked.engine is not None
     length = min(asked.length or (RUNTIME_LENGTH if runtime else 2048), reference.config.context_length)
     stride = min(asked.stride, length)
-    if asked.kld_base is not None and asked.kld_base.exists():
+    if asked.kld_base is not None and os.path.lexists(asked.kld_base):
         base = kld_base.open_base(asked.kld_base)
         return Text(base.windows, pages_of(text.evaluation_page(PAGE)), str(asked.kld_base))
     if asked.text == BUILTIN:
@@ -227,7 +230,7 @@ def compare(
     """Both models over the windows, or the output against a file of the base's log-probabilities."""
     config, windows, lengths = reference.config, chosen_text.windows, token_bytes(reference)
     if asked.kld_base is not None:
-        if asked.kld_base.exists():
+        if os.path.lexists(asked.kld_base):
             base = kld_base.open_base(asked.kld_base)
             scored = yield from kld_base.compare_base(
                 base, opened.source, opened.config, token_bytes=lengths, **where
@@ -271,7 +274,7 @@ def provenance(
     return {
         "output": str(opened.path),
         "kind": f"{opened.kind} {opened.quant}, {opened.bits:.3f} bits per weight, {opened.nbytes} bytes",
-        "reference": str(reference.folder),
+        "reference": reference.name or reference.folder.name,
         "text": f"{chosen_text.source}; windows of {chosen_text.windows.length} tokens, "
         f"{scored} predictions scored",
         "arithmetic": f"{str(st.pick_dtype(where['dtype'], place)).removeprefix('torch.')} on {place}",

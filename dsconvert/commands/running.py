@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from dsconvert.errors import ConversionError
+from dsconvert.output_plan import PART, left
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -22,18 +24,22 @@ def run(work: Callable[[], int], *, as_json: bool, debug: bool) -> None:
     from dsconvert.ranks import leave
     from dsconvert.streams import open_streams
 
+    left.clear()
     open_streams()
     if debug:
         sys.excepthook = console.show_traceback
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup asks for it
+            signal.signal(number, _terminate)
     try:
         code = work()
     except ConversionError as error:
         if debug:
             raise
         code = console.fail(error, as_json)
-    except KeyboardInterrupt:
-        code = console.fail(ConversionError("interrupted", why="No unfinished file was left"), as_json)
+    except KeyboardInterrupt as error:
+        traceback.clear_frames(error.__traceback__)  # ends what was under way, so that it can tidy up
+        code = console.fail(_interrupted(), as_json)
     except (SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # a library's panic is no Exception
@@ -64,6 +70,18 @@ def on_each_rank(work: Callable[[Ranks], Iterator[Event]], show: Callable[[Itera
 
 def _terminate(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
+
+
+def _interrupted() -> ConversionError:
+    """What stands where after an interruption."""
+    if not left:
+        return ConversionError("interrupted", why="No unfinished file was left")
+    kept = [path for path in left if path.suffix != PART]
+    return ConversionError(
+        "interrupted",
+        why=f"Left unfinished: {', '.join(map(str, left))}",
+        hint="Give the same command with --resume to go on, or with --force to begin anew" if kept else "",
+    )
 
 
 def _unexpected(error: BaseException) -> ConversionError:

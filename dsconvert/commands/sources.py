@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -16,6 +17,7 @@ from dsconvert.errors import CheckpointError, TokenizerError, UsageError
 from dsconvert.inner import find_arch, language_model
 from dsconvert.locate import in_folder
 from dsconvert.report import TypeSize, sizes_by_type
+from dsconvert.source_files import SourceFile
 from dsconvert.weight_files import open_weights
 from tokenizer_tools.identity import TextHandling, of_data, of_metadata
 from tokenizer_tools.load import TokenizerData, load_tokenizer
@@ -39,6 +41,8 @@ class Reference:
     templates: tuple[str, ...] = field(repr=False)  # the chat templates that an output may carry
     pictured: Pictured | None = field(repr=False)  # the same with its towers; None without any
     notes: tuple[str, ...] = field(repr=False, default=())  # on how it was found and read
+    seen: tuple[SourceFile, ...] = field(repr=False, default=())  # the files as they were opened
+    name: str = ""  # as the user gave it: reports say no more of where it lies
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,10 @@ def open_reference(model: str) -> Reference:
         pictured = Pictured(checkpoint, config, tokenizer, towers)
     source, config = language_model(checkpoint, config)
     notes = (*checkpoint.notes, *config.notes)
-    return Reference(checkpoint.folder, source, config, tokenizer, tuple(templates), pictured, notes)
+    return Reference(
+        checkpoint.folder, source, config, tokenizer, tuple(templates), pictured, notes,
+        checkpoint.seen, model or checkpoint.folder.name,
+    )  # fmt: skip
 
 
 def is_projector(path: Path) -> bool:
@@ -91,7 +98,7 @@ def is_projector(path: Path) -> bool:
     from converters.gguf.mmproj import is_projector
     from converters.gguf.parse import open_gguf
 
-    return path.suffix == ".gguf" and path.is_file() and is_projector(open_gguf(path))
+    return path.suffix == ".gguf" and os.path.isfile(path) and is_projector(open_gguf(path))
 
 
 def open_output(path: Path) -> Opened:
@@ -99,9 +106,9 @@ def open_output(path: Path) -> Opened:
 
     Raises UsageError for what is neither, and what the format's reader raises.
     """
-    if path.is_file():
+    if os.path.isfile(path):  # Path.is_file raises where one may not look
         return _open_gguf(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise UsageError(
             "there is no such file or folder", where=path, hint="Give a GGUF file or a model folder"
         )

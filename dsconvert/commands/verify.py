@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -72,14 +73,26 @@ PROOF_OPTIONS = (
         help="Also run the file in this runtime: token ids, logits, perplexity (needs xllamacpp).",
     ),
     click.option(
-        "--json", "json_file", metavar="FILE", help="Everything as JSON into FILE; - is standard output."
+        "--json",
+        "json_file",
+        metavar="FILE",
+        help="Everything as JSON into FILE; - is standard output. Replaces an earlier one, no other file.",
     ),
     click.option(
-        "--report", type=click.Path(path_type=Path), metavar="FILE.html", help="The report as a page."
+        "--report",
+        type=click.Path(path_type=Path),
+        metavar="FILE.html",
+        help="The report as a page. Replaces an earlier report, no other file.",
     ),
     click.option("--quiet", is_flag=True, help="Only warnings and failures."),
     click.option("--debug", is_flag=True, help="Show the traceback of an error."),
 )
+
+
+def read_by(asked: dict[str, Any], against: str, *outputs: Path) -> list[Path]:
+    """The files and folders that a comparison reads, which no report takes the place of."""
+    others = (asked.get("kld_base"), asked.get("mmproj"))
+    return [*outputs, Path(against), Path(asked["text"]), *(path for path in others if path is not None)]
 
 
 @click.command()
@@ -122,20 +135,26 @@ def verify(output: Path, against: str, json_file: str | None, report: Path | Non
         from dsconvert.commands.pictures import check_files, prove_projector
         from dsconvert.commands.proving import Asked, prove
         from dsconvert.commands.sources import is_projector, open_reference
+        from dsconvert.output_plan import check_files as check_targets
 
+        page_and_json = (report, None if machine or json_file is None else Path(json_file))
+        reports.check_targets(*page_and_json, read_by(asked, against, output))
+        base = asked["kld_base"]
+        if base is not None and not os.path.lexists(base):
+            check_targets([base], [0], force=False)
         if asked["mmproj"] is not None:
             check_files(output, asked["mmproj"])
         elif is_projector(output):
             return console.render(prove_projector(against, output), as_json=machine, quiet=quiet)
         found = console.follow(prove(output, open_reference(against), Asked(**asked)), quiet or machine)
-        if report is not None:
-            reports.save(report, report_page.as_html(found.report))
         if machine:
             console.say_json(reports.as_dict(found.report))
-        elif json_file is not None:
-            reports.save(Path(json_file), reports.as_json(found.report))
-        if not machine:
+        else:  # before it is saved: what took long to find is not lost with a full disk
             console.show_proof(found.report, quiet)
+        if report is not None:
+            reports.save_page(report, report_page.as_html(found.report))
+        if json_file is not None and not machine:
+            reports.save_json(Path(json_file), reports.as_json(found.report))
         return console.PASSED if found.report.verdict.passed else console.FAILED
 
     run(work, as_json=machine, debug=debug)
