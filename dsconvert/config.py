@@ -71,6 +71,23 @@ class ModelConfig:
     notes: tuple[str, ...] = field(repr=False, compare=False, default=())
 
     @property
+    def llama_keys(self) -> dict[str, Any]:
+        """The sizes and flags under the names of transformers' LlamaConfig."""
+        return {
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "vocab_size": self.vocab_size,
+            "max_position_embeddings": self.context_length,
+            "rms_norm_eps": self.norm_eps,
+            "attention_bias": self.attention_bias,
+            "mlp_bias": self.mlp_bias,
+        }
+
+    @property
     def dims(self) -> dict[str, int]:
         """The sizes by the letters that table shapes use."""
         return {

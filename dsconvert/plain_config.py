@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from dsconvert.config import ModelConfig
 from dsconvert.errors import CheckpointError
+from dsconvert.rope import corner
 
 Floats = npt.NDArray[np.float32]
 Rule = Callable[[Floats, Mapping[str, Any], float, int], tuple[Floats, float]]
@@ -28,7 +29,8 @@ KNOWN = (
     "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "max_position_embeddings",
     "original_max_position_embeddings", "rms_norm_eps", "num_attention_heads", "hidden_act", "attention_bias",
     "attention_dropout", "_attn_implementation", "attn_implementation", "output_attentions",
-    "sliding_window", "use_sliding_window", "attention_chunk_size", "layer_types", "is_causal",
+    "sliding_window", "use_sliding_window", "max_window_layers", "attention_chunk_size", "layer_types",
+    "is_causal", "_attn_implementation_autoset", "_flash_attn_2_enabled", "use_flash_attn",
 )  # fmt: skip
 ONLY = {"hidden_act": ("silu", "swish"), "partial_rotary_factor": (None, 1), "is_causal": (True,)}
 # `finetuned` tells of how the model was made.
@@ -140,10 +142,10 @@ def _yarn(angles: Floats, said: Mapping[str, Any], theta: float, dim: int) -> tu
     def magnitude(weight: float = 1.0) -> float:
         return 1.0 + 0.1 * weight * math.log(factor) if factor > 1 else 1.0
 
-    def corner(turns: float) -> float:
+    def place(turns: float) -> float:
         return dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
-    low, high = corner(said.get("beta_fast") or 32), corner(said.get("beta_slow") or 1)
+    low, high = place(said.get("beta_fast") or 32), place(said.get("beta_slow") or 1)
     if said.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
@@ -215,13 +217,8 @@ def stored_ramp(config: ModelConfig) -> npt.NDArray[np.float64]:
     """How much of each angle llama.cpp's YaRN divides by the factor, 0 to 1 [head_dim / 2]."""
     scaling = config.rope_scaling
     context = (scaling.original_context if scaling else None) or config.context_length
-
-    def corner(turns: float) -> float:
-        size = config.head_dim * math.log(context / (turns * 2 * math.pi))
-        return size / (2 * math.log(config.rope_theta))
-
-    low = max(math.floor(corner(32.0)), 0)
-    high = min(math.ceil(corner(1.0)), config.head_dim - 1)
+    low, high = (corner(turns, context, config.rope_theta, config.head_dim) for turns in (32.0, 1.0))
+    low, high = max(math.floor(low), 0), min(math.ceil(high), config.head_dim - 1)
     ramp: npt.NDArray[np.float64] = np.clip(
         (np.arange(config.head_dim // 2) - low) / max(high - low, 1e-3), 0, 1
     )

@@ -161,6 +161,11 @@ def mscale(factor: float, weight: float = 1.0) -> float:
     return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
+def corner(turns: float, context: int, theta: float, head_dim: int) -> float:
+    """The place of the pair of a head that turns so many times within the context."""
+    return head_dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+
 def _llama3(raw: Mapping[str, Any], inner: _Getter) -> tuple[RopeScaling, tuple[str, ...]]:
     original, notes = _original(raw, inner)
     low, high = inner.number("low_freq_factor"), inner.number("high_freq_factor")

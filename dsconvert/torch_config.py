@@ -28,7 +28,7 @@ def llama_config(config: ModelConfig) -> Any:
     """
     import transformers
 
-    stated = config.decoder or _stored(config)
+    stated = config.decoder or {**config.llama_keys, "rope_theta": config.rope_theta}
     keys = {k: v for k, v in stated.items() if k not in NOT_ARITHMETIC and v is not None}
     if int(transformers.__version__.split(".")[0]) < 5:
         keys = _old_spelling(keys)
@@ -51,23 +51,6 @@ def _old_spelling(keys: dict[str, Any]) -> dict[str, Any]:
     rest = {k: v for k, v in keys.items() if k not in ("rope_theta", "rope_parameters")}
     rest["rope_scaling"] = None if kind == "default" else said
     return rest if theta is None else {**rest, "rope_theta": theta}
-
-
-def _stored(config: ModelConfig) -> dict[str, Any]:
-    return {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": config.context_length,
-        "rms_norm_eps": config.norm_eps,
-        "attention_bias": config.attention_bias,
-        "mlp_bias": config.mlp_bias,
-        "rope_theta": config.rope_theta,
-    }
 
 
 def open_rotary(config: ModelConfig, llama: Any, device: torch.device | str) -> Any:

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import pytest
 import tiny
+import tiny_vl
 from click.testing import CliRunner, Result
 
 import dsconvert.config
@@ -161,3 +162,26 @@ def test_exllamav2_is_given_no_rope_that_it_does_not_see(rope: dict[str, Any], r
         return
     with pytest.raises(UsageError, match="rope_theta and rope_scaling only"):
         check_readable(job)
+
+
+@pytest.mark.parametrize(
+    ("layout", "key"), [("transformers", "text_config"), ("original", "language_config")]
+)
+def test_the_decoder_inside_a_bigger_model_is_read_from_its_own_part(
+    layout: tiny_vl.Layout, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_vl.tiny_towers(monkeypatch)
+    source = tiny_vl.vl_checkpoint(tmp_path / "model", tiny_vl.VL(), layout)
+    raw = load_json(source / "config.json")
+    part = {name: value for name, value in raw[key].items() if not name.startswith("rope")}
+    part |= {"rope_theta": 50000.0, "rope_scaling": YARN}
+    (source / "config.json").write_text(json.dumps({**raw, key: part}), "utf-8")
+    ask = ("gguf", source, "-q", "f32", "-o", tmp_path / "out.gguf", "--no-mmproj", "--force")
+    for options in ((), ("--verify", "full")):
+        made = command(*ask, *options)
+        assert made.exit_code == 0, made.output
+        with monkeypatch.context() as patch:
+            dropping(patch, "mscale")
+            made = command(*ask, *options)
+        assert made.exit_code == 3, made.output
+        assert DROPPED["mscale"][1] in made.stderr

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from dsconvert.config import ModelConfig
 from dsconvert.errors import CheckpointError
 from dsconvert.plain_config import stored_ramp
-from dsconvert.rope import FAST, ORIGINAL, SLOW, RopeScaling, mscale
+from dsconvert.rope import FAST, ORIGINAL, SLOW, RopeScaling, corner, mscale
 
 Keys = dict[str, tuple[str, Any]]
 SAME = 1e-6  # float32 holds no finer difference
@@ -75,13 +75,10 @@ def check_yarn(config: ModelConfig, scaling: RopeScaling) -> None:
 
 def ramp(config: ModelConfig, scaling: RopeScaling) -> npt.NDArray[np.float64]:
     """How much of each angle YaRN divides by the factor, by transformers' rule, 0 to 1 [head_dim / 2]."""
-    context = scaling.original_context or config.context_length
-
-    def corner(turns: float) -> float:
-        size = config.head_dim * math.log(context / (turns * 2 * math.pi))
-        return size / (2 * math.log(config.rope_theta))
-
-    low, high = corner(scaling.beta_fast), corner(scaling.beta_slow)
+    context, theta = scaling.original_context or config.context_length, config.rope_theta
+    low, high = (
+        corner(turns, context, theta, config.head_dim) for turns in (scaling.beta_fast, scaling.beta_slow)
+    )
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, config.head_dim - 1)
