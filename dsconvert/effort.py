@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from dsconvert import streaming as st
 from dsconvert.arch import WeightSource
 from dsconvert.config import ModelConfig
 from dsconvert.events import BlockCompared, Event, Step
-from dsconvert.figures import BlockError, IntArray, Noise, TensorError, hidden_error, snr, update_error
+from dsconvert.figures import BlockError, IntArray, TensorError, hidden_error, update_error
+from dsconvert.rows import Matrix
 from dsconvert.thresholds import Thresholds, Verdict
-from dsconvert.verify import Comparison, Run, check_sizes, compare, differences, judge
+from dsconvert.verify import Comparison, Run, check_sizes, compare, differences, judge, tensor_error
 from dsconvert.windows import Windows
 
 if TYPE_CHECKING:
@@ -189,30 +189,29 @@ def compare_blocks(
 
 
 def sample_tensors(
-    reference: WeightSource, candidate: WeightSource, known: tuple[TensorError, ...]
+    reference: WeightSource, candidate: WeightSource, known: tuple[TensorError, ...], head_dim: int
 ) -> tuple[TensorError, ...]:
     """The errors of the tensors that are not among `known`, from some rows of each."""
-    import torch
-
     seen = {tensor.name for tensor in known}
     found = []
     for name, shape in candidate.shapes().items():
         if name in seen or name not in reference.shapes():
             continue
-        noise = Noise()
-        for start in (0, shape[0] // 2, max(0, shape[0] - SAMPLE_ROWS)) if len(shape) > 1 else (None,):
-            rows = [_rows(source, name, start) for source in (reference, candidate)]
-            noise.add(*(torch.from_numpy(part) for part in rows))
-        found.append(TensorError(name, candidate.dtype(name), shape, noise.decibel))
+        matrix, pair = Matrix(), (reference, candidate)
+        if len(shape) == 1:
+            matrix.add(*(source.float32(name) for source in pair))
+        for rows in _sampled(shape[0]) if len(shape) > 1 else ():
+            parts = [source.float32_rows(name, rows.start, rows.stop) for source in pair]
+            matrix.add(*parts, labels=range(rows.start, rows.stop))
+        found.append(tensor_error(pair, (name, name), matrix, head_dim))
     return tuple(found)
 
 
-def _rows(source: WeightSource, name: str, start: int | None) -> npt.NDArray[np.float32]:
-    """Some rows of a matrix, or all of a vector; a copy."""
-    if start is None:
-        return np.array(source.float32(name))
-    stop = min(start + SAMPLE_ROWS, source.shapes()[name][0])
-    return np.array(source.float32_rows(name, start, stop))
+def _sampled(rows: int) -> list[slice]:
+    """The first rows of a matrix, some in the middle, and the last, none of them twice."""
+    starts = (0, rows // 2, max(0, rows - SAMPLE_ROWS))
+    stops = (*starts[1:], rows)
+    return [slice(a, min(a + SAMPLE_ROWS, b)) for a, b in zip(starts, stops, strict=True) if a < b]
 
 
 def _embedded(run: Run) -> torch.Tensor:
@@ -225,8 +224,7 @@ def _embedded(run: Run) -> torch.Tensor:
         st.check_ids(run.windows.tokens, decoder.config.vocab_size)
         parts = [decoder.source.float32_rows(st.EMBED, i, i + 1) for i in used.tolist()]
         rows.append(torch.from_numpy(np.concatenate(parts)))
-    kind = run.pair[1].source.dtype(st.EMBED)
-    run.tensors.append(TensorError(st.EMBED, kind, tuple(rows[1].shape), snr(*rows)))
+    run.note((st.EMBED, st.EMBED), Matrix().add(*rows, labels=used))
     base = rows[0].to(run.pair[0].device)
     return st.embed(base, places.reshape(run.windows.tokens.shape), run.pair[0].dtype)
 

@@ -22,7 +22,6 @@ Floats = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 PERCENTILES = (90.0, 95.0, 99.0, 99.9)
 TOP = 5
-SLICE = 1 << 20  # values; float32 sums of squares over one are good to 1e-5
 
 
 @dataclass(frozen=True)
@@ -95,13 +94,26 @@ class BlockError:
 
 
 @dataclass(frozen=True)
+class RowFault:
+    """What is wrong and where: "row 3 (head 0)" or "column 5", in the Hugging Face layout; in words."""
+
+    where: str
+    why: str
+
+
+@dataclass(frozen=True)
 class TensorError:
-    """The error of a tensor's values: `snr` = 10 log10(sum base^2 / sum (q - base)^2) dB, inf if equal."""
+    """The error of a tensor's values: `snr` = 10 log10(sum base^2 / sum (q - base)^2) dB, inf if equal.
+
+    `rows` of it were compared each on its own, with `faults`.
+    """
 
     name: str
     type: str
     shape: tuple[int, ...]
     snr: float
+    rows: int = 0
+    faults: tuple[RowFault, ...] = ()
 
 
 def token_figures(
@@ -203,31 +215,6 @@ def update_error(start: torch.Tensor, base: torch.Tensor, candidate: torch.Tenso
     return result
 
 
-@dataclass
-class Noise:
-    """The sums of base^2 and of (q - base)^2 over a tensor that comes in parts."""
-
-    signal: float = 0.0
-    noise: float = 0.0
-
-    def add(self, base: torch.Tensor, candidate: torch.Tensor) -> None:
-        """Count another part, both of the same shape."""
-        import torch
-
-        signal, noise = _energies(base, candidate, torch.float32)
-        equal = noise == 0.0 and math.isfinite(signal) and torch.equal(base, candidate)
-        if not equal and not (math.isfinite(signal + noise) and noise > 0 and signal > 0):
-            # Broken, or squares beyond float32's range: float64 is several times slower and tells which.
-            signal, noise = _energies(base, candidate, torch.float64)
-        self.signal += signal
-        self.noise += noise
-
-    @property
-    def decibel(self) -> float:
-        """Signal to noise, see `decibel`."""
-        return decibel(self.signal, self.noise)
-
-
 def decibel(signal: float, noise: float) -> float:
     """Signal to noise of two energies: inf without noise, -inf without signal, nan when not finite."""
     if not math.isfinite(signal + noise):
@@ -235,22 +222,3 @@ def decibel(signal: float, noise: float) -> float:
     if not noise:
         return math.inf
     return 10 * math.log10(signal / noise) if signal else -math.inf
-
-
-def snr(base: torch.Tensor, candidate: torch.Tensor) -> float:
-    """Signal to noise of a whole tensor in dB; see Noise."""
-    sums = Noise()
-    sums.add(base, candidate)
-    return sums.decibel
-
-
-def _energies(base: torch.Tensor, candidate: torch.Tensor, dtype: torch.dtype) -> tuple[float, float]:
-    """The sums of base^2 and (candidate - base)^2, in slices whose sums are added in float64."""
-    signal = noise = 0.0
-    flat_base, flat = base.reshape(-1), candidate.reshape(-1)
-    for start in range(0, flat.numel(), SLICE):
-        part = flat_base[start : start + SLICE].to(dtype)
-        difference = flat[start : start + SLICE].to(dtype) - part
-        signal += float(part.dot(part))
-        noise += float(difference.dot(difference))
-    return signal, noise

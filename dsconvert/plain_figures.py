@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dsconvert.figures import TOP, decibel
+from dsconvert.figures import TOP
 
 Floats = npt.NDArray[np.float32]
-SLICE = 1 << 16  # values whose squares are summed at once, in cache
 
 
 def length(x: Floats) -> npt.NDArray[np.float64]:
@@ -27,35 +24,6 @@ def hidden_error(base: Floats, candidate: Floats) -> tuple[float, float]:
     dots = np.einsum("...d,...d->...", base, candidate, dtype=np.float64)
     cosine = np.where(error == 0, 1.0, dots / (sizes * np.maximum(length(candidate), 1e-38)))
     return float(np.mean(error / sizes)), float(np.mean(cosine))
-
-
-def snr(base: Floats, candidate: Floats) -> float:
-    """Signal to noise of a tensor in dB; see figures.decibel."""
-    return decibel(*energies(base, candidate))
-
-
-def energies(base: Floats, candidate: Floats) -> tuple[float, float]:
-    """The sums of squares of a tensor and of its error."""
-    signal = noise = 0.0
-    for a, b in zip(_slices(base), _slices(candidate), strict=True):
-        found = _energies(a, b)
-        if not (math.isfinite(sum(found)) and all(found)):  # broken, equal, or beyond float32's squares
-            found = _energies(a.astype(np.float64), b.astype(np.float64))
-        signal, noise = signal + found[0], noise + found[1]
-    return signal, noise
-
-
-def _energies(base: npt.NDArray[Any], candidate: npt.NDArray[Any]) -> tuple[float, float]:
-    with np.errstate(all="ignore"):
-        difference = candidate - base
-        # einsum, since BLAS would start its threads for every slice, on each thread of the pool
-        return float(np.einsum("i,i", base, base)), float(np.einsum("i,i", difference, difference))
-
-
-def _slices(array: Floats) -> Iterator[Floats]:
-    flat = array.reshape(-1)
-    for start in range(0, len(flat), SLICE):
-        yield flat[start : start + SLICE]
 
 
 def token_figures(base: Floats, candidate: Floats, targets: npt.NDArray[np.int64]) -> dict[str, Any]:

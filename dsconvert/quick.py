@@ -18,13 +18,14 @@ from dsconvert.arch import WeightSource
 from dsconvert.config import ModelConfig
 from dsconvert.effort import Effort, Speed
 from dsconvert.events import BlockCompared, Event, Step
-from dsconvert.figures import BlockError, TensorError, decibel, joined, summary
+from dsconvert.figures import BlockError, TensorError, joined, summary
 from dsconvert.machine import usable_cores
 from dsconvert.plain import EMBED, NORM
 from dsconvert.plain_config import Floats, Numbers, Unread, numbers
-from dsconvert.plain_figures import energies, hidden_error, length, snr, token_figures
+from dsconvert.plain_figures import hidden_error, length, token_figures
+from dsconvert.rows import Matrix
 from dsconvert.thresholds import Thresholds
-from dsconvert.verify import Comparison, check_sizes, differences, judge
+from dsconvert.verify import Comparison, check_sizes, differences, judge, tensor_error
 from dsconvert.windows import Windows
 
 Pair = tuple[Floats, Floats]
@@ -213,7 +214,7 @@ class _Run:
             np.concatenate([source.float32_rows(EMBED, i, i + 1) for i in used.tolist()])
             for source in self.sources
         )
-        self.note(EMBED, base, candidate)
+        self.note(EMBED, EMBED, Matrix().add(base, candidate, labels=used))
         states: Floats = base[places.reshape(self.windows.tokens.shape)]
         return states
 
@@ -251,14 +252,17 @@ class _Run:
         head = self.numbers[1].head_dim  # RoPE's order is undone by whole heads
         step = max(CHUNK // columns // head, 1) * head
 
-        def read(start: int) -> tuple[float, float]:
-            parts = [source.float32_rows(name, start, min(start + step, rows)) for source in self.sources]
-            for matrix, part in zip(pair, parts, strict=True):
-                matrix[start : start + step] = part
-            return energies(parts[0], parts[1])
+        compared = Matrix()
 
-        found = list(self.pool.map(read, range(0, rows, step)))
-        self.note_error(name, decibel(*np.sum(found, 0).tolist()))
+        def read(start: int) -> None:
+            stop = min(start + step, rows)
+            parts = [source.float32_rows(name, start, stop) for source in self.sources]
+            for matrix, part in zip(pair, parts, strict=True):
+                matrix[start:stop] = part
+            compared.add(*parts, labels=range(start, stop))
+
+        list(self.pool.map(read, range(0, rows, step)))
+        self.note(name, name, compared)
         return [x @ matrix.T for x, matrix in zip(states, pair, strict=True)]
 
     def rooms(self, size: int) -> tuple[Floats, Floats]:
@@ -275,17 +279,13 @@ class _Run:
     def read_pair(self, name: str, other: str) -> Pair:
         """A tensor of the reference and its counterpart."""
         base, candidate = self.sources[0].float32(name), self.sources[1].float32(other)
-        self.note(other, base, candidate)
+        self.note(name, other, Matrix().add(base, candidate))
         return base, candidate
 
-    def note(self, name: str, base: Floats, candidate: Floats) -> None:
-        """Keep the error of a tensor of the candidate."""
-        self.note_error(name, snr(base, candidate))
-
-    def note_error(self, name: str, error: float) -> None:
-        """Keep the error of a tensor of the candidate, in dB."""
-        kind, shape = self.sources[1].dtype(name), self.sources[1].shapes()[name]
-        self.tensors.append(TensorError(name, kind, shape, error))
+    def note(self, name: str, other: str, compared: Matrix) -> None:
+        """Keep the error of a tensor of the candidate, and what is wrong with its rows."""
+        head_dim = self.numbers[0].head_dim
+        self.tensors.append(tensor_error(self.sources, (name, other), compared, head_dim))
 
 
 def _broken(values: list[Floats], where: str) -> str:

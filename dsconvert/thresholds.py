@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from dsconvert.errors import UsageError
 from dsconvert.events import Check
+from dsconvert.row_faults import told
 
 if TYPE_CHECKING:
     from dsconvert.figures import BlockError, Figures, TensorError
@@ -188,15 +189,22 @@ def judge_blocks(blocks: tuple[BlockError, ...], limits: Thresholds) -> list[Che
 
 
 def judge_tensors(tensors: tuple[TensorError, ...]) -> list[Check]:
-    """One check per tensor below its type's floor, or one that says that none is; none without tensors."""
+    """One check per tensor below its type's floor or with a wrong row, or one that says that none is.
+
+    None without tensors. The rows of a tensor that is wrong in most of them are not told one by one.
+    """
     if not tensors:
         return []
     bad = [t for t in tensors if not t.snr >= snr_floor(t.type)]  # a NaN is below every floor
-    if not bad:
+    wrong = [t for t in tensors if t.faults and not (t in bad and 2 * len(t.faults) > t.rows)]
+    if not bad and not wrong:
         worst = min(tensors, key=lambda t: t.snr - snr_floor(t.type))
-        text = f"{len(tensors)} tensors above their type's floor; nearest to it: {worst.name}"
-        return [Check("weights", True, f"{text}, {_decibel(worst.snr)} ({worst.type})", worst.snr)]
-    return [
+        rows = f"{sum(t.rows for t in tensors):,} rows each on its own"
+        nearest = f"nearest to it: {worst.name}, {_decibel(worst.snr)} ({worst.type})"
+        detail = f"{len(tensors)} tensors above their type's floor, {rows}; {nearest}"
+        return [Check("weights", True, detail, worst.snr)]
+    rows_wrong = [Check("weights", False, f"{t.name}: {told(t.faults)}", float(len(t.faults))) for t in wrong]
+    return rows_wrong + [
         Check(
             "weights",
             False,

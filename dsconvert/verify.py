@@ -22,14 +22,14 @@ from dsconvert.figures import (
     BlockError,
     Figures,
     IntArray,
-    Noise,
     TensorError,
     TokenFigures,
     hidden_error,
-    snr,
     summary,
 )
 from dsconvert.plain_config import Numbers
+from dsconvert.row_faults import Floats, faults
+from dsconvert.rows import Matrix
 from dsconvert.scoring import Scores, scored_states
 from dsconvert.thresholds import Thresholds, Verdict, judge_blocks, judge_figures, judge_tensors, verdict
 from dsconvert.torch_config import read_numbers
@@ -173,6 +173,22 @@ def check_sizes(reference: ModelConfig, candidate: ModelConfig) -> None:
             )
 
 
+def tensor_error(
+    sources: tuple[WeightSource, WeightSource], names: tuple[str, str], matrix: Matrix, head_dim: int
+) -> TensorError:
+    """What the sums over a tensor of both sources say; its rows count where it is a matrix."""
+    kind, shape = sources[1].dtype(names[1]), sources[1].shapes()[names[1]]
+    if len(shape) != 2:
+        return TensorError(names[1], kind, shape, matrix.decibel)
+
+    def again(row: int) -> tuple[Floats, Floats]:
+        base, candidate = (s.float32_rows(n, row, row + 1) for s, n in zip(sources, names, strict=True))
+        return base[0], candidate[0]
+
+    found = faults(matrix, names[1], kind, head_dim, again)
+    return TensorError(names[1], kind, shape, matrix.decibel, matrix.count, found)
+
+
 @dataclass(frozen=True)
 class Run:
     """A comparison under way: the two decoders and what has been found so far."""
@@ -197,8 +213,7 @@ class Run:
     def read(self, *names: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The same tensor of both, in the decoders' dtype, its error noted before it is rounded to it."""
         base, candidate = (st.read(d, name) for d, name in zip(self.pair, names, strict=True))
-        kind = self.pair[1].source.dtype(names[1])
-        self.tensors.append(TensorError(names[1], kind, tuple(candidate.shape), snr(base, candidate)))
+        self.note(names, Matrix().add(base, candidate))
         dtype = self.pair[0].dtype
         return base.to(dtype), candidate.to(dtype)
 
@@ -230,22 +245,23 @@ class Run:
 
         used, places = np.unique(self.windows.tokens, return_inverse=True)
         places = places.reshape(self.windows.tokens.shape)
-        config, noise = self.pair[0].config, Noise()
+        config, matrix = self.pair[0].config, Matrix()
         st.check_ids(self.windows.tokens, config.vocab_size)
         parts: tuple[list[torch.Tensor], ...] = ([], [])
         for rows in st.slices(config.vocab_size, config.hidden_size):
             both = [st.read(decoder, st.EMBED, rows) for decoder in self.pair]
-            noise.add(*both)
+            matrix.add(*both, labels=range(rows.start, rows.stop))
             wanted = torch.from_numpy(used[(used >= rows.start) & (used < rows.stop)] - rows.start)
             for part, table in zip(parts, both, strict=True):
                 part.append(table[wanted.to(table.device)])
-        self.note(st.EMBED, noise)
+        self.note((st.EMBED, st.EMBED), matrix)
         return [st.embed(torch.cat(part), places, self.pair[0].dtype) for part in parts]
 
-    def note(self, name: str, noise: Noise) -> None:
-        """Keep the error of a tensor that was read in slices."""
-        source = self.pair[1].source
-        self.tensors.append(TensorError(name, source.dtype(name), source.shapes()[name], noise.decibel))
+    def note(self, names: tuple[str, ...], matrix: Matrix) -> None:
+        """Keep the error of a tensor, and what is wrong with its rows; `names` are each model's."""
+        sources = self.pair[0].source, self.pair[1].source
+        head_dim = self.pair[0].config.head_dim
+        self.tensors.append(tensor_error(sources, (names[0], names[1]), matrix, head_dim))
 
     def final_states(self, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
         """Both models' states [tokens, d] where predictions are scored, normed; `hidden` is emptied."""
@@ -263,18 +279,18 @@ class Run:
         import torch
 
         places: dict[str, Any] = self.windows.all_places()
-        config, noise = self.pair[0].config, Noise()
+        config, matrix = self.pair[0].config, Matrix()
         scores = Scores(torch.from_numpy(places["target"]).to(states[0].device), config.vocab_size)
         for part in st.slices(config.vocab_size, config.hidden_size):
             heads = [st.read(decoder, decoder.head, part) for decoder in self.pair]
-            noise.add(*heads)
+            matrix.add(*heads, labels=range(part.start, part.stop))
             heads = [head.to(self.pair[0].dtype) for head in heads]
             for rows in st.chunks(0, len(states[0]), len(heads[0])):
                 both = [(x[rows] @ head.T).float() for x, head in zip(states, heads, strict=True)]
                 if broken := self.broken(both, f"as logits in window {places['window'][rows.start]}"):
                     return None, broken
                 scores.add(rows, part.start, both[0], both[1])
-        names = [decoder.head for decoder in self.pair]
-        if names != [st.EMBED, st.EMBED]:
-            self.note(names[1], noise)
+        names = self.pair[0].head, self.pair[1].head
+        if names != (st.EMBED, st.EMBED):
+            self.note(names, matrix)
         return TokenFigures(**places, **scores.columns()), ""

@@ -150,12 +150,15 @@ def test_models_of_other_sizes_are_refused() -> None:
 def test_tensors_outside_the_sample_are_compared_by_some_rows() -> None:
     _, source, _ = make()
     known = (TensorError(L + "mlp.up_proj.weight", "f32", (160, 64), 1.0),)
-    fair = effort.sample_tensors(source, noisy(source, 0.01), known)
+    fair = effort.sample_tensors(source, noisy(source, 0.01), known, 16)
     assert {t.name for t in fair} == source.tensors.keys() - {known[0].name}
     assert all(30 < t.snr < 50 for t in fair if len(t.shape) > 1), fair
     name = "model.layers.2.mlp.down_proj.weight"
     bad = source.tensors[name].copy()
     bad[-3:] = 0
-    found = {t.name: t.snr for t in effort.sample_tensors(source, Memory({**source.tensors, name: bad}), ())}
-    assert found[name] < 15
-    assert all(snr == math.inf for other, snr in found.items() if other != name)
+    every = effort.sample_tensors(source, Memory({**source.tensors, name: bad}), (), 16)
+    found = {t.name: t for t in every}
+    assert found[name].snr < 15
+    last = [source.tensors[name].shape[0] - i for i in (3, 2, 1)]
+    assert [fault.where for fault in found[name].faults] == [f"row {row}" for row in last]
+    assert all(t.snr == math.inf and not t.faults for other, t in found.items() if other != name)

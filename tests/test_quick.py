@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from click.testing import CliRunner
 from random_llama import Memory, make, stored, tokens
 from test_verify import L, interleaved, noisy, zeroed
 
-from dsconvert import figures, plain_figures, quick, verify, windows
+from dsconvert import figures, quick, verify, windows
 from dsconvert.cli import cli
 from dsconvert.effort import Effort, Speed, compare_blocks
 from dsconvert.errors import ConversionError, UsageError
@@ -107,23 +106,6 @@ def test_a_wrong_rope_base_and_a_broken_block_are_named() -> None:
         verify.result(quick.compare(source, source, config, effort(text), smaller))
     with pytest.raises(UsageError, match="tokenizer is not this model's"):
         verify.result(quick.compare(source, source, config, effort(windows.whole(text.tokens + 97))))
-
-
-def test_signal_to_noise_is_that_of_torch() -> None:
-    rng = np.random.default_rng(5)
-    base = rng.standard_normal(200_000, np.float32)
-    huge = np.full(8, 1e30, np.float32)
-    for a, b in (
-        (base, base + np.float32(0.01) * rng.standard_normal(len(base), np.float32)),
-        (base, base),
-        (base, np.zeros_like(base)),
-        (np.zeros_like(base), base),
-        (huge, huge * np.float32(1.001)),
-        (base, np.where(base > 3, np.nan, base).astype(np.float32)),
-    ):
-        expected = figures.snr(torch.from_numpy(a), torch.from_numpy(b))
-        assert plain_figures.snr(a, b) == pytest.approx(expected, rel=1e-5, nan_ok=True)
-    assert math.isnan(plain_figures.snr(base, np.full_like(base, np.nan)))
 
 
 def test_a_sample_is_spread_and_ends_with_its_time() -> None:

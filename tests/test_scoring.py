@@ -15,7 +15,8 @@ from converters.gguf.parse import open_gguf
 from converters.gguf.reader import open_model
 from dsconvert import streaming, verify, windows
 from dsconvert.checkpoint import open_checkpoint
-from dsconvert.figures import Noise, snr, token_figures
+from dsconvert.figures import token_figures
+from dsconvert.rows import Matrix, snr
 from dsconvert.scoring import Scores
 
 torch = pytest.importorskip("torch")
@@ -77,7 +78,7 @@ def test_noise_in_parts() -> None:
     base = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     other = base + 0.1 * torch.randn(1000, generator=torch.Generator().manual_seed(1))
     other[:100] = base[:100]
-    sums = Noise()
+    sums = Matrix()
     for start in range(0, 1000, 100):
         sums.add(base[start : start + 100], other[start : start + 100])
     assert sums.decibel == pytest.approx(snr(base, other), abs=1e-6)

@@ -248,7 +248,7 @@ def compare(
     if chosen.blocks is None:
         return found
     yield Step("comparing some rows of every other tensor")
-    others = effort.sample_tensors(reference.source, opened.source, found.tensors)
+    others = effort.sample_tensors(reference.source, opened.source, found.tensors, config.head_dim)
     return replace(found, tensors=(*found.tensors, *others))
 
 
