@@ -8,19 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsconvert.calibration import Calibration, held_against, sample, warnings
+from dsconvert.conversations import Message
 from dsconvert.drawing import Ask
 from dsconvert.encoding import Encode, IntArray
 from dsconvert.errors import UsageError
 from dsconvert.events import Event, Step, Warn
 from dsconvert.textdata import NAMES, chats, load_text
-from dsconvert.textfiles import Message
 
 
 @dataclass(frozen=True)
 class Wanted:
     """Which text, how much of it: `samples` windows of `length` tokens; `bos` begins documents if given.
 
-    `chat` is a file of conversations, taken in the text's stead.
+    `chat` is a file of conversations, taken in the text's stead; `column` the one of its rows, or of the
+    text's, that is taken.
     """
 
     text: str = "c4"
@@ -30,6 +31,7 @@ class Wanted:
     bos: int | None = None
     chat: Path | None = None
     offline: bool = False
+    column: str = ""
 
     @property
     def files(self) -> list[Path]:
@@ -58,9 +60,10 @@ def calibrate(
     """
     bos = wanted.bos
     if wanted.chat is not None and render is not None:
-        text, bos = chats(wanted.chat, render), None  # a template writes its own
+        text, bos = chats(wanted.chat, render, wanted.column), None  # a template writes its own
+        yield from map(Warn, text.notes)
     else:
-        text = yield from load_text(wanted.text, "calibration", offline=wanted.offline)
+        text = yield from load_text(wanted.text, "calibration", offline=wanted.offline, column=wanted.column)
     length = min(wanted.length, context)
     if length < wanted.length:
         yield Warn(f"the model takes {context} tokens at once: calibration windows are as long")

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dsconvert import hub, text, textfiles
+from dsconvert.conversations import Message, read_chats, without_tools
 from dsconvert.errors import CheckpointError, ConversionError, UsageError
 from dsconvert.events import Event, Step, Warn
 from dsconvert.safetensors_header import quoted
-from dsconvert.textfiles import Message, Texts
+from dsconvert.textfiles import Skipped, Texts
 
 Split = Literal["calibration", "evaluation"]
 # documents: windows from long documents; stream: windows from one joined text; packed: documents end to end.
@@ -78,21 +79,26 @@ class TextSet:
 
 
 def load_text(
-    name: str, split: Split, *, offline: bool = False, fallback: bool = True
+    name: str, split: Split, *, offline: bool = False, fallback: bool = True, column: str = ""
 ) -> Generator[Event, None, TextSet]:
     """The text called `name`: "c4", "wikitext2", "builtin", a file or a folder.
 
-    A folder holds text files, or is a mirror in the layout of a set's repository. Yields what is going on.
+    A folder holds text files, or is a mirror in the layout of a set's repository; `column` is the one of
+    its rows that is taken. Yields what is going on.
     With `fallback` the built-in text takes the place of a named set that cannot be fetched because there is
     no network (or `offline`), with a Warn and a note. Raises UsageError for a name that stands for nothing,
     hub.Unreachable without `fallback`, CheckpointError for a file of no use.
     """
+    if column and name in NAMES:
+        raise UsageError(f"--calib-column is for a file of rows, {name} is a known text")
     if name == BUILTIN:
         return builtin(split)
     for known in SETS:
         if name == known.name:
             return (yield from _named(known, split, offline, fallback))
-    return _local(name, split)
+    found = _local(name, split, column)
+    yield from map(Warn, found.notes)
+    return found
 
 
 def builtin(split: Split, notes: tuple[str, ...] = ()) -> TextSet:
@@ -109,25 +115,36 @@ def builtin(split: Split, notes: tuple[str, ...] = ()) -> TextSet:
     return TextSet(BUILTIN, split, packed, "packed", provenance, notes, kinds)
 
 
-def chats(path: Path, render: Callable[[list[Message]], str]) -> TextSet:
-    """Conversations of a JSON lines file as the model's chat template writes them, by `render`.
+def chats(path: Path, render: Callable[[list[Message]], str], column: str = "") -> TextSet:
+    """Conversations of a file of rows as the model's chat template writes them, by `render`.
 
+    One that the template refuses goes without its calls of tools, where it has some; a note counts those.
     Raises CheckpointError for a file that cannot be used, UsageError for a conversation that the template
     refuses or a file without any.
     """
 
+    skipped, bare = Skipped(), list[int]()
+
     def rendered() -> Iterator[str]:
-        for number, messages in enumerate(textfiles.read_chats(path), 1):
+        for number, messages in enumerate(read_chats(path, column, skipped), 1):
             try:
                 yield render(messages)
             except ConversionError as error:
-                raise UsageError(
-                    f"the chat template refuses conversation {number}", where=path, why=str(error)
-                ) from None
+                less = without_tools(messages)
+                if less == messages or not less:
+                    raise UsageError(
+                        f"the chat template refuses conversation {number}", where=path, why=str(error)
+                    ) from None
+                bare.append(number)
+                yield render(less)
 
     packed = _filled(rendered(), path)
+    notes = skipped.notes(path.name)
+    if bare:
+        share = f"{len(bare)} of {len(packed)} conversations"
+        notes += (f"{path.name}: the template refuses calls of tools, {share} go without",)
     provenance = {"source": "chat", "files": [_fingerprint(path, path.parent)]}
-    return TextSet(path.name, "calibration", packed, "packed", provenance, separator="")
+    return TextSet(path.name, "calibration", packed, "packed", provenance, notes, separator="")
 
 
 def _named(known: NamedSet, split: Split, offline: bool, fallback: bool) -> Generator[Event, None, TextSet]:
@@ -153,7 +170,7 @@ def _read_named(known: NamedSet, split: Split, path: Path, about: dict[str, Any]
     return TextSet(known.name, split, packed, known.method, provenance)
 
 
-def _local(name: str, split: Split) -> TextSet:
+def _local(name: str, split: Split, column: str = "") -> TextSet:
     path = Path(name)
     try:
         folder, file = path.is_dir(), path.is_file()
@@ -164,12 +181,12 @@ def _local(name: str, split: Split) -> TextSet:
             f"{quoted(name)} is neither a known text nor a file or folder here",
             hint=f"Known: {', '.join(NAMES)}",
         )
-    for known in SETS:
+    for known in () if column else SETS:
         if file and path.name in {Path(other).name for other in known.files.values()}:
             return _read_named(known, split, path, {"source": "local"})
         if folder and any((path / other).is_file() for other in known.files.values()):
             return _mirror(known, split, path)
-    return _files([path] if file else _listed(path), path, split)
+    return _files([path] if file else _listed(path), path, split, column)
 
 
 def _mirror(known: NamedSet, split: Split, folder: Path) -> TextSet:
@@ -196,11 +213,16 @@ def _listed(folder: Path) -> list[Path]:
     return sorted(shown, key=lambda path: path.relative_to(folder).as_posix())
 
 
-def _files(paths: Sequence[Path], given: Path, split: Split) -> TextSet:
-    packed = _filled((document for path in paths for document in textfiles.read_documents(path)), given)
+def _files(paths: Sequence[Path], given: Path, split: Split, column: str) -> TextSet:
+    skipped = {path: Skipped() for path in paths}
+    documents = (
+        document for path in paths for document in textfiles.read_documents(path, column, skipped[path])
+    )
+    packed = _filled(documents, given)
+    notes = tuple(note for path in paths for note in skipped[path].notes(path.name))
     root = given if given.is_dir() else given.parent
     provenance = {"source": "local", "files": [_fingerprint(path, root) for path in paths]}
-    return TextSet(given.name or str(given), split, packed, "packed", provenance)
+    return TextSet(given.name or str(given), split, packed, "packed", provenance, notes)
 
 
 def _filled(documents: Iterator[str], where: Path) -> Texts:

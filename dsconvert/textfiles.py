@@ -1,4 +1,4 @@
-"""Text from local files: plain text, JSON lines, either of them gzipped, and parquet; and conversations."""
+"""Text from local files: plain text, JSON lines, either of them gzipped, and parquet."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import gzip
 import json
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -20,9 +20,8 @@ from dsconvert.reading import short
 TEXT, JSON, PARQUET = (".txt", ".text", ".md"), (".jsonl", ".json", ".ndjson"), (".parquet",)
 SUFFIXES = (*TEXT, *JSON, *(suffix + ".gz" for suffix in (*TEXT, *JSON)), *PARQUET)
 KEYS = ("text", "content")
-ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant"}
+BATCH = 1024  # rows of a parquet file that are in memory at once
 AGAIN = "Fetch or make this file again"
-Message = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -62,48 +61,67 @@ def is_text(path: Path) -> bool:
     return path.name.lower().endswith(SUFFIXES)
 
 
-def read_documents(path: Path) -> Iterator[str]:
+@dataclass
+class Skipped:
+    """Rows that are left out because they are null, and the place of the first."""
+
+    rows: int = 0
+    first: str = ""
+
+    def add(self, place: str) -> None:
+        """Count one more."""
+        self.rows, self.first = self.rows + 1, self.first or place
+
+    def notes(self, name: str) -> tuple[str, ...]:
+        """What the user should know of it; nothing where there is none."""
+        if not self.rows:
+            return ()
+        left_out = "1 row is" if self.rows == 1 else f"{self.rows} rows are"
+        return (f"{name}: {left_out} null and left out, the first at {self.first}",)
+
+
+def read_documents(path: Path, column: str = "", skipped: Skipped | None = None) -> Iterator[str]:
     """The documents of one file by its suffix; a file with none of SUFFIXES is read as plain text.
 
-    Plain text is one document; JSON lines, a JSON array and parquet give one a row, from the column `text`
-    or `content`. Raises CheckpointError for a file that is damaged, binary or not UTF-8.
+    Plain text is one document; JSON lines, a JSON array and parquet give one a row, from `column`, or from
+    `text` or `content`; rows that are null there are counted in `skipped`. Raises CheckpointError for a
+    file that is damaged, binary or not UTF-8, UsageError for a column of plain text.
     """
+    skipped = skipped or Skipped()
+    keys = (column,) if column else KEYS
+    if has_rows(path):
+        for place, row in read_rows(path, keys):
+            found = _text_of(row, keys, path, place)
+            if found is None:
+                skipped.add(place)
+            else:
+                yield found
+        return
+    if column:
+        raise UsageError(
+            f"has no column {column[:80]!r}: it is plain text",
+            where=path,
+            hint=f"Columns are in {', '.join((*JSON, *PARQUET))} files; leave --calib-column out",
+        )
+    with _reading(path), _open(path) as file:
+        raw = file.read()
+    if raw:
+        yield _decoded(raw, path)
+
+
+def has_rows(path: Path) -> bool:
+    """Whether a file's name says that it holds rows: JSON lines, a JSON array or parquet."""
     name = path.name.lower()
-    if name.endswith(PARQUET):
-        yield from _parquet(path)
-    elif name.removesuffix(".gz").endswith(JSON):
-        for place, row in _rows(path):
-            yield _text_of(row, path, place)
-    else:
-        with _reading(path), _open(path) as file:
-            raw = file.read()
-        if raw:
-            yield _decoded(raw, path)
+    return name.endswith(PARQUET) or name.removesuffix(".gz").endswith(JSON)
 
 
-def read_chats(path: Path) -> Iterator[list[Message]]:
-    """Conversations as lists of {"role", "content"}, one a row of JSON lines or of a JSON array.
+def read_rows(path: Path, columns: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
+    """The rows of a JSON lines, JSON array or parquet file, each with its place.
 
-    A row is the list itself or holds it as `messages` or `conversations`; `from` and `value` are taken for
-    `role` and `content`. Raises CheckpointError for anything else.
+    `columns` are those wanted, of which a parquet file gives the first that it has; without, every one.
+    Raises CheckpointError for a file that is damaged.
     """
-    for place, row in _rows(path):
-        listed = row.get("messages", row.get("conversations")) if isinstance(row, dict) else row
-        if not isinstance(listed, list) or not listed:
-            raise CheckpointError(
-                f"{place} holds no messages",
-                where=path,
-                hint='Each row should be {"messages": [{"role": "user", "content": "..."}, ...]}',
-            )
-        yield [_message(message, path, place) for message in listed]
-
-
-def _message(raw: object, path: Path, place: str) -> Message:
-    if isinstance(raw, dict):
-        role, content = raw.get("role", raw.get("from")), raw.get("content", raw.get("value"))
-        if isinstance(role, str) and isinstance(content, str):
-            return {"role": ROLES.get(role, role), "content": _whole(content, path, place)}
-    raise CheckpointError(f"{place} holds a message without a role and a text", where=path)
+    yield from _parquet(path, columns) if path.name.lower().endswith(PARQUET) else _rows(path)
 
 
 @contextmanager
@@ -178,23 +196,40 @@ def _parsed(raw: bytes, path: Path, place: str) -> Any:
         ) from None
 
 
-def _text_of(row: object, path: Path, place: str) -> str:
-    found = next((row[key] for key in KEYS if key in row), None) if isinstance(row, dict) else row
+def _text_of(row: object, keys: Sequence[str], path: Path, place: str) -> str | None:
+    """The text of a row, None where it is null."""
+    if not isinstance(row, dict):
+        found, there = row, row is None
+    else:
+        found = next((row[key] for key in keys if row.get(key) is not None), None)
+        there = any(key in row for key in keys)
     if isinstance(found, str):
-        return _whole(found, path, place)
-    keys = ", ".join(sorted(row))[:100] if isinstance(row, dict) else type(row).__name__
-    chat = isinstance(row, list) or (isinstance(row, dict) and ("messages" in row or "conversations" in row))
-    raise CheckpointError(
-        f"{place} has no text",
-        where=path,
-        why=f"it holds {keys}",
-        hint="Conversations are read with --calib-chat"
-        if chat
-        else f"Each row should hold a string as {' or '.join(KEYS)}",
-    )
+        return whole(found, path, place)
+    if found is None and there:
+        return None
+    raise _no_text(row, keys, path, place)
 
 
-def _whole(text: str, path: Path, place: str) -> str:
+def _no_text(row: object, keys: Sequence[str], path: Path, place: str) -> CheckpointError:
+    from dsconvert.conversations import holds_chat
+
+    names = ", ".join(sorted(map(str, row)))[:100] if isinstance(row, dict) else type(row).__name__
+    if keys != KEYS:
+        return CheckpointError(
+            f"{place} has no text as {keys[0][:80]!r}",
+            where=path,
+            why=f"it holds {names}",
+            hint="Give --calib-column one of them that is text",
+        )
+    hint = f"Each row should hold a string as {' or '.join(keys)}; --calib-column NAME takes another column"
+    if holds_chat(row):
+        hint = "Conversations are read with --calib-chat"
+        if isinstance(row, dict):
+            hint += ", pairs of a question and an answer too; --calib-column NAME takes one column as text"
+    return CheckpointError(f"{place} has no text", where=path, why=f"it holds {names}", hint=hint)
+
+
+def whole(text: str, path: Path, place: str) -> str:
     """Refuse half a surrogate pair, which JSON can spell and UTF-8 cannot."""
     try:
         text.encode()
@@ -213,19 +248,19 @@ def parquet_reader() -> Any:
         ) from None
 
 
-def _parquet(path: Path) -> Iterator[str]:
+def _parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, Any]]:
     reader = parquet_reader()
     damaged = (ValueError, NotImplementedError, import_module("pyarrow").ArrowException)
     with _reading(path):
         try:
             with reader.ParquetFile(path) as file:
                 names = file.schema_arrow.names
-                column = next((key for key in KEYS if key in names), None)
-                if column is None:
-                    _text_of(dict.fromkeys(names), path, "the table")
-                for batch in file.iter_batches(columns=[column]):
-                    for row, text in enumerate(batch.column(0).to_pylist()):
-                        yield text if isinstance(text, str) else _text_of({column: text}, path, f"row {row}")
+                wanted = next(([key] for key in columns if key in names), None)
+                if columns and wanted is None:
+                    raise _no_text(dict.fromkeys(names), columns, path, "the table")
+                batches = file.iter_batches(batch_size=BATCH, columns=wanted)
+                rows = chain.from_iterable(batch.to_pylist() for batch in batches)
+                yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
         except damaged as error:
             raise CheckpointError(
                 "is damaged or no parquet file", where=path, why=short(error), hint=AGAIN

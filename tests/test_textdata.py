@@ -17,10 +17,11 @@ import pytest
 from hub_server import COMMIT, Hub, client_environment, serving
 
 from dsconvert import textfiles
+from dsconvert.conversations import read_chats
 from dsconvert.errors import CheckpointError, ConversionError, UsageError
 from dsconvert.events import Event
 from dsconvert.textdata import SETS, Split, TextSet, load_text
-from dsconvert.textfiles import Texts, pack, read_chats, read_documents
+from dsconvert.textfiles import Texts, pack, read_documents
 
 C4, WIKITEXT = SETS
 TRAIN, VALIDATION = C4.files["calibration"], C4.files["evaluation"]
@@ -262,8 +263,8 @@ def test_local_parquet(tmp_path: Path) -> None:
     assert documents(local(path)) == ["a", "b"]
     with pytest.raises(CheckpointError, match=r"the table has no text. it holds id, words"):
         local(parquet(tmp_path / "b.parquet", {"id": [1], "words": ["a"]}))
-    with pytest.raises(CheckpointError, match="row 1 has no text"):
-        local(parquet(tmp_path / "c.parquet", {"text": ["a", None]}))
+    with pytest.raises(CheckpointError, match=r"row 2 has no text. it holds text"):
+        local(parquet(tmp_path / "c.parquet", {"text": [None, 5]}))
     for damaged in (path.read_bytes()[:-20], b"PAR1 not", b""):
         path.write_bytes(damaged)
         with pytest.raises(CheckpointError, match="is damaged or no parquet file"):

@@ -38,6 +38,8 @@ class Options:
     calib_samples: int = 128
     calib_len: int = 2048
     calib_chat: Path | None = None
+    calib_column: str = ""
+    add_bos: bool | None = None
     seed: int = 0
     offline: bool = False
     out: Path | None = None
@@ -139,7 +141,7 @@ def prepare(options: Options) -> Job:
     model = select(options.model, language_only=True)
     folder = model.checkpoint.folder
     check_companions(folder)
-    tokenizer = load_tokenizer(folder, model.config.vocab_size)
+    tokenizer = load_tokenizer(folder, model.config.vocab_size, options.add_bos)
     out = (options.out or Path(default_name(options, origin(folder, model.config)[1]))).absolute()
     known = None
     if options.measurement is not None and look(options.measurement) is not None:

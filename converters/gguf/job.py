@@ -49,6 +49,7 @@ class Options:
     no_mmproj: bool = False
     mmproj_quant: str = "f16"
     imatrix: Path | None = None
+    add_bos: bool | None = None
     calibration: Wanted | None = None  # the text to measure an importance matrix on, on the way
 
 
@@ -151,7 +152,7 @@ def _prepare(options: Options) -> Job:
     checkpoint.check_readable(spec.hf for spec in specs)
     derived = arch.derived(config)
     matrix = importance.read(options.imatrix) if options.imatrix is not None else None
-    tokenizer = load_tokenizer(checkpoint.folder, config.vocab_size)
+    tokenizer = load_tokenizer(checkpoint.folder, config.vocab_size, options.add_bos)
     resolution = resolve(tokenizer, options.pre)
     towers = plan_towers(checkpoint, config, tokenizer)
     if towers is not None:

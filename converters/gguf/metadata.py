@@ -17,6 +17,7 @@ from dsconvert.reading import read_head
 SIZE_IN_NAME = re.compile(r"\d+(?:\.\d+)?[bBmM]")
 CARD = 64 << 10  # bytes in which the front matter ends; its parser takes 1 s for as many
 HUB = "https://huggingface.co"
+NULLS = ("", "~", "null", "Null", "NULL")  # YAML's
 VERSION_IN_NAME = re.compile(r"v\d+(?:\.\d+)*", re.IGNORECASE)
 
 
@@ -79,6 +80,7 @@ def basename(name: str) -> str:
 
 
 def model_card(folder: Path) -> dict[str, Any]:
+<<<<<<< HEAD
     """The front matter of README.md; empty when there is none or it cannot be read (a card is no weight)."""
     try:
         text = read_head(folder / "README.md", CARD).decode("utf-8-sig", errors="replace")
@@ -86,12 +88,28 @@ def model_card(folder: Path) -> dict[str, Any]:
         return {}
     parts = text.split("---", 2)
     if parts[0] or len(parts) < 3:
+=======
+    """The front matter of README.md, every value as it is written, so that the language no is no false.
+
+    Empty when there is none or it cannot be read (a card is no weight).
+    """
+    path = folder / "README.md"
+    if not path.is_file():
+        return {}
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    if not text.startswith("---"):
+>>>>>>> 0f60e91 (Tell of a BOS that the files may have lost, and take a model card's values as they are written)
         return {}
     import yaml
 
     try:
+<<<<<<< HEAD
         card = yaml.safe_load(parts[1])
     except Exception:  # of any kind: yaml raises what Python's types raise on odd values
+=======
+        card = yaml.load(text.split("---", 2)[1], Loader=yaml.BaseLoader)
+    except (yaml.YAMLError, IndexError, ValueError):
+>>>>>>> 0f60e91 (Tell of a BOS that the files may have lost, and take a model card's values as they are written)
         return {}
     return card if isinstance(card, dict) else {}
 
@@ -103,18 +121,20 @@ def _card_keys(card: dict[str, Any]) -> dict[str, tuple[str, Any]]:
         ("license_name", "license.name"),
         ("license_link", "license.link"),
     ):
-        if isinstance(card.get(field), str):
-            keys[f"general.{key}"] = ("string", card[field])
+        if value := _scalars(card.get(field)):
+            keys[f"general.{key}"] = ("string", value[0])
     for field, key in (("tags", "tags"), ("language", "languages")):
-        values = card.get(field)
-        values = [values] if isinstance(values, str) else values
-        if isinstance(values, list) and values and all(isinstance(value, str) for value in values):
+        if values := _scalars(card.get(field)):
             keys[f"general.{key}"] = ("array:string", values)
-    bases = card.get("base_model")
-    bases = [bases] if isinstance(bases, str) else bases
-    if isinstance(bases, list) and bases and all(isinstance(base, str) for base in bases):
+    if bases := _scalars(card.get("base_model")):
         keys |= _base_keys(bases)
     return keys
+
+
+def _scalars(value: object) -> list[str]:
+    """A card's value, or the values of its list, that are words; nulls, lists and objects are none."""
+    values = value if isinstance(value, list) else [value]
+    return [item for item in values if isinstance(item, str) and item not in NULLS]
 
 
 def _base_keys(bases: list[str]) -> dict[str, tuple[str, Any]]:

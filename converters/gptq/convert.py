@@ -115,6 +115,7 @@ def draw(job: Job) -> Generator[Event, None, Calibration]:
         data.first_id,
         options.calib_chat,
         options.offline,
+        options.calib_column,
     )
     context = job.model.config.context_length
     return (yield from calibrate(wanted, data.encode, context, evaluation(job).tokens, data.render))

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from dsconvert.calibrate import Wanted
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-NAMES = ("calib", "calib_chat", "calib_samples", "calib_len", "seed", "offline")
+NAMES = ("calib", "calib_chat", "calib_column", "calib_samples", "calib_len", "seed", "offline")
 
 
 def calibration_options(text: str | None, length: int) -> Callable[[Command], Command]:
@@ -45,7 +45,14 @@ def calibration_options(text: str | None, length: int) -> Callable[[Command], Co
             "--calib-chat",
             type=click.Path(path_type=Path),
             metavar="FILE",
-            help="Conversations as JSON lines, written with the model's chat template, instead of --calib.",
+            help="Conversations (JSON lines, parquet), written with the model's chat template, instead of "
+            "--calib.",
+        ),
+        click.option(
+            "--calib-column",
+            default="",
+            metavar="NAME",
+            help="Column of a file of rows that holds the text, or the conversation.",
         ),
         click.option("--seed", type=int, default=0, show_default=True, help="Which windows are drawn."),
         click.option(
@@ -61,6 +68,13 @@ def calibration_options(text: str | None, length: int) -> Callable[[Command], Co
     return add
 
 
+bos_option = click.option(
+    "--add-bos/--no-add-bos",
+    default=None,
+    help="Put BOS before a text, or not, whatever the tokenizer's files say.",
+)
+
+
 def wanted_of(asked: dict[str, Any]) -> Wanted | None:
     """Take the options out of `asked` and give what they mean: None without a text.
 
@@ -69,7 +83,7 @@ def wanted_of(asked: dict[str, Any]) -> Wanted | None:
     from dsconvert.calibrate import Wanted
     from dsconvert.errors import UsageError
 
-    text, chat, samples, length, seed, offline = (asked.pop(name) for name in NAMES)
+    text, chat, column, samples, length, seed, offline = (asked.pop(name) for name in NAMES)
     if text is None and chat is None:
         source = click.get_current_context().get_parameter_source
         given = [name for name in NAMES if source(name) is click.core.ParameterSource.COMMANDLINE]
@@ -79,4 +93,4 @@ def wanted_of(asked: dict[str, Any]) -> Wanted | None:
                 hint="Give --calib c4, or --calib-chat FILE",
             )
         return None
-    return Wanted(text or "", samples, length, seed, None, chat, offline)
+    return Wanted(text or "", samples, length, seed, None, chat, offline, column)

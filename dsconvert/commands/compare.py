@@ -28,7 +28,7 @@ def compare(
     Each is verified as `dsconvert verify` does. --report draws size against KL divergence. Exit code 3: one
     failed.
     """  # fmt: skip
-    quiet, debug = asked.pop("quiet"), asked.pop("debug")
+    quiet, debug, add_bos = (asked.pop(name) for name in ("quiet", "debug", "add_bos"))
     machine = json_file == "-"
 
     def work() -> int:
@@ -39,7 +39,7 @@ def compare(
 
         page_and_json = (report, None if machine or json_file is None else Path(json_file))
         reports.check_targets(*page_and_json, read_by(asked, against, *outputs))
-        reference = open_reference(against)
+        reference = open_reference(against, add_bos)
         proofs = []
         for path in outputs:
             if not (quiet or machine):

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from dsconvert.commands.calibrating import calibration_options
+from dsconvert.commands.calibrating import bos_option, calibration_options
 from dsconvert.commands.numbers import Number
 from dsconvert.commands.running import run
 
@@ -48,6 +48,7 @@ def _number(ctx: click.Context, param: click.Parameter, value: str) -> int:
     help="Fraction of the mean of H's diagonal that is added to it.",
 )
 @calibration_options("c4", 2048)
+@bos_option
 @click.option(
     "-o",
     "--out",

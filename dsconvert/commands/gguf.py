@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from dsconvert.commands.calibrating import calibration_options, wanted_of
+from dsconvert.commands.calibrating import bos_option, calibration_options, wanted_of
 from dsconvert.commands.numbers import size
 from dsconvert.commands.running import run
 
@@ -66,6 +66,7 @@ def _overrides(
     help="Importance matrix (dsconvert imatrix, llama-imatrix): quantize what counts more exactly.",
 )
 @calibration_options(None, 512)
+@bos_option
 @click.option("--pre", metavar="NAME", help="The runtime's pre-tokenizer, when none is proven to fit.")
 @click.option(
     "--split-max-size",

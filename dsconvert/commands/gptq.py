@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dsconvert.commands.calibrating import calibration_options
+from dsconvert.commands.calibrating import bos_option, calibration_options
 from dsconvert.commands.numbers import Number
 from dsconvert.commands.running import on_each_rank, run
 
@@ -66,6 +66,7 @@ def _number(ctx: click.Context, param: click.Parameter, value: str) -> int:
     help="Search each scale for the least squared error, weighted by what it costs; or min-max.",
 )
 @calibration_options("c4", 2048)
+@bos_option
 @click.option(
     "-o",
     "--out",

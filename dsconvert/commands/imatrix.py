@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dsconvert.commands.calibrating import calibration_options, wanted_of
+from dsconvert.commands.calibrating import bos_option, calibration_options, wanted_of
 from dsconvert.commands.running import run
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     help="Output file.",
 )
 @calibration_options("c4", 512)
+@bos_option
 @click.option("--force", is_flag=True, help="Replace an existing output, never a file that is read.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line for everything that happens.")
@@ -53,7 +54,13 @@ def imatrix(model_path: str, as_json: bool, quiet: bool, debug: bool, **asked: A
 
 
 def make(
-    model: str, *, outfile: Path, wanted: Wanted, force: bool = False, device: str = "auto"
+    model: str,
+    *,
+    outfile: Path,
+    wanted: Wanted,
+    add_bos: bool | None = None,
+    force: bool = False,
+    device: str = "auto",
 ) -> Iterator[Event]:
     """Draw calibration windows, run the model over them, write the file."""
     import time
@@ -71,7 +78,7 @@ def make(
     outfile = outfile.absolute()
     check_chat(wanted.chat)
     check_files([outfile], [0], force=True)  # what can be known before the model is opened
-    reference = open_reference(model)
+    reference = open_reference(model, add_bos)
     inputs = [reference.folder, *(file.path for file in reference.seen), *wanted.files]
     check_files([outfile], [0], force=force, inputs=inputs, ours=is_gguf)
     for note in reference.notes:

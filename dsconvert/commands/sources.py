@@ -71,15 +71,18 @@ class Opened:
         return 8 * sum(s.nbytes for s in self.sizes) / max(1, sum(s.weights for s in self.sizes))
 
 
-def open_reference(model: str) -> Reference:
-    """The 16-bit checkpoint that `model` names; raises ConversionError of every kind that opening has."""
+def open_reference(model: str, add_bos: bool | None = None) -> Reference:
+    """The 16-bit checkpoint that `model` names, BOS before a text where `add_bos` or its files say so.
+
+    Raises ConversionError of every kind that opening has.
+    """
     from converters.gguf.image_proof import Pictured
     from converters.gguf.towers import plan_towers, with_template
 
     checkpoint = open_checkpoint(model)
     config = load_config(checkpoint.folder)
     find_arch(config.architecture, checkpoint.folder / "config.json")
-    tokenizer = load_tokenizer(checkpoint.folder, config.vocab_size)
+    tokenizer = load_tokenizer(checkpoint.folder, config.vocab_size, add_bos)
     towers = plan_towers(checkpoint, config, tokenizer)
     templates, pictured = [tokenizer.chat.default], None
     if towers is not None:  # a GGUF file of it gets a template that takes pictures

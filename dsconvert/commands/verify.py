@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
+from dsconvert.commands.calibrating import bos_option
 from dsconvert.commands.numbers import Number
 from dsconvert.commands.running import run
 
@@ -84,6 +85,7 @@ PROOF_OPTIONS = (
         metavar="FILE.html",
         help="The report as a page. Replaces an earlier report, no other file.",
     ),
+    bos_option,
     click.option("--quiet", is_flag=True, help="Only warnings and failures."),
     click.option("--debug", is_flag=True, help="Show the traceback of an error."),
 )
@@ -126,7 +128,7 @@ def verify(output: Path, against: str, json_file: str | None, report: Path | Non
     question about the picture. The figures are named and defined as in llama.cpp's perplexity tool. Exit
     code 0: passed, 2: could not be compared, 3: a check failed.
     """  # fmt: skip
-    quiet, debug = asked.pop("quiet"), asked.pop("debug")
+    quiet, debug, add_bos = (asked.pop(name) for name in ("quiet", "debug", "add_bos"))
     machine = json_file == "-"
 
     def work() -> int:
@@ -146,7 +148,9 @@ def verify(output: Path, against: str, json_file: str | None, report: Path | Non
             check_files(output, asked["mmproj"])
         elif is_projector(output):
             return console.render(prove_projector(against, output), as_json=machine, quiet=quiet)
-        found = console.follow(prove(output, open_reference(against), Asked(**asked)), quiet or machine)
+        found = console.follow(
+            prove(output, open_reference(against, add_bos), Asked(**asked)), quiet or machine
+        )
         if machine:
             console.say_json(reports.as_dict(found.report))
         else:  # before it is saved: what took long to find is not lost with a full disk
