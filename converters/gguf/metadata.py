@@ -80,36 +80,22 @@ def basename(name: str) -> str:
 
 
 def model_card(folder: Path) -> dict[str, Any]:
-<<<<<<< HEAD
-    """The front matter of README.md; empty when there is none or it cannot be read (a card is no weight)."""
+    """The front matter of README.md, every value as it is written, so that the language no is no false.
+
+    Empty when there is none or it cannot be read (a card is no weight).
+    """
     try:
         text = read_head(folder / "README.md", CARD).decode("utf-8-sig", errors="replace")
     except OSError:
         return {}
     parts = text.split("---", 2)
     if parts[0] or len(parts) < 3:
-=======
-    """The front matter of README.md, every value as it is written, so that the language no is no false.
-
-    Empty when there is none or it cannot be read (a card is no weight).
-    """
-    path = folder / "README.md"
-    if not path.is_file():
-        return {}
-    text = path.read_text(encoding="utf-8-sig", errors="replace")
-    if not text.startswith("---"):
->>>>>>> 0f60e91 (Tell of a BOS that the files may have lost, and take a model card's values as they are written)
         return {}
     import yaml
 
     try:
-<<<<<<< HEAD
-        card = yaml.safe_load(parts[1])
+        card = yaml.load(parts[1], Loader=yaml.BaseLoader)
     except Exception:  # of any kind: yaml raises what Python's types raise on odd values
-=======
-        card = yaml.load(text.split("---", 2)[1], Loader=yaml.BaseLoader)
-    except (yaml.YAMLError, IndexError, ValueError):
->>>>>>> 0f60e91 (Tell of a BOS that the files may have lost, and take a model card's values as they are written)
         return {}
     return card if isinstance(card, dict) else {}
 
