@@ -21,9 +21,11 @@ from tokenizer_tools.special import additions, check_bytes, lost_bos, normalizer
 from tokenizer_tools.steps import PreTokenizer, extract
 from tokenizer_tools.stops import lost_stops, stop_ids
 from tokenizer_tools.vocabulary import (
+    GPT2_CLASSES,
     UNUSED,
     AddedToken,
     added_tokens,
+    gpt2_json,
     read_merges,
     read_vocab,
     rows_of,
@@ -116,10 +118,8 @@ def read_tokens(folder: Path, config: Mapping[str, Any], rows: int) -> Tokens:
     `config` is tokenizer_config.json. Raises TokenizerError as `load_tokenizer` does.
     """
     path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise _no_tokenizer(folder)
     rendering.start()
-    text = read_text(path)
+    text = read_text(path) if path.is_file() else _from_vocabulary(folder, config)
     library = open_tokenizer(text, path)
     raw = parse_object(text, path)
     vocab = read_vocab(_model(raw, path), path)
@@ -136,13 +136,26 @@ def read_tokens(folder: Path, config: Mapping[str, Any], rows: int) -> Tokens:
     return Tokens(path, text, raw, library, vocab, added, (*notes, *told))
 
 
-def _no_tokenizer(folder: Path) -> TokenizerError:
+def _from_vocabulary(folder: Path, config: Mapping[str, Any]) -> str:
+    """The tokenizer.json of GPT-2's own class, from vocab.json and merges.txt, as transformers makes it."""
+    files = [folder / name for name in ("vocab.json", "merges.txt")]
+    kind, there = str(config.get("tokenizer_class")), all(path.is_file() for path in files)
+    if there and kind in GPT2_CLASSES:
+        merges = read_text(files[1]).splitlines()
+        return gpt2_json(
+            parse_object(read_text(files[0]), files[0]), merges, config.get("add_prefix_space") is True
+        )
     spm = (folder / "tokenizer.model").is_file()
-    return TokenizerError(
+    why = "tokenizer.model is a SentencePiece tokenizer, which is not supported" if spm else ""
+    if there:
+        why = f"vocab.json and merges.txt do not say how {kind[:40]!r} splits a text"
+    made = f"A.from_pretrained({str(folder)!r}).backend_tokenizer.save({str(folder / 'tokenizer.json')!r})"
+    command = f'python -c "from transformers import AutoTokenizer as A; {made}"'
+    raise TokenizerError(
         "there is no tokenizer.json",
         where=folder,
-        why="tokenizer.model is a SentencePiece tokenizer, which is not supported" if spm else "",
-        hint="Fetch tokenizer.json, or save one with transformers' save_pretrained",
+        why=why,
+        hint=f"Make it: {command}" if there else "Fetch tokenizer.json, or save one with transformers",
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tokenizer_tools.library import read_object
+from tokenizer_tools.library import parse_object, read_object, read_text
 
 
 def added_ids(folder: Path, rows: int) -> dict[str, int]:
@@ -17,7 +17,8 @@ def added_ids(folder: Path, rows: int) -> dict[str, int]:
     From tokenizer.json, then from added_tokens_decoder of tokenizer_config.json or, without that key, from
     added_tokens.json. Of two ids for a text, and of two texts for an id, the first counts.
     """
-    entries = read_object(folder / "tokenizer.json").get("added_tokens") or []
+    path = folder / "tokenizer.json"
+    entries = (parse_object(read_text(path), path) if path.is_file() else {}).get("added_tokens") or []
     pairs = [(entry["content"], entry["id"]) for entry in entries]
     config = read_object(folder / "tokenizer_config.json")
     if "added_tokens_decoder" in config:

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsconvert.errors import TokenizerError
-from tokenizer_tools.library import open_tokenizer, parse_object, read_text
+from tokenizer_tools.library import open_tokenizer, parse_object, read_object, read_text
+from tokenizer_tools.load import read_tokens
 from tokenizer_tools.rebuild import rebuild
 from tokenizer_tools.steps import PreTokenizer, extract, from_gguf
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+ANY_ROWS = 1 << 31  # where no embedding says how many tokens there are
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,10 @@ class Opened:
 
 def open_folder(path: Path) -> Opened:
     """The tokenizer of a checkpoint folder, or of a tokenizer.json itself; raises TokenizerError."""
-    path = path / "tokenizer.json" if path.is_dir() else path
+    if path.is_dir():
+        found = read_tokens(path, read_object(path / "tokenizer_config.json"), ANY_ROWS)
+        spec = extract(found.raw.get("pre_tokenizer"), found.path)
+        return Opened(found.path, found.library, spec, None)
     if not path.is_file():
         raise TokenizerError(
             "there is no tokenizer here",

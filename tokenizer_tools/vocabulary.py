@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 # llama.cpp's token types (llama.h, llama_token_type); 2 is unknown, 6 a byte of a SentencePiece model.
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 SPACE = "\u0120"  # how a byte-level vocabulary spells a space
+# The classes whose tokenizer is told by vocab.json and merges.txt alone.
+GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast")
 FLAGS = ("normalized", "lstrip", "rstrip", "single_word")
 
 
@@ -61,6 +64,22 @@ def read_merges(model: Mapping[str, Any], path: Path) -> tuple[str, ...]:
             return pairs
         return tuple(f"{left.replace(' ', SPACE)} {right.replace(' ', SPACE)}" for left, right in entries)
     raise TokenizerError("has a merge that is not a pair of texts", where=path)
+
+
+def gpt2_json(vocab: Mapping[str, Any], merges: Sequence[str], prefix_space: bool) -> str:
+    """The text of GPT-2's tokenizer.json of a vocabulary and the lines of merges.txt."""
+    kind = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
+    pairs = [line for line in merges if line.strip() and not line.startswith("#version")]
+    parts: dict[str, Any] = {
+        "version": "1.0",
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {**kind, "add_prefix_space": prefix_space},
+        "post_processor": None,
+        "decoder": {**kind, "add_prefix_space": True},
+        "model": {"type": "BPE", "vocab": dict(vocab), "merges": pairs},
+    }
+    return json.dumps(parts, ensure_ascii=False)
 
 
 def added_tokens(
