@@ -329,3 +329,45 @@ def test_what_a_llama_honours_and_no_file_carries_is_refused_by_name(changes: di
 )
 def test_what_changes_nothing_passes(changes: dict[str, Any]) -> None:
     assert normalise({**RAW, **changes}, "config.json") == normalise(RAW, "config.json")
+
+
+YARN_FORMS: list[dict[str, Any]] = [
+    {}, {"attention_factor": 0.9}, {"attention_factor": None}, {"beta_fast": 8.0}, {"beta_slow": 4},
+    {"beta_fast": 8, "beta_slow": 16}, {"beta_fast": 0, "beta_slow": None}, {"mscale": 0.707},
+    {"mscale": 0.707, "mscale_all_dim": 1.0}, {"mscale": 2.0, "mscale_all_dim": 1.0, "attention_factor": 1.5},
+    {"truncate": False}, {"truncate": None}, {"truncate": False, "beta_fast": 8.0}, {"finetuned": True},
+    {"factor": None}, {"factor": 1.0}, {"factor": 0.5}, {"original_max_position_embeddings": 8},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", YARN_FORMS, ids=str)
+@pytest.mark.parametrize("head_dim", [16, 64, 128])
+def test_every_sub_key_of_yarn_is_read(form: dict[str, Any], head_dim: int) -> None:
+    """None of these is left to chance, or to transformers: numpy's reading gives an answer to each."""
+    settings = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, **form}
+    raw = {**RAW, "head_dim": head_dim, "rope_scaling": settings, "rope_theta": 50000.0}
+    wanted = expected(raw)
+    same(plain_config.read_raw(raw), wanted)
+    config = normalise(raw, "config.json")
+    llama = llama_config(config)
+    same(numbers_of(config, llama, open_rotary(config, llama, CPU)), wanted)
+
+
+def test_a_mistral_is_read_as_its_own_class_does() -> None:
+    """Its absent keys have other defaults, and its RoPE is Llama's."""
+    from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
+
+    raw = {
+        "architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_size": 128,
+        "num_attention_heads": 8, "sliding_window": None,
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192},
+    }  # fmt: skip
+    config = normalise(raw, "config.json")
+    theirs = transformers.MistralConfig(**copy.deepcopy(raw))
+    wanted = numbers_of(config, theirs, MistralRotaryEmbedding(config=theirs))
+    same(numbers(config), wanted)
+    llama = llama_config(config)
+    same(numbers_of(config, llama, open_rotary(config, llama, CPU)), wanted)
+    assert config.intermediate_size == theirs.intermediate_size == llama.intermediate_size
+    with pytest.raises(CheckpointError, match="sliding_window"):  # 4096 where it is absent
+        normalise({k: v for k, v in raw.items() if k != "sliding_window"}, "config.json")
