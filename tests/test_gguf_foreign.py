@@ -14,12 +14,15 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from converters.gguf.inspect import pre_tokenizer
 from converters.gguf.layout import encode_string, encode_value
 from converters.gguf.parse import open_gguf
 from converters.gguf.qtypes import BY_ID
 from dsconvert.cli import cli
-from dsconvert.errors import CheckpointError
+from dsconvert.errors import CheckpointError, TokenizerError
 from dsconvert.locate import locate
+from tokenizer_tools.load import load_tokenizer
+from tokenizer_tools.rebuild import gguf_keys, rebuild
 
 NUMBERS = (np.int8, np.int16, np.int32, np.int64, np.float64)
 
@@ -193,3 +196,34 @@ def test_a_folder_whose_name_is_no_utf8_converts(folder: bytes, tmp_path: Path) 
     name = folder.decode("utf-8", "replace").replace("-", " ")
     assert open_gguf(out).keys["general.name"] == name
     assert gguf.GGUFReader(out).get_field("general.name").contents() == name
+
+
+ODD: list[tuple[str, Any]] = [
+    ("tokenizer.ggml.tokens", [["a"], "b"]),
+    ("tokenizer.ggml.tokens", [1, 2]),
+    ("tokenizer.ggml.merges", [["a", "b"]]),
+    ("tokenizer.ggml.token_type", ["1"]),
+    ("tokenizer.ggml.tokens", "text"),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), ODD)
+def test_a_vocabulary_of_another_kind_is_refused(key: str, value: Any) -> None:
+    data = load_tokenizer(locate("sample:"), 2048)
+    keys = {name: typed[1] for name, typed in gguf_keys(data, "deepseek-llm").items()}
+    with pytest.raises(TokenizerError, match=key):
+        rebuild({**keys, key: value})
+    assert rebuild({**keys, "dsconvert.tokenizer.added.lstrip": [[1], 2000]}).token_to_id("!") == 0
+
+
+@pytest.mark.parametrize("name", ["type", "regex", "behavior", "invert"])
+def test_a_spec_that_is_no_list_is_not_shown(name: str) -> None:
+    prefix = "dsconvert.pre_tokenizer."
+    keys: dict[str, Any] = {
+        prefix + "type": ["digits"],
+        prefix + "regex": [""],
+        prefix + "behavior": ["isolated"],
+        prefix + "invert": [False],
+    }
+    assert pre_tokenizer(keys) is not None
+    assert pre_tokenizer({**keys, prefix + name: 7}) is None

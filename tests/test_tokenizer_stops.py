@@ -10,11 +10,12 @@ import pytest
 from test_tokenizer_added import change, convert, entry, llama, sample
 from tiny_tokenizer import BOS, EOS, added, rows, tokenizer_json, write
 
-from tokenizer_tools import identity, stops
+from tokenizer_tools import chat_template, identity, stops
 from tokenizer_tools import load as load_module
 from tokenizer_tools.load import TokenizerData, load_tokenizer
 from tokenizer_tools.pretokenizer import resolve
 from tokenizer_tools.rebuild import gguf_keys
+from tokenizer_tools.rendering import Unrendered
 
 __all__ = ["llama"]  # a fixture
 
@@ -133,3 +134,22 @@ def test_a_lost_end_fails_the_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     result = convert(sample(tmp_path / "model", reply), tmp_path / "x.gguf")
     assert result.exit_code == 3, result.output
     assert "a generation does not end at [2016]" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ nothing.at.all }}", "{% for i in x %}<|end_b|>{% endfor %}", "{% bad"]
+)
+def test_a_template_that_does_not_render_is_tried_once(
+    template: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+
+    def render(text: str, *rest: object, **values: object) -> str:
+        tried.append(text)
+        raise Unrendered("TimeoutError", "too long", broke=True)
+
+    monkeypatch.setattr(chat_template, "render", render)
+    chat_template._try.cache_clear()
+    assert load_tokenizer(folder_with(tmp_path, template), 3000).stops == (E_ID,)
+    assert tried == [template]
+    chat_template._try.cache_clear()

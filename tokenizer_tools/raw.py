@@ -27,9 +27,11 @@ def added_ids(folder: Path, rows: int) -> dict[str, int]:
     else:
         pairs += sorted(read_object(folder / "added_tokens.json").items(), key=lambda pair: pair[1])
     found: dict[str, int] = {}
+    taken = set[int]()
     for content, i in pairs:
-        if i < rows and content not in found and i not in found.values():
+        if i < rows and content not in found and i not in taken:
             found[content] = i
+            taken.add(i)
     return found
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 GGML = "tokenizer.ggml."
 EXTRA = "dsconvert.tokenizer."
+ITEMS: dict[str, type] = {"tokens": str, "token_type": int, "merges": str}
 ID_KEYS = {
     "bos": GGML + "bos_token_id",
     "eos": GGML + "eos_token_id",
@@ -129,7 +130,14 @@ def _array(metadata: Mapping[str, Any], name: str, where: object) -> list[Any]:
     value = metadata.get(GGML + name)
     if value is None or isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
         raise TokenizerError(f"has no {GGML}{name}", where=where, hint="Fetch or convert the file again")
-    return list(value)
+    found, kind = list(value), ITEMS[name]
+    if not all(isinstance(item, kind) for item in found):
+        raise TokenizerError(
+            f"has {GGML}{name} of another kind than {kind.__name__}",
+            where=where,
+            hint="Fetch or convert the file again",
+        )
+    return found
 
 
 def _added(metadata: Mapping[str, Any], added: Mapping[int, str], types: list[Any]) -> list[dict[str, Any]]:

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tokenizer_tools import chat_template
+from tokenizer_tools.chat_template import ChatTemplates
 from tokenizer_tools.library import read_object
+from tokenizer_tools.rendering import Unrendered
 
 CONFIGS = ("generation_config.json", "config.json")
 # Texts at which llama.cpp ends a generation whatever the keys say (src/llama-vocab.cpp, special_eog_ids).
@@ -56,11 +58,11 @@ def stop_ids(
 
 def turn_end(template: str, added: Mapping[int, str], names: Mapping[str, str]) -> int | None:
     """The id of the added token with which a template ends an answer; None where there is none."""
-    if not template:
-        return None
+    if not template or chat_template.check(ChatTemplates(template), **names):
+        return None  # one that renders no plain dialogue has been told of, and is not tried again
     try:
         text = chat_template.render(template, TURN, **names, add_generation_prompt=False)
-    except Exception:  # a template may raise anything; that it does not render is told elsewhere
+    except Unrendered:
         return None
     _, found, after = text.rpartition(ANSWER)
     rest = after.lstrip()

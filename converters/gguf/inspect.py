@@ -61,9 +61,9 @@ def pre_tokenizer(keys: dict[str, Any]) -> dict[str, Any] | None:
     """The tokenizer's regex spec step by step, as the file carries it; None when it carries none."""
     prefix = "dsconvert.pre_tokenizer."
     steps = keys.get(prefix + "type")
-    if not isinstance(steps, list):
-        return None
     columns = {name: keys.get(prefix + name, []) for name in ("type", "regex", "behavior", "invert")}
+    if not steps or not all(isinstance(column, list) for column in columns.values()):
+        return None
     return {
         "runtime": keys.get("tokenizer.ggml.pre"),
         "flavor": keys.get(prefix + "flavor"),
