@@ -36,9 +36,9 @@ CHUNK = 1 << 18  # values of a matrix that are read at a time
 FLOPS_PER_CORE, READS_PER_CORE = 45e9, 0.2e9  # measured on a quiet machine
 
 
-def speed() -> Speed:
-    """What all cores do together, by estimate."""
-    cores = usable_cores()
+def speed(threads: int = 0) -> Speed:
+    """What so many threads, or one on each core, do together, by estimate."""
+    cores = min(threads or usable_cores(), usable_cores())
     return Speed(FLOPS_PER_CORE * cores, READS_PER_CORE * cores)
 
 
@@ -59,8 +59,11 @@ def check(
     limits: Thresholds,
     seconds: float,
     candidate_config: ModelConfig,
+    threads: int = 0,
 ) -> Generator[Event, None, Comparison]:
     """Choose, say it, compare and judge, as `effort.check`; a big model's blocks for about `seconds`.
+
+    `threads` read the weights, by default one on each core.
 
     A config.json that the numpy decoder does not know every key of is run with transformers' own modules.
     """
@@ -72,7 +75,7 @@ def check(
         )
         return (yield from _with_torch(reference, candidate, config, windows, limits, candidate_config))
     chosen = effort.choose(
-        config, windows, "quick", "cpu", WHOLE_SECONDS, speed=speed(), least=1, tokens=TOKENS
+        config, windows, "quick", "cpu", WHOLE_SECONDS, speed=speed(threads), least=1, tokens=TOKENS
     )
     if chosen.blocks is None:
         yield Step(f"verifying {chosen.text}")
@@ -83,7 +86,7 @@ def check(
             f"verifying blocks for about {max(seconds, 0):.1f} s, at least {least} of {config.layers}, on "
             f"{chosen.windows.length} tokens, each on the reference's input; --verify full runs all of it"
         )
-    comparison = yield from compare(reference, candidate, config, chosen, candidate_config)
+    comparison = yield from compare(reference, candidate, config, chosen, candidate_config, threads)
     if chosen.blocks is not None:
         ran = ", ".join(str(block.index) for block in comparison.blocks)
         blocks = "block" if len(comparison.blocks) == 1 else "blocks"
@@ -113,6 +116,7 @@ def compare(
     config: ModelConfig,
     chosen: Effort,
     candidate_config: ModelConfig | None = None,
+    threads: int = 0,
 ) -> Generator[Event, None, Comparison]:
     """Run what was chosen of both models over the windows; the same findings as with torch.
 
@@ -128,7 +132,7 @@ def compare(
         *(plain.tensor_names(*side) for side in ((reference, config), (candidate, other))), strict=True
     )
     pair = read_both(config, other, chosen.windows)
-    with ThreadPoolExecutor(usable_cores()) as pool:
+    with ThreadPoolExecutor(threads or usable_cores()) as pool:
         run = _Run((reference, candidate), pair, names[0], chosen.windows, pool)
         run.config += differences(*pair)
         if chosen.blocks is None:

@@ -127,7 +127,7 @@ def test_what_is_chosen_follows_the_size(monkeypatch: pytest.MonkeyPatch) -> Non
     run = quick.check(source, source, config, text, limits, 0.0, config)
     chosen = next(event.text for event in run if isinstance(event, Step))
     assert chosen.startswith("verifying all 9 blocks over 6 of 6")
-    monkeypatch.setattr(quick, "speed", lambda: Speed(1e3, 1e3))
+    monkeypatch.setattr(quick, "speed", lambda threads: Speed(1e3, 1e3))
     run = quick.check(source, source, config, text, limits, 0.0, config)
     first, last = [e.text for e in run if isinstance(e, Step)]
     assert first.startswith("verifying blocks for about 0.0 s, at least 1 of 9, on 32 tokens")
@@ -136,7 +136,7 @@ def test_what_is_chosen_follows_the_size(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_blocks_of_a_conversion_are_proven_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sample as if it were too big to be run whole, its file's RoPE order undone head by head."""
-    monkeypatch.setattr(quick, "speed", lambda: Speed(1e3, 1e3))
+    monkeypatch.setattr(quick, "speed", lambda threads: Speed(1e3, 1e3))
     monkeypatch.setattr(quick, "CHUNK", 1)
     ask = ["gguf", "sample:", "-q", "q8_0", "-o", str(tmp_path / "a.gguf"), "--json"]
     result = CliRunner().invoke(cli, ask)

@@ -92,7 +92,7 @@ def weighed(job: Job, drawn: Calibration | None) -> Generator[Event, None, Job]:
         return job
     yield Step(f"measuring on {drawn.report.tokens:,} tokens of {drawn.report.text}")
     source, config = language_model(job.checkpoint, job.config)
-    tensors = yield from measure(source, config, drawn)
+    tensors = yield from measure(source, config, drawn, job.options.device)
     weights, unweighted = importance.weigh(_matrix(drawn, *importance.quotients(tensors)), job.outputs)
     for note in unweighted:
         yield Warn(note)

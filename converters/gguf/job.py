@@ -48,6 +48,7 @@ class Options:
     mmproj: Path | None = None
     no_mmproj: bool = False
     mmproj_quant: str = "f16"
+    device: str = "auto"  # of a calibration and of a full proof; the conversion itself is the CPU's
     imatrix: Path | None = None
     add_bos: bool | None = None
     calibration: Wanted | None = None  # the text to measure an importance matrix on, on the way

@@ -72,6 +72,14 @@ def _prove_projector(job: Job, towers: Towers, output: Output) -> Iterator[Event
         yield Step("image embeddings were not compared; --verify full does it")
 
 
+def use_threads(count: int) -> None:
+    """Let torch compute on so many threads, where a number was asked for."""
+    import torch
+
+    if count:
+        torch.set_num_threads(count)
+
+
 def check_structure(job: Job, output: Output, file: GGUFFile) -> Check:
     """Names, shapes and types of the file as read back are the planned ones, and its numbers the config's."""
     planned = {(t.name, t.shape, t.qtype.name) for t in output.tensors.values()}
@@ -107,12 +115,16 @@ def _check_logits(job: Job, output: Output, model: GGUFModel, seconds: float) ->
         return
     limits, score = thresholds.thresholds_for(output.quant), windows.whole(page.tokens)
     if full:
-        chosen = effort.choose(config, score, "full", "auto")
+        device = job.options.device
+        use_threads(job.options.threads)
+        chosen = effort.choose(config, score, "full", device)
         comparison, _ = yield from effort.check(
-            source, model, config, chosen, limits, candidate_config=model.config
+            source, model, config, chosen, limits, candidate_config=model.config, device=device
         )
     else:
-        comparison = yield from quick.check(source, model, config, score, limits, seconds, model.config)
+        comparison = yield from quick.check(
+            source, model, config, score, limits, seconds, model.config, job.options.threads
+        )
     figures = comparison.figures
     if figures is not None:
         yield Step(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from dsconvert.commands.given import refuse
 
 if TYPE_CHECKING:
     from dsconvert.calibrate import Wanted
@@ -75,22 +77,22 @@ bos_option = click.option(
 )
 
 
+def check_calibration(asked: Mapping[str, Any]) -> None:
+    """Raises UsageError where --calib is given beside --calib-chat, which takes its place."""
+    if asked["calib_chat"] is not None:
+        refuse("calib", where="beside --calib-chat", hint="Give one of them")
+
+
 def wanted_of(asked: dict[str, Any]) -> Wanted | None:
     """Take the options out of `asked` and give what they mean: None without a text.
 
     Raises UsageError where an option says how to draw from a text that is not there.
     """
     from dsconvert.calibrate import Wanted
-    from dsconvert.errors import UsageError
 
+    check_calibration(asked)
     text, chat, column, samples, length, seed, offline = (asked.pop(name) for name in NAMES)
     if text is None and chat is None:
-        source = click.get_current_context().get_parameter_source
-        given = [name for name in NAMES if source(name) is click.core.ParameterSource.COMMANDLINE]
-        if given:
-            raise UsageError(
-                f"--{given[0].replace('_', '-')} says nothing without a calibration text",
-                hint="Give --calib c4, or --calib-chat FILE",
-            )
+        refuse(*NAMES, where="without a calibration text", hint="Give --calib c4, or --calib-chat FILE")
         return None
     return Wanted(text or "", samples, length, seed, None, chat, offline, column)

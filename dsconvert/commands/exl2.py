@@ -7,13 +7,29 @@ from typing import Any
 
 import click
 
-from dsconvert.commands.calibrating import bos_option, calibration_options
+from dsconvert.commands.calibrating import bos_option, calibration_options, check_calibration
 from dsconvert.commands.numbers import Number
 from dsconvert.commands.running import run
 
 
 def _number(ctx: click.Context, param: click.Parameter, value: str) -> int:
     return int(value)
+
+
+def check_other(calib: str) -> None:
+    """Raises UsageError for what exllamav2's converter takes from nobody: it has a text of its own."""
+    from dsconvert.commands.given import given
+    from dsconvert.errors import UsageError
+
+    names = ["damp", "calib_chat", "calib_column", "seed", "offline", "device", "measurement"]
+    if not calib.endswith(".parquet"):
+        names += ["calib", "calib_samples", "calib_len"]
+    if found := given(*names):
+        raise UsageError(
+            f"--backend exllamav2 takes no {', '.join(found)}",
+            why="That converter damps, draws and places by itself, on its own text or a .parquet file",
+            hint="Leave it out, give --calib FILE.parquet, or leave --backend out",
+        )
 
 
 @click.command()
@@ -89,11 +105,14 @@ def exl2(model_path: str, backend: str, as_json: bool, quiet: bool, debug: bool,
     """  # fmt: skip
 
     def work() -> int:
+        check_calibration(asked)
         from converters.exl2 import backend as other
         from converters.exl2.convert import convert
         from converters.exl2.job import Options
         from dsconvert import console
 
+        if backend == "exllamav2":
+            check_other(asked["calib"])
         make = other.convert if backend == "exllamav2" else convert
         return console.render(make(Options(model=model_path, **asked)), as_json=as_json, quiet=quiet)
 

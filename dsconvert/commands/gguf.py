@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from dsconvert.commands.calibrating import bos_option, calibration_options, wanted_of
+from dsconvert.commands.given import refuse
 from dsconvert.commands.numbers import size
 from dsconvert.commands.running import run
 
@@ -85,6 +86,12 @@ def _overrides(
     show_default=True,
     help="Type of the projector's matrices.",
 )
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="Of --calib and --verify full: auto, cpu, cuda, cuda:N.",
+)
 @click.option("--threads", type=click.IntRange(1, 256), help="Worker threads; default one per core.")
 @click.option(
     "--verify",
@@ -115,6 +122,12 @@ def gguf(model_path: str, as_json: bool, quiet: bool, debug: bool, threads: int 
         from dsconvert import console
 
         wanted = wanted_of(asked)
+        if asked["no_mmproj"]:
+            refuse("mmproj_quant", where="with --no-mmproj", hint="Leave one of them out")
+        if wanted is None and asked["verify"] != "full":
+            refuse(
+                "device", where="without --calib and --verify full", hint="A plain conversion uses the CPU"
+            )
         options = Options(model=model_path, threads=threads or 0, calibration=wanted, **asked)
         return console.render(convert(options), as_json=as_json, quiet=quiet, plan=options.dry_run)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dsconvert.commands.calibrating import bos_option, calibration_options
+from dsconvert.commands.calibrating import bos_option, calibration_options, check_calibration
 from dsconvert.commands.numbers import Number
 from dsconvert.commands.running import on_each_rank, run
 
@@ -106,6 +106,7 @@ def gptq(model_path: str, as_json: bool, quiet: bool, debug: bool, **asked: Any)
     """  # fmt: skip
 
     def work() -> int:
+        check_calibration(asked)
         from converters.gptq.convert import convert
         from converters.gptq.job import Options
         from dsconvert import console

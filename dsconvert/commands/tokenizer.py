@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from dsconvert.commands.given import refuse
 from dsconvert.commands.running import run
 
 
@@ -43,6 +44,8 @@ def tokenizer(file: Path, other: Path | None, as_json: bool, debug: bool, **aske
     def work() -> int:
         from dsconvert import console
 
+        if other is None:
+            refuse("text_file", "strings", "seed", where="without --compare", hint="Give --compare OTHER")
         opened = _open_tokenizer(file)
         found: dict[str, Any] = {"file": str(file), "runtime": opened.runtime}
         if opened.spec:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from dsconvert.commands.calibrating import bos_option
+from dsconvert.commands.given import refuse
 from dsconvert.commands.numbers import Number
 from dsconvert.commands.running import run
 
@@ -97,6 +98,36 @@ def read_by(asked: dict[str, Any], against: str, *outputs: Path) -> list[Path]:
     return [*outputs, Path(against), Path(asked["text"]), *(path for path in others if path is not None)]
 
 
+COMPARED = ("text", "windows", "length", "stride", "effort")
+JUDGED = ("max_kld", "max_ppl_ratio", "min_top1")
+
+
+def check_projector(json_file: str | None) -> None:
+    """Raises UsageError for options on text, logits and reports, of which a projector alone has none."""
+    none = (*COMPARED, *JUDGED, "add_bos", "device", "dtype", "engine", "report", "kld_base")
+    hint = "Leave it out; --json - prints what is found. With its text file: verify TEXT.gguf --mmproj FILE"
+    names = none if json_file in (None, "-") else (*none, "json_file")
+    refuse(*names, where="of a projector alone", hint=hint)
+
+
+def check_effect(asked: Mapping[str, Any]) -> None:
+    """Raises UsageError for options that another one decides."""
+    from dsconvert.kld_base import open_base
+
+    base = asked["kld_base"]
+    if base is not None and base.exists():
+        hint = "Leave it out, or name a new file, which is then written from the checkpoint"
+        tokens = open_base(base).windows.tokens
+        # The same again is no contradiction.
+        said = {"windows": asked["windows"] >= len(tokens), "length": asked["length"] == tokens.shape[1]}
+        decided = [name for name in COMPARED if not said.get(name, False)]
+        refuse(*decided, where=f"where {base} holds the text and the windows", hint=hint)
+    elif base is not None:
+        refuse("stride", where="with --kld-base, whose windows follow each other", hint="Leave it out")
+    if asked["engine"] is not None:
+        refuse("effort", where="with --engine, which runs all of it", hint="Leave it out")
+
+
 @click.command()
 @click.argument("output", type=click.Path(path_type=Path))
 @proof_options
@@ -147,7 +178,9 @@ def verify(output: Path, against: str, json_file: str | None, report: Path | Non
         if asked["mmproj"] is not None:
             check_files(output, asked["mmproj"])
         elif is_projector(output):
+            check_projector(json_file)
             return console.render(prove_projector(against, output), as_json=machine, quiet=quiet)
+        check_effect(asked)
         found = console.follow(
             prove(output, open_reference(against, add_bos), Asked(**asked)), quiet or machine
         )
