@@ -21,7 +21,7 @@ from dsconvert.diagnosis import SOURCE, is_left_over, quantized_form, stated_met
 from dsconvert.errors import CheckpointError
 from dsconvert.locate import SAMPLE, SAMPLE_VL, find, locate
 from dsconvert.model_class import model_class
-from dsconvert.safetensors_header import READABLE, Array, Stored, quoted
+from dsconvert.safetensors_header import READABLE, Array, Stored, quoted, rounded
 from dsconvert.source_files import SourceFile, remember, small_files, weight_files
 from dsconvert.spelling import LEFTOVERS, respelled
 from dsconvert.weight_files import Weights, open_file, open_weights
@@ -63,8 +63,8 @@ class Checkpoint:
     def raw(self, name: str) -> Array:
         """The stored values, without a copy: a read-only view of the mapped file in the stored shape.
 
-        uint16 (the bits of bf16), float16 or float32. A view of an old file may be unaligned, one of a
-        pytorch_model.bin may be strided: copy row chunks with `np.require(chunk, requirements=["C", "A"])`.
+        uint16 (the bits of bf16), float16, float32 or float64. A view of an old file may be unaligned, one of
+        a pytorch_model.bin may be strided: copy row chunks with `np.require(chunk, requirements=["C", "A"])`.
         Raises CheckpointError for any other stored type.
         """
         tensor = self._tensor(name)
@@ -97,7 +97,7 @@ class Checkpoint:
 def _widened(raw: Array) -> npt.NDArray[np.float32]:
     """Stored values as float32, a fresh array."""
     if raw.dtype != np.uint16:
-        return np.array(raw, np.float32, order="C")
+        return np.array(rounded(raw), np.float32, order="C")
     bits = np.array(raw, np.uint32, order="C")
     bits <<= 16
     return bits.view(np.float32)

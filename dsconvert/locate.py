@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.resources
 import os
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,7 +87,7 @@ def in_folder(folder: Path) -> Found:
     inside = [path for path in _folders(folder) if (path / "config.json").exists()]
     entries = [path for path in _folders(folder) if path.name.startswith("models--")]
     names = ", ".join(quoted(path.name) for path in (inside or entries)[-3:])
-    place = quoted(str((inside or entries or [folder])[-1]))
+    place = shlex.quote(str((inside or entries or [folder])[-1]))
     if inside or entries:
         several = len(inside or entries)
         raise CheckpointError(
@@ -127,7 +128,7 @@ def _snapshot(entry: Path, snapshots: list[Path]) -> Found:
             "is an entry of the hub's cache without a snapshot of the branch main",
             where=entry,
             why=f"It holds {len(snapshots)} snapshots, the last {quoted(snapshots[-1].name)}",
-            hint=f"Give one of them: {quoted(str(snapshots[-1]))}",
+            hint=f"Give one of them: {shlex.quote(str(snapshots[-1]))}",
         )
     return Found(chosen, (f"read from the snapshot {chosen.name} of this entry of the hub's cache",))
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from dsconvert.arch import Spec
 from dsconvert.config import ModelConfig
+from dsconvert.safetensors_header import rounded
 
 
 class RawSource(Protocol):
@@ -45,5 +46,5 @@ def pairing_id(source: RawSource, specs: Iterable[Spec], config: ModelConfig) ->
         digest.update(f"{spec.gguf} {spec.shape}\n".encode())
         view = spec.forward(source.raw(spec.hf), config)
         row = view if view.ndim == 1 else view[(0,) * (view.ndim - 1)]
-        digest.update(np.ascontiguousarray(row).tobytes())
+        digest.update(np.ascontiguousarray(rounded(row)).tobytes())
     return digest.hexdigest()[:32]

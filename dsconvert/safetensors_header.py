@@ -27,8 +27,9 @@ BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F16":
 BITS |= dict.fromkeys(("F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8)
 BITS |= {"U16": 16, "F32": 32, "I32": 32, "U32": 32, "F64": 64, "I64": 64, "U64": 64, "C64": 64}
 
-# The types that weights are read in; bf16 travels as its bits.
+# The types that weights are read in; bf16 travels as its bits, and f64 is rounded to f32 where it is used.
 READABLE: dict[str, np.dtype[Any]] = {"bf16": np.dtype("<u2"), "f16": np.dtype("<f2"), "f32": np.dtype("<f4")}
+READABLE["f64"] = np.dtype("<f8")
 
 # The types of packed tensors.
 INTEGERS: dict[str, np.dtype[Any]] = {"i16": np.dtype("<i2"), "i32": np.dtype("<i4")}
@@ -74,6 +75,12 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
     entries = [_entry(path, name, value) for name, value in header.items()]
     _check_layout(path, entries, size - start)
     return {entry.name: _stored(path, entry, mapped, start) for entry in entries}
+
+
+@np.errstate(over="ignore")  # infinity is met, and told, where the value is used
+def rounded(array: Array) -> Array:
+    """Float64 values as float32, a copy; what is of another type as it is."""
+    return array.astype(np.float32) if array.dtype == np.float64 else array
 
 
 def values(stored: Stored) -> Array:

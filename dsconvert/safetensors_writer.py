@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from dsconvert.errors import CheckpointError
 from dsconvert.output_files import write_error
-from dsconvert.safetensors_header import BITS, Stored
+from dsconvert.safetensors_header import BITS, Stored, rounded
 
 CHUNK = 16 << 20
 # The format's names of numpy's types; bf16 travels as its bits.
@@ -37,16 +37,17 @@ class Piece:
 
 
 def from_array(array: npt.NDArray[Any]) -> Piece:
-    """A piece of an array of a type of NAMES; a view is copied row by row."""
+    """A piece of an array of a type of NAMES, or float64; a view is copied row by row."""
 
     def chunks() -> Iterator[bytes | memoryview]:
         rows = array.reshape(1) if array.ndim == 0 else array
         step = max(1, CHUNK * len(rows) // max(array.nbytes, 1))
         for start in range(0, len(rows), step):
-            part = rows[start : start + step]
+            part = rounded(rows[start : start + step])
             yield np.ascontiguousarray(part, part.dtype.newbyteorder("<")).reshape(-1).view(np.uint8).data
 
-    return Piece(NAMES[array.dtype.name], array.shape, chunks)
+    kind = "float32" if array.dtype == np.float64 else array.dtype.name
+    return Piece(NAMES[kind], array.shape, chunks)
 
 
 def from_bytes(dtype: str, shape: tuple[int, ...], data: bytes) -> Piece:
@@ -55,9 +56,9 @@ def from_bytes(dtype: str, shape: tuple[int, ...], data: bytes) -> Piece:
 
 
 def from_stored(stored: Stored) -> Piece:
-    """A piece copied as it is from a weight file."""
-    if stored.offset is None:
-        assert stored.data is not None  # strided tensors are of readable types
+    """A piece copied as it is from a weight file; float64 becomes float32."""
+    if stored.offset is None or stored.dtype == "f64":
+        assert stored.data is not None  # it and strided tensors are of readable types
         return from_array(stored.data)
     offset, nbytes = stored.offset, stored.nbytes
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
 from dsconvert.arch import SOLVE_ORDER, Spec, WeightSource, plan
@@ -16,7 +15,7 @@ from dsconvert.config import ModelConfig, load_config
 from dsconvert.errors import UsageError
 from dsconvert.inner import find_arch, language_model
 from dsconvert.model_folder import NESTED
-from dsconvert.safetensors_header import BITS
+from dsconvert.safetensors_writer import from_stored
 from dsconvert.vision import VisionConfig
 from dsconvert.vl_layout import in_transformers_layout
 
@@ -48,7 +47,7 @@ class Selection:
     def kept_nbytes(self) -> int:
         """Bytes of what is copied."""
         stored = self.checkpoint.tensors
-        return sum(prod(stored[n].shape) * BITS[stored[n].dtype.upper()] // 8 for n in self.kept.values())
+        return sum(from_stored(stored[name]).nbytes for name in self.kept.values())
 
     def stem(self, name: str) -> str:
         """A linear's name in the output, without ".weight"."""

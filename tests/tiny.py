@@ -24,7 +24,7 @@ EOS = "<\uff5cend\u2581of\u2581sentence\uff5c>"
 BYTE_LIKE = "\xf8\xf6\xfa\xff\xf5\xf7\xfb\xfd\xc0\xf9\xc1\xfe\xfc"
 # The pre-tokenizer steps of deepseek-coder, which need no long letter class.
 SPLITS = ("[\r\n]", "\\s?\\p{L}+", "\\s?\\p{P}+", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+")
-NUMPY = {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}
+NUMPY = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "F64": "<f8", "U8": "<u1", "I8": "<i1"}
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def tiny_checkpoint(folder: Path, options: Tiny | None = None, /, **changes: Any
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", tiny_config(options))
     stored = {name: encode(value, options.dtype) for name, value in tiny_tensors(options).items()}
-    _write_weights(folder, stored, options)
+    write_weights(folder, stored, options)
     if options.tokenizer:
         write_tokenizer(folder, options.vocab)
     return folder
@@ -176,7 +176,8 @@ def write_bin(path: Path, tensors: Mapping[str, Array]) -> None:
     torch.save(state, path)
 
 
-def _write_weights(folder: Path, stored: Mapping[str, Array], options: Tiny) -> None:
+def write_weights(folder: Path, stored: Mapping[str, Array], options: Tiny) -> None:
+    """Write the tensors as weight files: in the format and the number of shards of `options`."""
     stem, ending = ("model", "safetensors") if options.format == "safetensors" else ("pytorch_model", "bin")
     names = list(stored)
     parts = [names[i :: options.shards] for i in range(options.shards)]

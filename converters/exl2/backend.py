@@ -13,12 +13,17 @@ from typing import Any
 
 from converters.exl2.job import Job, Options, prepare, work_folder
 from converters.exl2.proof import prove_folder
+from dsconvert.checkpoint import Checkpoint
+from dsconvert.config import load_json
+from dsconvert.diagnosis import stated_method
 from dsconvert.errors import UsageError
 from dsconvert.events import Event, Finished, Step
 from dsconvert.inner import Inner
 from dsconvert.model_folder import with_both_ropes
 from dsconvert.output_folders import kept_folder, model_folder
 from dsconvert.source_files import check_unchanged
+from dsconvert.safetensors_header import quoted
+from dsconvert.weight_files import SAFETENSORS
 
 MODULE = "exllamav2.conversion.convert_exl2"
 OURS = "Leave --backend out: dsconvert's own quantizer needs neither"
@@ -85,6 +90,13 @@ def check_readable(job: Job) -> None:
     folder, raw = job.model.checkpoint.folder, job.model.raw
     if isinstance(job.model.source, Inner):
         raise UsageError("exllamav2 has no DeepSeek-VL", where=folder, hint=OURS)
+    if misread := _misread(job.model.checkpoint):
+        raise UsageError(
+            "exllamav2 would not read this checkpoint as what it is",
+            where=folder,
+            why=misread,
+            hint=f"Save it with transformers first. {OURS}",
+        )
     read, meant = (
         (config.get("rope_theta") or 10000.0, config.get("rope_scaling") or None)
         for config in (raw, with_both_ropes(raw))
@@ -96,6 +108,19 @@ def check_readable(job: Job) -> None:
             why="It reads rope_theta and rope_scaling only, and the file says more in rope_parameters",
             hint=f"Add rope_theta (and rope_scaling) to config.json. {OURS}",
         )
+
+
+def _misread(checkpoint: Checkpoint) -> str:
+    """What of a checkpoint is in a form that dsconvert reads and exllamav2 does not; "" for nothing."""
+    files = [path for path in checkpoint.files if path.suffix == SAFETENSORS.suffix]
+    named = {name for path in files for name in SAFETENSORS.read(path)}
+    strange = next((name for name in checkpoint.tensors if name not in named), "")
+    if strange:
+        return f"It looks for {quoted(strange)}, which no safetensors file here names"
+    method = stated_method(load_json(checkpoint.folder / "config.json"))
+    return (
+        f"config.json states the quantization {quoted(method)}, which the weights have not" if method else ""
+    )
 
 
 def command(job: Job, work: Path, out: Path) -> list[str]:

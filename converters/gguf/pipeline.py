@@ -19,6 +19,7 @@ from dsconvert.errors import QuantizationError
 from dsconvert.events import Event, Step, TensorDone, Warn
 from dsconvert.machine import collector_paused, usable_cores
 from dsconvert.output_files import PartFile
+from dsconvert.safetensors_header import rounded
 
 CHUNK = 1 << 20  # values: 2 MB of bf16 in, well under 4 MB out for every type
 PROJECTOR = ("v.", "mm.")  # how the tensors of a projector file begin
@@ -84,6 +85,7 @@ def _warm(job: Job) -> Iterator[Event]:
         for tensor in output.tensors.values()
     }
     sources = {job.checkpoint.dtype(spec.hf) for spec, _ in job.tensors} | ({"f32"} if job.derived else set())
+    sources = {"f32" if source == "f64" else source for source in sources}
     for source, weighted in product(sorted(sources), (False, True)):
         qtypes = {qtype for qtype, with_importance in kinds if with_importance == weighted}
         if not kernels.compiled(qtypes, source, weighted):
@@ -126,7 +128,7 @@ def _run(chunk: Chunk) -> int:
     """Quantize and write one chunk; runs on a worker thread."""
     columns = chunk.view.shape[-1]
     flags = 0
-    rows = np.require(chunk.view, requirements=["C", "A"]).reshape(-1, columns)
+    rows = np.require(rounded(chunk.view), requirements=["C", "A"]).reshape(-1, columns)
     for target in chunk.targets:
         out = np.empty((len(rows), target.qtype.nbytes(columns)), np.uint8)
         flags |= kernels.quantize(target.qtype, rows, out, chunk.importance)

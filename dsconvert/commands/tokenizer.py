@@ -61,10 +61,14 @@ def tokenizer(file: Path, other: Path | None, as_json: bool, debug: bool, **aske
 
 
 def _open_tokenizer(path: Path) -> Any:
+    from dsconvert.locate import SAMPLES, in_folder, locate
     from tokenizer_tools.show import open_folder, open_metadata
 
     if path.suffix != ".gguf":
-        return open_folder(path)
+        if str(path) in SAMPLES:
+            return open_folder(locate(str(path)))
+        bare = path.is_dir() and not (path / "tokenizer.json").exists()
+        return open_folder(in_folder(path).path if bare else path)
     from converters.gguf.parse import open_gguf
 
     return open_metadata(path, open_gguf(path).keys)
