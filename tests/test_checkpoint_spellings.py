@@ -528,7 +528,7 @@ def test_exllamav2s_own_converter_is_kept_from_what_it_would_misread(
     tmp_path: Path, left_over: Path, clean: Path
 ) -> None:
     asked: dict[str, Any] = {"calib": "builtin", "bpw": 5.0, "out": tmp_path / "out"}
-    with pytest.raises(UsageError, match="looks for 'model.embed_tokens"):
+    with pytest.raises(UsageError, match=r"looks for 'model\.embed_tokens"):
         backend.check_readable(exl2.prepare(exl2.Options(str(left_over), **asked)))
     raw = json.loads((clean / "config.json").read_text()) | {"rope_theta": 1e4}
     model = Model(open_checkpoint(clean).tensors, raw)
