@@ -480,7 +480,7 @@ def command(*words: object) -> str:
 @pytest.fixture(scope="module")
 def left_over(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint in which everything is unusual: wrapped names, a left-over statement, a value head."""
-    model = plain(d=128, ff=352)
+    model = plain(d=128, ff=128, layers=1)
     model.config |= {"quantization_config": BNB, "architectures": ["LLaMAForCausalLM"]}
     model.tensors["v_head.summary.weight"] = np.ones((1, 128), np.float32)
     model.prefix("module.")
@@ -489,7 +489,7 @@ def left_over(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("clean"), plain(d=128, ff=352))
+    return write(tmp_path_factory.mktemp("clean"), plain(d=128, ff=128, layers=1))
 
 
 CALIB = ("--calib", "builtin", "--calib-samples", "2", "--calib-len", "64", "--quiet")
@@ -497,7 +497,7 @@ FLAWS = ("wrapper", "v_head.summary.weight", "bitsandbytes", "read as LlamaForCa
 
 
 @pytest.mark.parametrize(
-    "words", [("gptq", "--group-size", "32"), ("exl2", "--bpw", "5")], ids=lambda words: str(words[0])
+    "words", [("gptq", "--group-size", "32"), ("exl2", "--bpw", "5", "--head-bits", "16")], ids=lambda words: str(words[0])
 )
 def test_quantized_folders_are_the_same_and_carry_no_old_statement(
     tmp_path: Path, left_over: Path, clean: Path, words: tuple[str, ...]
