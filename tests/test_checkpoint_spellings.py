@@ -497,7 +497,9 @@ FLAWS = ("wrapper", "v_head.summary.weight", "bitsandbytes", "read as LlamaForCa
 
 
 @pytest.mark.parametrize(
-    "words", [("gptq", "--group-size", "32"), ("exl2", "--bpw", "5", "--head-bits", "16")], ids=lambda words: str(words[0])
+    "words",
+    [("gptq", "--group-size", "32"), ("exl2", "--bpw", "5", "--head-bits", "16")],
+    ids=lambda words: str(words[0]),
 )
 def test_quantized_folders_are_the_same_and_carry_no_old_statement(
     tmp_path: Path, left_over: Path, clean: Path, words: tuple[str, ...]

@@ -21,8 +21,8 @@ from dsconvert.events import Event, Finished, Step
 from dsconvert.inner import Inner
 from dsconvert.model_folder import with_both_ropes
 from dsconvert.output_folders import kept_folder, model_folder
-from dsconvert.source_files import check_unchanged
 from dsconvert.safetensors_header import quoted
+from dsconvert.source_files import check_unchanged
 from dsconvert.weight_files import SAFETENSORS
 
 MODULE = "exllamav2.conversion.convert_exl2"
