@@ -17,7 +17,7 @@ from dsconvert.checkpoint import open_checkpoint
 from dsconvert.errors import CheckpointError, ConversionError, UsageError
 from dsconvert.hub_model import FILES, TEMPLATES, Repository, parse
 from dsconvert.locate import find
-from dsconvert.model_folder import COMPANIONS
+from dsconvert.source_files import COMPANIONS
 
 ROOT = Path(__file__).parents[1]
 SMALL = tiny.Tiny(layers=1, d=16, ff=32, heads=2, kv_heads=1, vocab=48, tokenizer=False)
