@@ -17,6 +17,7 @@ from converters.gguf.convert import convert
 from converters.gguf.job import Options
 from converters.gguf.parse import open_gguf
 from tokenizer_tools.chat_template import render
+from tokenizer_tools.rendering import Unrendered
 from tokenizer_tools.vision_template import SYSTEM, vision_template
 
 EOS = tiny_vl.tiny.EOS
@@ -102,7 +103,7 @@ def test_a_picture_as_a_string_and_between_texts() -> None:
     "message", [{"role": "tool", "content": "x"}, {"role": "user", "content": [{"type": "audio"}]}]
 )
 def test_what_the_model_cannot_take_is_an_error(message: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"tool|audio"):
+    with pytest.raises(Unrendered, match=r"tool|audio"):
         render(TEMPLATE, [{"role": "user", "content": "a"}, message], eos_token=EOS)
 
 
