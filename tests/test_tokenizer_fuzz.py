@@ -15,7 +15,6 @@ import pytest
 from tiny_tokenizer import BOS, EOS, PAD, added, rows, tokenizer_json, write
 
 from dsconvert.errors import TokenizerError
-from tokenizer_tools import chat_template
 from tokenizer_tools.load import load_tokenizer
 from tokenizer_tools.pretokenizer import gguf_keys, rebuild, resolve
 
@@ -133,8 +132,7 @@ def test_the_unmutated_files_load(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "count"), [("tokenizer", 200), ("tokenizer_config", 80)])
-def test_mutated_objects(name: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_template, "SECONDS", 0.2)
+def test_mutated_objects(name: str, count: int, tmp_path: Path) -> None:
     rng = random.Random(count)
     everything = files()
     messages = []
@@ -157,7 +155,7 @@ def test_files_that_are_no_objects(name: str, tmp_path: Path) -> None:
         folder = write(tmp_path / str(n), rest.pop("tokenizer"), rest.pop("tokenizer_config"), **rest)
         (folder / f"{name}.json").write_bytes(content)
         message = attempt(folder)
-        if name == "tokenizer" or content[:1] not in (b"{", b'"'):
+        if name == "tokenizer" or content.removeprefix(b"\xef\xbb\xbf")[:1] not in (b"{", b'"'):
             assert message, content[:20]
 
 
