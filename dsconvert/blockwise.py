@@ -196,7 +196,10 @@ def collected(state: State) -> tuple[dict[str, Piece], dict[str, str]]:
     fell_back: dict[str, str] = {}
     for index, record in enumerate(state.records()):
         pieces |= {name: from_stored(tensor) for name, tensor in state.tensors(index).items()}
-        fell_back |= {one["name"]: one["fell_back"] for one in record["linears"] if one["fell_back"]}
+        try:
+            fell_back |= {str(one["name"]): one["fell_back"] for one in record["linears"] if one["fell_back"]}
+        except Exception as error:  # of any kind: the record may be anyone's by now
+            raise state.changed(f"block-{index:05d}", error) from None
     return pieces, fell_back
 
 

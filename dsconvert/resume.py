@@ -22,7 +22,7 @@ from dsconvert.errors import CheckpointError, OutputError
 from dsconvert.output_files import sync_folder, write_error
 from dsconvert.output_folders import MARKER, check_ours, claim
 from dsconvert.output_plan import check_place, left, look
-from dsconvert.reading import RECORD, open_regular, read_object
+from dsconvert.reading import RECORD, open_regular, read_object, short
 from dsconvert.safetensors_header import Stored, read_safetensors
 from dsconvert.safetensors_writer import Piece, write_safetensors
 
@@ -50,6 +50,15 @@ class State:
     def kept(self, name: str) -> dict[str, Any] | None:
         """What was kept under that name, or None."""
         return _read(self.folder / f"{name}.json")
+
+    def changed(self, name: str, error: Exception) -> OutputError:
+        """The error for a record that cannot be what was written."""
+        return OutputError(
+            "is not as it was written",
+            where=self.folder / f"{name}.json",
+            why=f"{type(error).__name__}: {short(error)}",
+            hint=f"Remove {name}.json, so that --resume makes it again",
+        )
 
     def records(self) -> list[dict[str, Any]]:
         """The records of the blocks finished, from block 0 on; OutputError for one that was changed."""

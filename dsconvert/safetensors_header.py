@@ -19,7 +19,9 @@ from dsconvert.reading import open_regular, short
 Array = npt.NDArray[Any]
 
 HEADER_LIMIT = 100_000_000  # the reference implementation's own limit
+TENSORS_LIMIT = 1 << 18  # of one file; a model of 671B has some 90,000 in all
 DIMENSIONS = 16
+WHOLE = (1 << 63) - 1  # the most bytes that an array's sizes may come to
 REFETCH = "Fetch this file again and compare its size and sha256 with the published ones"
 
 # Bits per value of every type that the format names.
@@ -158,6 +160,8 @@ def _header(path: Path, mapped: mmap.mmap) -> tuple[dict[str, Any], int]:
     text = mapped[8 : 8 + length]
     if not text.startswith(b"{"):
         raise damaged(path, "Its header does not start with '{'")
+    if (count := text.count(b'"data_offsets"')) > TENSORS_LIMIT:
+        raise damaged(path, f"Its header names {count:,} tensors, more than any model has")
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=unique_keys)
     except Exception as error:  # of any kind: a parser that strangers feed
@@ -186,6 +190,10 @@ def _entry(path: Path, name: str, value: Any) -> _Entry:
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
         raise damaged(path, f"Tensor {quoted(name)} has the impossible data_offsets {quoted(offsets)}")
     begin, end = offsets
+    if (
+        math.prod(size for size in shape if size) * BITS[dtype] // 8 > WHOLE
+    ):  # numpy counts so, zeros left out
+        raise damaged(path, f"Tensor {quoted(name)} has the impossible shape {quoted(shape)}")
     bits = math.prod(shape) * BITS[dtype]
     if begin > end or bits != (end - begin) * 8:
         raise damaged(

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
+from io import BufferedReader, RawIOBase
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from dsconvert.errors import CheckpointError, ConversionError, UsageError
-from dsconvert.reading import short
+from dsconvert.reading import open_regular, short
 
 TEXT, JSON, PARQUET = (".txt", ".text", ".md"), (".jsonl", ".json", ".ndjson"), (".parquet",)
 SUFFIXES = (*TEXT, *JSON, *(suffix + ".gz" for suffix in (*TEXT, *JSON)), *PARQUET)
 KEYS = ("text", "content")
 BATCH = 1024  # rows of a parquet file that are in memory at once
+UNPACKED, RATIO = 64 << 20, 50  # a gzipped text may have so many bytes, or so many times its own
 AGAIN = "Fetch or make this file again"
 
 
@@ -137,8 +140,35 @@ def _reading(path: Path) -> Iterator[None]:
         raise CheckpointError("cannot be read", where=path, why=short(error)) from None
 
 
-def _open(path: Path) -> Any:
-    return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")
+@contextmanager
+def _open(path: Path) -> Iterator[BufferedReader]:
+    """A text file to read, unpacked where it is gzipped."""
+    with open_regular(path) as file:
+        if not path.name.lower().endswith(".gz"):
+            yield file
+            return
+        packed = os.fstat(file.fileno()).st_size
+        with gzip.open(file) as unpacked:
+            yield BufferedReader(_Bounded(unpacked, max(UNPACKED, RATIO * packed), path), 1 << 20)
+
+
+class _Bounded(RawIOBase):
+    """An unpacked stream; CheckpointError after `limit` bytes, which text never unpacks to."""
+
+    def __init__(self, stream: gzip.GzipFile, limit: int, path: Path) -> None:
+        self.stream, self.left, self.path = stream, limit, path
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.stream.read(len(buffer))
+        self.left -= len(data)
+        if self.left < 0:
+            why = f"It unpacks to more than {RATIO} times its size, which text does not"
+            raise CheckpointError("is no text", where=self.path, why=why)
+        buffer[: len(data)] = data
+        return len(data)
 
 
 def _decoded(raw: bytes, path: Path, place: str = "") -> str:
@@ -182,7 +212,7 @@ def _opens_array(line: bytes) -> bool:
         return False
     try:
         row = json.loads(text)
-    except (ValueError, RecursionError):
+    except Exception:  # of any kind
         return True  # it goes on in the next lines
     return not any(isinstance(item, dict) and ("role" in item or "from" in item) for item in row)
 
@@ -190,7 +220,9 @@ def _opens_array(line: bytes) -> bool:
 def _parsed(raw: bytes, path: Path, place: str) -> Any:
     try:
         return json.loads(_decoded(raw, path, place))
-    except (ValueError, RecursionError) as error:
+    except ConversionError:
+        raise
+    except Exception as error:  # of any kind
         raise CheckpointError(
             f"{place} is not JSON", where=path, why=short(error), hint="Each line should hold one JSON value"
         ) from None
@@ -250,7 +282,6 @@ def parquet_reader() -> Any:
 
 def _parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, Any]]:
     reader = parquet_reader()
-    damaged = (ValueError, NotImplementedError, import_module("pyarrow").ArrowException)
     with _reading(path):
         try:
             with reader.ParquetFile(path) as file:
@@ -261,7 +292,9 @@ def _parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, Any]]:
                 batches = file.iter_batches(batch_size=BATCH, columns=wanted)
                 rows = chain.from_iterable(batch.to_pylist() for batch in batches)
                 yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
-        except damaged as error:
+        except ConversionError:
+            raise
+        except Exception as error:  # of any kind: pyarrow's, and what its types raise on odd values
             raise CheckpointError(
                 "is damaged or no parquet file", where=path, why=short(error), hint=AGAIN
             ) from None

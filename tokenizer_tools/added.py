@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsconvert.errors import TokenizerError
-from tokenizer_tools.library import guarded, read_object
+from tokenizer_tools.library import check_length, guarded, read_object
 from tokenizer_tools.vocabulary import FLAGS, AddedToken
 
 if TYPE_CHECKING:
@@ -233,6 +233,7 @@ def _give(library: Tokenizer, token: AddedToken, folder: Path) -> None:
     from tokenizers import AddedToken as Given
 
     fields = {key: value for key, value in asdict(token).items() if key != "id"}
+    check_length(token.content, folder)
     with guarded("add a token", folder):
         library.add_tokens([Given(**fields)])
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from tokenizers.pre_tokenizers import PreTokenizer as Splitter
 
 EMPTY_BPE = {"type": "BPE", "vocab": {}, "merges": []}
+MOST = 1 << 21  # tokens, merges; published tokenizers have up to some 260,000
+LONGEST = 1 << 12  # characters of an added token; published ones have up to some 50
 AGAIN = "Fetch the tokenizer files again"
 
 
@@ -56,6 +58,40 @@ def open_tokenizer(text: str, where: object = "tokenizer.json") -> Tokenizer:
     return tokenizer
 
 
+def open_json(text: str, where: object) -> tuple[dict[str, Any], Tokenizer]:
+    """A tokenizer.json's text as JSON and as the library's object.
+
+    Raises TokenizerError for what the library does not take, and for sizes that would keep it busy for hours.
+    """
+    raw = parse_object(text, where)
+    model = raw.get("model")
+    if isinstance(model, dict):
+        for key in ("vocab", "merges"):
+            _check_size(model.get(key), f"model's {key} have", where)
+    _check_size(raw.get("added_tokens"), "added_tokens have", where)
+    for entry in raw.get("added_tokens") or ():
+        if isinstance(entry, dict):
+            check_length(entry.get("content"), where)
+    return raw, open_tokenizer(text, where)
+
+
+def _check_size(value: object, what: str, where: object) -> None:
+    if isinstance(value, dict | list) and len(value) > MOST:
+        raise TokenizerError(
+            f"the {what} {len(value):,} entries", where=where, why=f"No tokenizer has over {MOST:,}"
+        )
+
+
+def check_length(content: object, where: object) -> None:
+    """Raise TokenizerError for the text of an added token that is longer than any is."""
+    if isinstance(content, str) and len(content) > LONGEST:
+        raise TokenizerError(
+            f"the added token {content[:40]!r}... has {len(content):,} characters",
+            where=where,
+            why=f"No tokenizer has one of over {LONGEST:,}",
+        )
+
+
 def build_tokenizer(
     around: Mapping[str, Any],
     vocab: Mapping[str, int],
@@ -72,6 +108,8 @@ def build_tokenizer(
     from tokenizers import AddedToken, Tokenizer
     from tokenizers.models import BPE
 
+    for token in added:
+        check_length(token["content"], where)
     with guarded("read the tokenizer", where):
         pairs = [tuple(merge.split(" ")) for merge in merges]
         tokenizer = Tokenizer.from_str(

@@ -15,7 +15,7 @@ from dsconvert.errors import TokenizerError, UsageError
 from tokenizer_tools import chat_template, rendering
 from tokenizer_tools.added import add, beside, flag_notes, with_added, without_rows
 from tokenizer_tools.chat_template import ChatTemplates
-from tokenizer_tools.library import ids, open_tokenizer, parse_object, read_object, read_text
+from tokenizer_tools.library import ids, open_json, open_tokenizer, parse_object, read_object, read_text
 from tokenizer_tools.rendering import Unrendered
 from tokenizer_tools.special import additions, check_bytes, lost_bos, normalizer, special_ids
 from tokenizer_tools.steps import PreTokenizer, extract
@@ -120,8 +120,7 @@ def read_tokens(folder: Path, config: Mapping[str, Any], rows: int) -> Tokens:
     path = folder / "tokenizer.json"
     rendering.start()
     text = read_text(path) if path.is_file() else _from_vocabulary(folder, config)
-    library = open_tokenizer(text, path)
-    raw = parse_object(text, path)
+    raw, library = open_json(text, path)
     vocab = read_vocab(_model(raw, path), path)
     own = added_tokens(raw, library, vocab, path)
     kept, stated, notes = without_rows(own, beside(folder, config), rows)

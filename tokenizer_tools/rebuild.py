@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from dsconvert.errors import TokenizerError
-from tokenizer_tools.library import build_tokenizer, guarded, open_tokenizer
+from tokenizer_tools.library import build_tokenizer, guarded, open_json
 from tokenizer_tools.load import TokenizerData
 from tokenizer_tools.runtimes import by_name
 from tokenizer_tools.steps import PreTokenizer, Value, from_gguf, to_gguf, to_json
@@ -92,7 +92,7 @@ def rebuild(metadata: Mapping[str, Any], where: object = "") -> Tokenizer:
         return _from_parts(metadata, spec, bool(metadata.get(EXTRA + "ignore_merges")), where)
     whole = metadata.get("tokenizer.huggingface.json")
     if isinstance(whole, str):
-        return open_tokenizer(whole, where)
+        return open_json(whole, where)[1]
     name = metadata.get(GGML + "pre")
     row = by_name(str(name))
     if row is None:

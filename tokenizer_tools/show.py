@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsconvert.errors import TokenizerError
-from tokenizer_tools.library import open_tokenizer, parse_object, read_object, read_text
+from tokenizer_tools.library import open_json, read_object, read_text
 from tokenizer_tools.load import read_tokens
 from tokenizer_tools.rebuild import rebuild
 from tokenizer_tools.steps import PreTokenizer, extract, from_gguf
@@ -42,8 +42,8 @@ def open_folder(path: Path) -> Opened:
             hint="Give a GGUF file, a model folder or a tokenizer.json",
         )
     text = read_text(path)
-    raw = parse_object(text, path)
-    return Opened(path, open_tokenizer(text, path), extract(raw.get("pre_tokenizer"), path), None)
+    raw, library = open_json(text, path)
+    return Opened(path, library, extract(raw.get("pre_tokenizer"), path), None)
 
 
 def open_metadata(path: Path, keys: Mapping[str, Any]) -> Opened:

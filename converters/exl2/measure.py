@@ -63,10 +63,10 @@ def measure(
     """
     layers = decoder.config.layers
     tokens = tokens[:WINDOWS]
-    known = [found for i in range(layers) if (found := state.kept(_key(i))) is not None]
+    known = known_options(state, layers)
     measured: Measured = {}
     for found in known:
-        measured |= _parsed(found)
+        measured |= found
     if len(known) == layers:
         return measured
     some = max(1, SENSITIVITY_TOKENS // tokens.shape[1])
@@ -87,6 +87,20 @@ def measure(
         measured |= options
         yield Step(f"measured block {index + 1} of {layers}")
     return measured
+
+
+def known_options(state: State, layers: int) -> list[Measured]:
+    """The options that `state` knows, block after block; raises OutputError for a record that was changed."""
+    found = []
+    for index in range(layers):
+        kept = state.kept(_key(index))
+        if kept is None:
+            break
+        try:
+            found.append(_parsed(kept))
+        except Exception as error:  # of any kind: the record may be anyone's by now
+            raise state.changed(_key(index), error) from None
+    return found
 
 
 def measure_linear(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -52,8 +53,8 @@ def judge(files: Sequence[GGUFFile]) -> Iterator[Check]:
 
 def shorten(value: Any) -> Any:
     """A key's value; of a long array the first items and the count."""
-    if isinstance(value, list) and len(value) > LONG:
-        return {"count": len(value), "first": value[:LONG]}
+    if isinstance(value, list | array) and len(value) > LONG:
+        return {"count": len(value), "first": list(value[:LONG])}
     return value
 
 

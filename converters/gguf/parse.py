@@ -9,6 +9,8 @@ from __future__ import annotations
 import mmap
 import re
 import struct
+import sys
+from array import array
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -25,6 +27,10 @@ from dsconvert.reading import open_regular, short
 KINDS = {number: (name, fmt) for name, (number, fmt) in VALUE_TYPES.items()}
 SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 MAX_DIMS = 4
+MAX_ITEMS = 1 << 22  # keys, tensors, strings, small arrays' numbers; a vocabulary of 260,000 has under 2^20
+BIG = 1 << 20  # numbers of an array that is kept as it lies; no list of Python objects has so many
+TYPECODES = {"uint8": "B", "int8": "b", "uint16": "H", "int16": "h", "uint32": "I", "int32": "i"}
+TYPECODES |= {"float32": "f", "uint64": "Q", "int64": "q", "float64": "d", "bool": "B"}
 MAX_NESTING = 8
 VERSIONS = (2, VERSION)
 # Numbers that are stored as they are: type -> NumPy's.
@@ -149,7 +155,13 @@ class _Cursor:
     """A position in the mapped file; every read is checked against the end."""
 
     def __init__(self, data: mmap.mmap, path: Path) -> None:
-        self.data, self.path, self.at = data, path, 0
+        self.data, self.path, self.at, self.items = data, path, 0, 0
+
+    def spend(self, count: int, what: str) -> None:
+        """Count what takes many times its bytes in memory; raises CheckpointError over MAX_ITEMS."""
+        self.items += count
+        if self.items > MAX_ITEMS:
+            raise self.wrong(f"{self.items:,} {what} and such are more than any model has")
 
     def wrong(self, what: str) -> CheckpointError:
         return CheckpointError(what, where=self.path, why=f"at byte {self.at}", hint=AGAIN)
@@ -195,11 +207,26 @@ class _Cursor:
         item_name, fmt = self.kind(item)
         if depth == MAX_NESTING or count > len(self.data) - self.at:
             raise self.wrong(f"an array of {count} items of type {item_name} cannot be")
+        if count > BIG and item_name in TYPECODES:
+            return f"array:{item_name}", self.numbers(TYPECODES[item_name], count)
+        self.spend(count, "items of arrays")
         if item_name == "string":
             return "array:string", self.strings(count)
         if item_name == "array":
             return "array:array", [self.value(item, depth + 1)[1] for _ in range(count)]
         return f"array:{item_name}", list(self.take(f"{count}{fmt}"))
+
+    def numbers(self, typecode: str, count: int) -> array[Any]:
+        """A long array of numbers in no more memory than in the file."""
+        found = array(typecode)
+        size = count * found.itemsize
+        if size > len(self.data) - self.at:
+            raise self.wrong("the file ends inside its header")
+        found.frombytes(self.data[self.at : self.at + size])
+        if sys.byteorder == "big":
+            found.byteswap()
+        self.at += size
+        return found
 
     def kind(self, number: int) -> tuple[str, str]:
         if number not in KINDS:
@@ -221,6 +248,7 @@ def _parse(path: Path) -> GGUFFile:
     if version not in VERSIONS:
         raise _of_version(version, path)
     n_tensors, n_keys = cursor.take("QQ")
+    cursor.spend(n_keys + n_tensors, "keys and tensors")
     typed: dict[str, tuple[str, Any]] = {}
     for _ in range(n_keys):
         key = cursor.string()
