@@ -393,8 +393,8 @@ def projector(folder: Path, out: Path) -> object:
 
     file = open_gguf(folder / "mmproj.gguf")
     found = list(inspect.judge([open_gguf(folder / "model.gguf"), file]))
-    weights, _ = mmproj.open_projector(file)
-    return [found, [weights.float32(name).sum() for name in list(weights.shapes())[:4]]]
+    mmproj.open_projector(file)
+    return [found, [tensor.float32_rows(0, 1).sum() for tensor in list(file.tensors.values())[:4]]]
 
 
 def matrix(folder: Path, out: Path) -> object:
