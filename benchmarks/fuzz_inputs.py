@@ -311,6 +311,82 @@ def header(rng: Rng, data: bytes) -> bytes:
     return len(changed).to_bytes(8, "little") + changed + data[8 + size :]
 
 
+SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # GGUF type: bytes
+STRING, ARRAY = 8, 9
+
+
+def keys(rng: Rng, data: bytes) -> bytes:
+    """Give some of a GGUF file's keys another value or type, or leave one out; at times its bytes."""
+    if rng.random() < 0.4:
+        return binary(rng, data)
+    count, at, parts = int.from_bytes(data[16:24], "little"), 24, []
+    for _ in range(count):
+        begin = at
+        at += 8 + int.from_bytes(data[at : at + 8], "little")
+        value = at
+        at = _after(data, at + 4, int.from_bytes(data[at : at + 4], "little"))
+        parts.append((data[begin:value], data[value:at]))
+    for _ in range(rng.choice((1, 1, 2, 5))):
+        place = rng.randrange(len(parts))
+        if rng.random() < 0.1:
+            del parts[place]
+        elif rng.random() < 0.1:
+            parts[place] = (parts[place][0], rng.choice(parts)[1])
+        else:
+            parts[place] = (parts[place][0], _value(rng))
+    end = _tensors(data, at)
+    head = data[:16] + len(parts).to_bytes(8, "little") + b"".join(key + value for key, value in parts)
+    head += data[at:end]
+    return head.ljust(-(-len(head) // 32) * 32, b"\0") + data[-(-end // 32) * 32 :]
+
+
+def _after(data: bytes, at: int, kind: int) -> int:
+    """Where a value of this type ends that begins at `at`."""
+    if kind == STRING:
+        return at + 8 + int.from_bytes(data[at : at + 8], "little")
+    if kind != ARRAY:
+        return at + SCALARS[kind]
+    item, count = struct.unpack_from("<IQ", data, at)
+    at += 12
+    if item in SCALARS:
+        return at + count * SCALARS[item]
+    for _ in range(count):
+        at = _after(data, at, item)
+    return at
+
+
+def _tensors(data: bytes, at: int) -> int:
+    """Where the tensors' descriptions end that begin at `at`."""
+    for _ in range(int.from_bytes(data[8:16], "little")):
+        at += 8 + int.from_bytes(data[at : at + 8], "little")
+        at += 4 + 8 * int.from_bytes(data[at : at + 4], "little") + 12
+    return at
+
+
+def _value(rng: Rng) -> bytes:
+    """A type and a value of it."""
+    kind = rng.choice((*SCALARS, STRING, ARRAY))
+    if kind == STRING:
+        raw = rng.choice(("", "x", "gpt2", "llama", EVIL, "{{ 1/0 }}", "a" * 5000)).encode()
+        return struct.pack("<IQ", kind, len(raw)) + raw
+    if kind == ARRAY:
+        item, count = rng.choice(tuple(SCALARS)), rng.choice((0, 1, 3, 600))
+        return struct.pack("<IIQ", kind, item, count) + _bits(rng, item) * count
+    return struct.pack("<I", kind) + _bits(rng, kind)
+
+
+def _bits(rng: Rng, kind: int) -> bytes:
+    """A number's bytes: small, at an end of its range, not finite."""
+    if kind in (6, 12):
+        number = rng.choice((0.0, 1.0, -1.0, 0.5, 1e-30, 1e30, float("inf"), float("-inf"), float("nan")))
+        return struct.pack("<f" if kind == 6 else "<d", number)
+    low, rest = (
+        rng.choice((b"\0", b"\1", b"\2", b"\x40", b"\xff", b"\x7f")),
+        rng.choice((b"\0", b"\0", b"\xff")),
+    )
+    return low + rest * (SCALARS[kind] - 1)
+
+
 def template(rng: Rng, data: bytes) -> bytes:
     """Pieces of templates, sound and not, or the bytes of one changed."""
     if rng.random() < 0.2:
@@ -475,12 +551,12 @@ KINDS: dict[str, Kind] = {
     "special": Kind("model", SPECIALS, structured, convert_f32, GGUF),
     "template": Kind("model", ("chat_template.jinja",), template, convert_f32, GGUF),
     "card": Kind("model", ("README.md",), card, convert_f32, GGUF),
-    "gguf inspect": Kind("gguf", ("model.gguf",), binary, inspect, (*INSPECT, "--tensors")),
-    "gguf verify": Kind("gguf", ("model.gguf",), binary, read_output, VERIFY),
-    "gguf tokenizer": Kind("gguf", ("model.gguf",), binary, inspect, ("tokenizer", "{input}/model.gguf")),
-    "mmproj": Kind("pair", ("mmproj.gguf",), binary, projector, (*INSPECT, "{input}/mmproj.gguf")),
+    "gguf inspect": Kind("gguf", ("model.gguf",), keys, inspect, (*INSPECT, "--tensors")),
+    "gguf verify": Kind("gguf", ("model.gguf",), keys, read_output, VERIFY),
+    "gguf tokenizer": Kind("gguf", ("model.gguf",), keys, inspect, ("tokenizer", "{input}/model.gguf")),
+    "mmproj": Kind("pair", ("mmproj.gguf",), keys, projector, (*INSPECT, "{input}/mmproj.gguf")),
     "imatrix": Kind(
-        "imatrix", ("imatrix.gguf",), binary, matrix, (*MATRIX, "{input}/imatrix.gguf"), alone=True
+        "imatrix", ("imatrix.gguf",), keys, matrix, (*MATRIX, "{input}/imatrix.gguf"), alone=True
     ),
     "imatrix.dat": Kind(
         "imatrix", ("imatrix.dat",), binary, matrix, (*MATRIX, "{input}/imatrix.dat"), alone=True

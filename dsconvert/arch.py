@@ -258,6 +258,13 @@ def _wanted(spec: Spec, config: Sizes, shapes: Mapping[str, tuple[int, ...]], be
     return spec.hf in shapes or not (spec.row.tied_to and config.tied)
 
 
+def check_shapes(arch: Arch, config: Sizes, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise PlanError for the first tensor of the table that has another shape than the config says."""
+    for spec in expand(arch, config):
+        if spec.hf in shapes:
+            _check_shape(spec, shapes[spec.hf])
+
+
 def _listed(label: str, names: list[str], others: list[str]) -> str:
     """`label`: up to three names, each with its nearest other, and how many more there are."""
     if not names:

@@ -294,7 +294,7 @@ def show_summary(found: Mapping[str, Any], every_tensor: bool) -> None:
 def show_steps(spec: Mapping[str, Any], runtime: str | None) -> None:
     """A pre-tokenizer's regex steps."""
     say(f"pre-tokenizer {runtime or ''}, {spec['flavor']}, sha256 {spec['sha256']}".replace(" ,", ","))
-    rows = ((step["type"], step["behavior"], _cut(visible(step["regex"]))) for step in spec["steps"])
+    rows = ((step["type"], step["behavior"], _cut(visible(str(step["regex"])))) for step in spec["steps"])
     table(rows, ("step", "behavior", "regex"))
 
 

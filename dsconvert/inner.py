@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from dsconvert.arch import Arch, WeightSource, expand, plan
+from dsconvert.arch import Arch, WeightSource, check_shapes, expand, plan
 from dsconvert.archs import ARCHS
 from dsconvert.archs.llama import LLAMA
 from dsconvert.config import ModelConfig
@@ -59,6 +59,7 @@ def language_model(
     when the tensors are not the config's.
     """
     if config.architecture in LLAMA.classes:
+        check_shapes(LLAMA, config, source.shapes())
         return source, config
     specs = plan(find_arch(config.architecture, where), config, source.shapes())
     outer = {spec.gguf: spec.hf for spec in specs}

@@ -161,7 +161,8 @@ def stated_quant(file: GGUFFile, sizes: tuple[TypeSize, ...]) -> str:
     from converters.gguf.recipe import FILE_TYPES
 
     names = {number: name for name, number in FILE_TYPES.items()}
-    return names.get(file.keys.get("general.file_type", -1), _commonest(sizes))
+    stated = file.keys.get("general.file_type")
+    return names.get(stated, _commonest(sizes)) if isinstance(stated, int) else _commonest(sizes)
 
 
 def _open_checkpoint(path: Path) -> Opened:
