@@ -161,10 +161,15 @@ def judge_config(found: tuple[str, ...]) -> list[Check]:
     return [Check("config", False, text) for text in found] or [equal]
 
 
+# Sizes on which the shapes of tensors depend.
+SIZES = {"layers": "layers", "d": "hidden_size", "v": "vocab_size", "ff": "intermediate_size"}
+SIZES |= {"q": "the width of the queries", "kv": "the width of keys and values"}
+
+
 def check_sizes(reference: ModelConfig, candidate: ModelConfig) -> None:
     """Raises CheckpointError when the two cannot be the same model."""
-    for name in ("layers", "hidden_size", "vocab_size"):
-        a, b = getattr(reference, name), getattr(candidate, name)
+    for key, name in SIZES.items():
+        a, b = reference.dims[key], candidate.dims[key]
         if a != b:
             raise CheckpointError(
                 "the two are not the same model",

@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from array import array
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from converters.gguf.kernels import compile as kernels
 from dsconvert import charts, safetensors_header, textfiles
 from dsconvert.blockwise import collected
 from dsconvert.cli import cli
+from dsconvert.config import load_config
 from dsconvert.errors import CheckpointError, ConversionError, OutputError, TokenizerError
 from dsconvert.resume import State
 from dsconvert.safetensors_writer import from_array
+from dsconvert.verify import check_sizes
 from tokenizer_tools import library
 from tokenizer_tools.load import load_tokenizer
 from tokenizer_tools.rebuild import gguf_keys, rebuild
@@ -251,3 +254,29 @@ def test_little_address_space_is_no_fault_of_ours(tmp_path: Path) -> None:
         assert done.returncode in (0, 2), done.stderr
         assert "unexpected" not in done.stderr
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"heads": 8, "head_dim": 16},
+        {"kv_heads": 4},
+        {"head_dim": 8},
+        {"intermediate_size": 1},
+        {"layers": 3},
+        {"hidden_size": 32},
+        {"vocab_size": 7},
+    ],
+    ids=str,
+)
+def test_sizes_that_no_tensor_of_the_reference_has_are_another_model(
+    changed: dict[str, int], tmp_path: Path
+) -> None:
+    config = load_config(tiny.tiny_checkpoint(tmp_path))
+    check_sizes(config, replace(config, rope_theta=2.0, context_length=7))
+    same = replace(
+        config, heads=config.heads * 2, kv_heads=config.kv_heads * 2, head_dim=config.head_dim // 2
+    )
+    check_sizes(config, same)  # what differs without changing a shape is a failed check, no error
+    with pytest.raises(CheckpointError, match="not the same model"):
+        check_sizes(config, replace(config, **changed))
