@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import json
 import os
@@ -289,7 +290,7 @@ def structured(rng: Rng, data: bytes) -> bytes:
             case 3:
                 holder[key] = [holder[key]] if rng.random() < 0.5 else {"x": holder[key]}
             case _:
-                holder[key] = rng.choice(ODD)
+                holder[key] = copy.deepcopy(rng.choice(ODD))  # it may be changed in turn
     return json.dumps(value).encode("utf-8", "surrogatepass")
 
 
