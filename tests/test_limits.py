@@ -30,8 +30,9 @@ from dsconvert.resume import State
 from dsconvert.safetensors_writer import from_array
 from dsconvert.verify import check_sizes
 from tokenizer_tools import library
+from tokenizer_tools.identity import of_metadata
 from tokenizer_tools.load import load_tokenizer
-from tokenizer_tools.rebuild import gguf_keys, rebuild
+from tokenizer_tools.rebuild import gguf_keys
 
 
 def gguf_with(path: Path, **arrays: Any) -> Path:
@@ -123,6 +124,8 @@ def test_more_tokens_than_any_tokenizer_has_are_refused(monkeypatch: pytest.Monk
         {"tokenizer.ggml.tokens": [LONG, "a"], "tokenizer.ggml.token_type": [3, 1]},
         {"tokenizer.ggml.merges": [1, 2]},
         {"tokenizer.ggml.tokens": 5},
+        {"tokenizer.ggml.tokens": [[1], "a"]},
+        {"tokenizer.ggml.pre": [1, 2]},
     ],
     ids=str,
 )
@@ -133,10 +136,10 @@ def test_odd_tokenizer_keys_give_a_tokenizer_or_the_ordinary_error(
     data = load_tokenizer(tiny_tokenizer.write(tmp_path, raw), tiny_tokenizer.rows(raw))
     keys = {key: value for key, (_, value) in gguf_keys(data, "gpt-2").items()} | changed
     try:
-        made = rebuild(keys, "x.gguf")
+        made = of_metadata(keys, "x.gguf")
     except TokenizerError:
         return
-    assert made.encode("a").ids
+    assert made.tokenizer.encode("a").ids
 
 
 @pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz", "a.json.gz"])

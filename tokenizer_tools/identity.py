@@ -62,11 +62,13 @@ def of_data(data: TokenizerData) -> TextHandling:
 def of_metadata(keys: Mapping[str, Any], where: object = "") -> TextHandling:
     """What a GGUF file's keys alone make a runtime do; raises TokenizerError."""
     special = {name: int(keys[key]) for name, key in ID_KEYS.items() if isinstance(keys.get(key), int)}
-    by_default = keys.get(GGML + "pre") in BOS_BY_DEFAULT
+    by_default = str(keys.get(GGML + "pre")) in BOS_BY_DEFAULT
     template = keys.get("tokenizer.chat_template", "")
     tokenizer = rebuild(keys, where)
     ends = {keys[key] for key in (ID_KEYS["eos"], *STOP_KEYS) if isinstance(keys.get(key), int)}
-    ends |= {i for i, token in enumerate(keys[GGML + "tokens"]) if token in ENDS_BY_NAME}
+    tokens = keys.get(GGML + "tokens")
+    named = enumerate(tokens) if isinstance(tokens, list) else ()
+    ends |= {i for i, token in named if isinstance(token, str) and token in ENDS_BY_NAME}
     return TextHandling(
         tokenizer,
         special,
