@@ -21,6 +21,7 @@ MESSAGE = (
     b"\nerror: a file was cut short while it was read (bus error). It is one of the source's or, in a proof, "
     b"the output's. Fetch or copy it again, and run the same command when nothing writes there.\n"
 )
+SHOW_CURSOR = b"\x1b[?25h"  # a progress bar hides it
 _parts: Any = (ctypes.c_char_p * 1024)()  # the handler reads this table; a null is a free place
 
 
@@ -88,9 +89,10 @@ def _install(pid: int) -> Any:
     """
     from llvmlite import binding
 
-    message = ctypes.create_string_buffer(MESSAGE)
+    text = MESSAGE + (SHOW_CURSOR if os.isatty(2) else b"")
+    message = ctypes.create_string_buffer(text)
     first = ctypes.addressof(_parts)
-    values = {"message": ctypes.addressof(message), "length": len(MESSAGE), "pid": pid, "code": CODE}
+    values = {"message": ctypes.addressof(message), "length": len(text), "pid": pid, "code": CODE}
     values |= {"first": first, "last": first + ctypes.sizeof(_parts)}
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()

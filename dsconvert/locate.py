@@ -38,7 +38,7 @@ def find(model: str | Path | None) -> Found:
     the hub cannot give.
     """
     if not model:
-        if Path("config.json").is_file():
+        if os.path.isfile("config.json"):
             return Found(Path.cwd())
         raise UsageError(
             "No model is given and this folder holds no config.json",
@@ -81,10 +81,10 @@ def in_folder(folder: Path) -> Found:
     """The model that a folder holds: the folder itself, or a snapshot; CheckpointError says what is there."""
     if os.path.lexists(folder / "config.json"):
         return Found(folder)
-    snapshots = _folders(folder / "snapshots") if (folder / "refs").is_dir() else []
+    snapshots = _folders(folder / "snapshots") if os.path.isdir(folder / "refs") else []
     if snapshots:
         return _snapshot(folder, snapshots)
-    inside = [path for path in _folders(folder) if (path / "config.json").exists()]
+    inside = [path for path in _folders(folder) if os.path.exists(path / "config.json")]
     entries = [path for path in _folders(folder) if path.name.startswith("models--")]
     names = ", ".join(quoted(path.name) for path in (inside or entries)[-3:])
     place = shlex.quote(str((inside or entries or [folder])[-1]))
@@ -96,7 +96,7 @@ def in_folder(folder: Path) -> Found:
             why=f"{several} of them: {names}" if several <= 3 else f"{several} of them, the last: {names}",
             hint=f"Give one of them, for example {place}",
         )
-    if (folder / "adapter_config.json").exists():
+    if os.path.exists(folder / "adapter_config.json"):
         base = load_json(folder / "adapter_config.json").get("base_model_name_or_path")
         raise CheckpointError(
             "is an adapter, not a model",
@@ -120,7 +120,7 @@ def _snapshot(entry: Path, snapshots: list[Path]) -> Found:
     """The snapshot of an entry of the hub's cache: of the branch main, or the only one."""
     chosen = snapshots[0] if len(snapshots) == 1 else None
     main = entry / "refs" / "main"
-    if main.exists():
+    if os.path.exists(main):
         commit = read_text(main, REF).strip()
         chosen = next((path for path in snapshots if path.name == commit), chosen)
     if chosen is None:
@@ -135,7 +135,7 @@ def _snapshot(entry: Path, snapshots: list[Path]) -> Found:
 
 def _sample(name: str) -> Path:
     folder = Path(str(importlib.resources.files("dsconvert") / name))
-    if not (folder / "config.json").is_file():
+    if not os.path.isfile(folder / "config.json"):
         raise CheckpointError(
             "The embedded sample is not installed", where=folder, hint="Install dsconvert again"
         )

@@ -43,6 +43,8 @@ def look(path: Path) -> os.stat_result | None:
 
 def check_place(path: Path, suffix: str = PART) -> None:
     """See that `path`, and `path` with `suffix`, can be made; raises OutputError."""
+    if path.name in ("", ".."):
+        raise OutputError("is no name for an output", where=path, hint="Give the name of a file or folder")
     spare = NAME_BYTES - len(os.fsencode(path.name)) - len(suffix)
     if spare < 0:
         raise OutputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 from dsconvert.errors import ConversionError
 from dsconvert.figures import Figures
 from dsconvert.output_files import write_file
-from dsconvert.output_plan import check_distinct, check_side_file
+from dsconvert.output_plan import check_distinct, check_files, check_side_file
 from dsconvert.reading import read_head, read_object
 from dsconvert.thresholds import Thresholds, Verdict
 from dsconvert.verify import Comparison
@@ -167,14 +168,18 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def check_targets(page: Path | None, json_file: Path | None, inputs: Sequence[Path] = ()) -> None:
+def check_targets(
+    page: Path | None, json_file: Path | None, inputs: Sequence[Path] = (), base: Path | None = None
+) -> None:
     """See that a report's page and its JSON can be written; raises OutputError.
 
     What exists under these names is overwritten only if it is such a page or such JSON, and none of the
-    `inputs` that the command reads.
+    `inputs` that the command reads. `base`, a file of log-probabilities, is written where there is none.
     """
     named = {path: kind for path, kind in ((page, PAGE), (json_file, JSON)) if path is not None}
-    check_distinct([path for path in (page, json_file) if path is not None])
+    check_distinct([path for path in (page, json_file, base) if path is not None])
+    if base is not None and not os.path.lexists(base):
+        check_files([base], [0], force=False)
     for path, kind in named.items():
         check_side_file(path, ours=kind.known, kind=kind.name, inputs=inputs)
 

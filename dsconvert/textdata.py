@@ -7,6 +7,7 @@ them. A local folder in the same layout, or one of those files, is read in the s
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -173,7 +174,7 @@ def _read_named(known: NamedSet, split: Split, path: Path, about: dict[str, Any]
 def _local(name: str, split: Split, column: str = "") -> TextSet:
     path = Path(name)
     try:
-        folder, file = path.is_dir(), path.is_file()
+        folder, file = os.path.isdir(path), os.path.isfile(path)
     except (OSError, ValueError):
         folder = file = False
     if not folder and not file:
@@ -184,7 +185,7 @@ def _local(name: str, split: Split, column: str = "") -> TextSet:
     for known in () if column else SETS:
         if file and path.name in {Path(other).name for other in known.files.values()}:
             return _read_named(known, split, path, {"source": "local"})
-        if folder and any((path / other).is_file() for other in known.files.values()):
+        if folder and any(os.path.isfile(path / other) for other in known.files.values()):
             return _mirror(known, split, path)
     return _files([path] if file else _listed(path), path, split, column)
 
@@ -204,7 +205,7 @@ def _mirror(known: NamedSet, split: Split, folder: Path) -> TextSet:
 
 def _listed(folder: Path) -> list[Path]:
     """The files of a folder, and of those in it, that hold text by their names; hidden ones are left out."""
-    found = [path for path in folder.rglob("*") if textfiles.is_text(path) and path.is_file()]
+    found = [path for path in folder.rglob("*") if textfiles.is_text(path) and os.path.isfile(path)]
     shown = [path for path in found if not any(p.startswith(".") for p in path.relative_to(folder).parts)]
     if not shown:
         raise UsageError(

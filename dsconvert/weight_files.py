@@ -6,6 +6,7 @@ against each other before the first weight is read.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Callable
@@ -59,12 +60,12 @@ def open_weights(folder: Path) -> Weights:
     stale: list[tuple[Path, list[str]]] = []
     for kind in (SAFETENSORS, TORCH):
         index, found = folder / kind.index, None
-        if (folder / kind.single).exists():
+        if os.path.exists(folder / kind.single):
             found = Weights((folder / kind.single,), kind.read(folder / kind.single))
-        elif index.exists():
+        elif os.path.exists(index):
             weight_map = _weight_map(index, kind)
             shards = sorted(set(weight_map.values()))
-            if any((folder / shard).exists() for shard in shards):
+            if any(os.path.exists(folder / shard) for shard in shards):
                 found = _open_index(folder, kind, weight_map)
             else:
                 stale.append((index, shards))
@@ -158,7 +159,7 @@ def _open_index(folder: Path, kind: Kind, weight_map: dict[str, str]) -> Weights
 
 def _open_shards(folder: Path, kind: Kind, names: list[str]) -> Weights:
     tensors: dict[str, Stored] = {}
-    missing = [name for name in names if not (folder / name).exists()]
+    missing = [name for name in names if not os.path.exists(folder / name)]
     if missing:
         raise _missing(folder, names, missing)
     for name in names:

@@ -246,9 +246,12 @@ def test_the_other_backend_is_driven_and_its_failure_told(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
     monkeypatch.setattr(backend, "check_installed", lambda: None)
     options = Options(str(model), out=tmp_path / "theirs", **{**SMALL, "verify": "off"})
+    config = load_json(model / "config.json")
+    rope = {"rope_parameters": {"rope_theta": 20000.0, "rope_type": "default"}}
+    tiny.write_json(model / "config.json", config | rope)
     with pytest.raises(ConversionError, match="rope_theta"):
         list(backend.convert(options))  # the checkpoint has the new RoPE keys only
-    config = load_json(model / "config.json")
+    tiny.write_json(model / "config.json", config)
     monkeypatch.setattr(backend, "check_readable", lambda job: None)
     with pytest.raises(ConversionError, match="out of memory at layer 2"):
         list(backend.convert(options))

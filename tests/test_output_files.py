@@ -5,6 +5,7 @@ Each test says what stood there before, and that it stands there still, byte for
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,24 @@ def diary(tmp_path: Path) -> Path:
     (folder / "diary.txt").write_text("dear diary")
     (folder / "deep" / "thesis.txt").write_text("chapter one")
     return folder
+
+
+@contextmanager
+def obeying_permissions() -> Iterator[None]:
+    """Root gives up what lets it read and write whatever it likes (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH)."""
+    if os.geteuid() != 0:
+        yield
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    header, held = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, held) == 0
+    fewer = (ctypes.c_uint32 * 6)(*held)
+    fewer[0] &= ~0b110
+    assert libc.capset(header, fewer) == 0
+    try:
+        yield
+    finally:
+        assert libc.capset(header, held) == 0
 
 
 class TestFoldersUnderOurNames:
@@ -283,6 +303,7 @@ class TestOutputsThatAreInputs:
         asked = ("verify", out, "--against", model, "--windows", "1", "--length", "64")
         assert "two outputs" in refused(*asked, "--report", one, "--json", tmp_path / "model" / ".." / "one")
         assert "two outputs" in refused(*asked, "--report", one, "--json", tmp_path / "one.part")
+        assert "two outputs" in refused(*asked, "--report", one, "--kld-base", one)
         assert tree(tmp_path) == before
 
 
@@ -453,6 +474,9 @@ class TestPlaces:
         assert "bytes too long" in refused(*command, model, "-o", tmp_path / ("é" * 124 + ".gguf"))
         assert "mkdir -p" in refused(*command, model, "-o", tmp_path / "no" / "out.gguf")
         assert "is a file, no folder" in refused(*command, model, "-o", model / "config.json" / "out.gguf")
+        if command in (GPTQ, EXL2):
+            for path in ("/", "..", tmp_path / ".."):
+                assert "is no name for an output" in refused(*command, model, "-o", path, "--force")
 
     @pytest.mark.parametrize("command", [GGUF, GPTQ, EXL2, IMATRIX], ids=["gguf", "gptq", "exl2", "imatrix"])
     def test_a_folder_that_one_may_not_enter_or_write(self, locked: Path, command: tuple[str, ...]) -> None:
@@ -468,6 +492,19 @@ class TestPlaces:
             (*GGUF, model, "--imatrix", inside / "i.gguf", "-o", locked / "x.gguf"),
             (*GGUF, model, "--calib-chat", inside / "c.jsonl", "-o", locked / "x.gguf"),
             (*EXL2, model, "--measurement", inside / "m.json"),
+            (*GPTQ, inside / "m"),
+            (*GGUF, locked / "closed"),
+            (*GPTQ, locked / "closed"),
+            ("verify", locked / "closed", "--against", model),
+            ("tokenizer", locked / "closed"),
+            ("gptq", model, "--calib", locked / "closed", "-o", locked / "x"),
+            ("gptq", model, "--calib", inside / "c.txt", "-o", locked / "x"),
+            ("inspect", inside / "x.gguf"),
+            ("tokenizer", inside / "x.gguf"),
+            ("tokenizer", inside / "tokenizer.json"),
+            ("tokenizer", model, "--compare", inside / "m"),
+            ("compare", inside / "x.gguf", "--against", model),
+            ("verify", model, "--against", model, "--text", inside / "t.txt"),
             ("verify", inside / "x.gguf", "--against", model),
             ("verify", model, "--against", inside / "m"),
             ("verify", model, "--against", model, "--kld-base", inside / "k"),
@@ -484,7 +521,6 @@ class TestPlaces:
     def locked(self) -> Iterator[Path]:
         """Folders and a file without permissions, as a user meets them who is not root."""
         folder = Path(tempfile.mkdtemp())
-        own = os.geteuid()
         try:
             tiny.tiny_checkpoint(folder / "model", d=128, ff=160, layers=1)
             shutil.copytree(folder / "model", folder / "unreadable")
@@ -493,12 +529,9 @@ class TestPlaces:
                 (folder / name).mkdir()
                 (folder / name).chmod(mode)
             (folder / "unreadable" / "LICENSE").chmod(0)
-            folder.chmod(0o777)
-            if own == 0:
-                os.seteuid(65534)
-            yield folder
+            with obeying_permissions():
+                yield folder
         finally:
-            os.seteuid(own)
             (folder / "closed").chmod(0o700)
             shutil.rmtree(folder)
 
@@ -530,6 +563,26 @@ with output_files.part_files(paths, [3] * len(paths), force=False) as parts:
 """
 
 
+NTH_RENAME_KILLS = """
+import os, sys
+from pathlib import Path
+from dsconvert import output_folders
+out, left, after = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "after"
+real = os.replace
+def replace(a, b):
+    global left
+    left -= 1
+    if left == 0 and not after:
+        os._exit(9)
+    real(a, b)
+    if left == 0:
+        os._exit(9)
+output_folders.os.replace = replace
+with output_folders.model_folder(out, 3, force=True) as part:
+    (part / "config.json").write_text("new")
+"""
+
+
 class TestKilledPublications:
     """A kill between the renames of a set of files."""
 
@@ -549,6 +602,25 @@ class TestKilledPublications:
         }
         with pytest.raises(OutputError, match="exists already"), part_files(names, [5] * 3, force=False):
             pass
+
+    @pytest.mark.parametrize("when", ["before", "after"])
+    @pytest.mark.parametrize("number", [1, 2])
+    def test_a_folder_that_is_replaced(self, tmp_path: Path, number: int, when: str) -> None:
+        """Whenever it is killed, the old or the new model is there whole, and the next run leaves one."""
+        from dsconvert.output_folders import model_folder
+
+        out = tmp_path / "out"
+        out.mkdir()
+        (out / "config.json").write_text("old")
+        command = [sys.executable, "-c", NTH_RENAME_KILLS, str(out), str(number), when]
+        assert subprocess.run(command, check=False).returncode == 9
+        whole = {path.read_text() for path in tmp_path.glob("*/config.json")}
+        assert "old" in whole
+        with model_folder(out, 3, force=out.exists()) as part:
+            (part / "config.json").write_text("next")
+        assert {path.name: tree(path) for path in tmp_path.iterdir()} == {
+            "out": {"config.json": hashlib.sha256(b"next").hexdigest()}
+        }
 
     def test_a_file_of_another_run_is_not_taken_for_one(self, tmp_path: Path) -> None:
         """A part that was only begun does not make what stands beside it a leftover."""

@@ -75,6 +75,8 @@ def test_an_f32_file_is_the_checkpoint(files: dict[str, Path]) -> None:
     assert found["figures"]["kld_max"] == 0.0
     assert found["figures"]["ppl_ratio"]["value"] == 1.0
     assert all(tensor["equal"] for tensor in found["tensors"])
+    assert found["provenance"]["reference"] == "sample:"  # not where this machine has it installed
+    assert str(locate("sample:").parent) not in result.stdout
 
 
 @pytest.mark.parametrize(

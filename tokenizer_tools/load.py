@@ -6,6 +6,7 @@ pre-tokenizers and drop BOS from one version to the next.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,7 +120,7 @@ def read_tokens(folder: Path, config: Mapping[str, Any], rows: int) -> Tokens:
     """
     path = folder / "tokenizer.json"
     rendering.start()
-    text = read_text(path) if path.is_file() else _from_vocabulary(folder, config)
+    text = read_text(path) if os.path.isfile(path) else _from_vocabulary(folder, config)
     raw, library = open_json(text, path)
     vocab = read_vocab(_model(raw, path), path)
     own = added_tokens(raw, library, vocab, path)
@@ -138,13 +139,13 @@ def read_tokens(folder: Path, config: Mapping[str, Any], rows: int) -> Tokens:
 def _from_vocabulary(folder: Path, config: Mapping[str, Any]) -> str:
     """The tokenizer.json of GPT-2's own class, from vocab.json and merges.txt, as transformers makes it."""
     files = [folder / name for name in ("vocab.json", "merges.txt")]
-    kind, there = str(config.get("tokenizer_class")), all(path.is_file() for path in files)
+    kind, there = str(config.get("tokenizer_class")), all(os.path.isfile(path) for path in files)
     if there and kind in GPT2_CLASSES:
         merges = read_text(files[1]).splitlines()
         return gpt2_json(
             parse_object(read_text(files[0]), files[0]), merges, config.get("add_prefix_space") is True
         )
-    spm = (folder / "tokenizer.model").is_file()
+    spm = os.path.isfile(folder / "tokenizer.model")
     why = "tokenizer.model is a SentencePiece tokenizer, which is not supported" if spm else ""
     if there:
         why = f"vocab.json and merges.txt do not say how {kind[:40]!r} splits a text"

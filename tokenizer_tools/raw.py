@@ -6,6 +6,7 @@ comparison with what was made of it. So a proof takes the tokens from here, stra
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from tokenizer_tools.library import parse_object, read_object, read_text
@@ -18,7 +19,7 @@ def added_ids(folder: Path, rows: int) -> dict[str, int]:
     added_tokens.json. Of two ids for a text, and of two texts for an id, the first counts.
     """
     path = folder / "tokenizer.json"
-    entries = (parse_object(read_text(path), path) if path.is_file() else {}).get("added_tokens") or []
+    entries = (parse_object(read_text(path), path) if os.path.isfile(path) else {}).get("added_tokens") or []
     pairs = [(entry["content"], entry["id"]) for entry in entries]
     config = read_object(folder / "tokenizer_config.json")
     if "added_tokens_decoder" in config:

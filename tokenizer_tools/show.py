@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,11 +32,11 @@ class Opened:
 
 def open_folder(path: Path) -> Opened:
     """The tokenizer of a checkpoint folder, or of a tokenizer.json itself; raises TokenizerError."""
-    if path.is_dir():
+    if os.path.isdir(path):
         found = read_tokens(path, read_object(path / "tokenizer_config.json"), ANY_ROWS)
         spec = extract(found.raw.get("pre_tokenizer"), found.path)
         return Opened(found.path, found.library, spec, None)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise TokenizerError(
             "there is no tokenizer here",
             where=path,

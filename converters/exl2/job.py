@@ -16,7 +16,7 @@ from dsconvert.errors import UsageError
 from dsconvert.inner import Inner
 from dsconvert.manifest import origin
 from dsconvert.output_folders import check_folder
-from dsconvert.output_plan import check_distinct, check_files, look
+from dsconvert.output_plan import REPLACED, check_distinct, check_files, check_place, look
 from dsconvert.resume import check_state, state_folder
 from dsconvert.selection import Selection, select
 from dsconvert.source_files import check_companions
@@ -143,6 +143,7 @@ def prepare(options: Options) -> Job:
     check_companions(folder)
     tokenizer = load_tokenizer(folder, model.config.vocab_size, options.add_bos)
     out = (options.out or Path(default_name(options, origin(folder, model.config)[1]))).absolute()
+    check_place(out, REPLACED)
     known = None
     if options.measurement is not None and look(options.measurement) is not None:
         known = measure.load(options.measurement, model.linears)

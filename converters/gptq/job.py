@@ -15,6 +15,7 @@ from dsconvert.calibrate import check_chat, files_of
 from dsconvert.errors import UsageError
 from dsconvert.manifest import origin
 from dsconvert.output_folders import check_folder
+from dsconvert.output_plan import REPLACED, check_place
 from dsconvert.resume import check_state, state_folder
 from dsconvert.selection import Selection, plain_config, select
 from dsconvert.source_files import check_companions
@@ -104,6 +105,7 @@ def prepare(options: Options) -> Job:
     if model.vision is not None:
         model = with_files(model, model.vision, tokenizer)
     out = (options.out or Path(default_name(options, origin(folder, model.config)[1]))).absolute()
+    check_place(out, REPLACED)
     job = Job(options, model, tokenizer, out)
     check_shapes(model.linears, job.layout)
     space = 2 * job.total  # the state and the folder, side by side

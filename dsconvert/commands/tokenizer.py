@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def _open_tokenizer(path: Path) -> Any:
     if path.suffix != ".gguf":
         if str(path) in SAMPLES:
             return open_folder(locate(str(path)))
-        bare = path.is_dir() and not (path / "tokenizer.json").exists()
+        bare = os.path.isdir(path) and not os.path.exists(path / "tokenizer.json")
         return open_folder(in_folder(path).path if bare else path)
     from converters.gguf.parse import open_gguf
 

@@ -115,7 +115,7 @@ def check_effect(asked: Mapping[str, Any]) -> None:
     from dsconvert.kld_base import open_base
 
     base = asked["kld_base"]
-    if base is not None and base.exists():
+    if base is not None and os.path.exists(base):
         hint = "Leave it out, or name a new file, which is then written from the checkpoint"
         tokens = open_base(base).windows.tokens
         # The same again is no contradiction.
@@ -168,13 +168,9 @@ def verify(output: Path, against: str, json_file: str | None, report: Path | Non
         from dsconvert.commands.pictures import check_files, prove_projector
         from dsconvert.commands.proving import Asked, prove
         from dsconvert.commands.sources import is_projector, open_reference
-        from dsconvert.output_plan import check_files as check_targets
 
         page_and_json = (report, None if machine or json_file is None else Path(json_file))
-        reports.check_targets(*page_and_json, read_by(asked, against, output))
-        base = asked["kld_base"]
-        if base is not None and not os.path.lexists(base):
-            check_targets([base], [0], force=False)
+        reports.check_targets(*page_and_json, read_by(asked, against, output), asked["kld_base"])
         if asked["mmproj"] is not None:
             check_files(output, asked["mmproj"])
         elif is_projector(output):
