@@ -122,7 +122,7 @@ def _invoke(kind: Kind, bases: Path, place: Place) -> str:
     done = CliRunner().invoke(cli, [word.format(**names) for word in kind.command])
     if done.exit_code not in (0, 2, 3):
         return f"exit code {done.exit_code}" + (f", {_told(done.exception)}" if done.exception else "")
-    if "unexpected" in done.output or "Traceback" in done.output:
+    if "stopped by an unexpected" in done.output or "Traceback" in done.output:
         return f"said {done.output[-300:]!r}"
     odd = next((line for line in done.output.split("\n") if not line.isprintable()), "")
     return f"printed {odd[:100]!r}" if odd else ""
