@@ -70,3 +70,11 @@ def quantize(
     if written != out.nbytes:
         raise AssertionError(f"ggml wrote {written} bytes for {qtype}, expected {out.nbytes}")
     return out
+
+
+def bearable(qtype: str, rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """`rows` with 1 where ggml would end the process: on the grids of iq2 and iq3 an error that overflows.
+
+    Such values are far beyond what the float16 scales of these types hold, so that a conversion refuses them.
+    """
+    return np.where(np.abs(rows) < 1e9, rows, np.float32(1)) if qtype[:3] in ("iq2", "iq3") else rows

@@ -9,7 +9,7 @@ them say when the first run compiles):
   multiple of `qtype.block`.
 - `out`: uint8, C-contiguous [n_rows, n_cols // block * size].
 - `importance`: float32 [n_cols], finite and not negative, or None: how much each column counts in the search
-  for scales, as llama.cpp's importance matrices say. q8_0 and the types that are not quantized ignore it.
+  for scales, as llama.cpp's importance matrices say. Types ignore it or need it, see qtypes.
 - flags: NONFINITE when an input is NaN or infinite, OVERFLOW when a finite input became infinite in a
   float16 of the output; 0 otherwise.
 - Pure: no state, no allocation beyond a small scratch, GIL released, callable from many threads at once.
@@ -25,12 +25,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from converters.gguf.qtypes import QType
+from converters.gguf.qtypes import IGNORED, NEEDED, QType
 
 Array = npt.NDArray[Any]
 Bytes = npt.NDArray[np.uint8]
 Importance = npt.NDArray[np.float32]
 Kernel = Callable[[Array, Array], int]
+RowKernel = Callable[[Array, Array, Array], None]
 
 NONFINITE = 1
 OVERFLOW = 2
@@ -43,7 +44,7 @@ SOURCES: dict[str, np.dtype[Any]] = {
 # Values that are widened at a time where a kernel takes float32 only: 512 KiB, which stays in a core's cache.
 SLAB = 1 << 17
 SUPER = 256  # values in a block of the k-quants
-# Where the float16 scales lie in a block of the types that take an importance matrix (ggml-common.h).
+# Where the float16 scales lie in the blocks whose kernels do not look for infinite ones (ggml-common.h).
 SCALES: dict[str, tuple[int, ...]] = {
     "q4_0": (0,),
     "q4_1": (0, 2),
@@ -54,7 +55,18 @@ SCALES: dict[str, tuple[int, ...]] = {
     "q4_k": (0, 2),
     "q5_k": (0, 2),
     "q6_k": (208,),
+    "iq4_nl": (0,),
+    "iq4_xs": (0,),
+    "iq3_s": (0,),
+    "iq3_xxs": (0,),
+    "iq2_s": (0,),
+    "iq2_xs": (0,),
+    "iq2_xxs": (0,),
+    "tq1_0": (52,),
+    "tq2_0": (64,),
 }
+NO_IMPORTANCE = np.empty(0, dtype=np.float32)
+BEYOND = 1e9  # no value of a type with one float16 scale to a block
 # Bits of a source by their width, and the unit of `out` where it is not bytes.
 _UNSIGNED = {2: np.uint16, 4: np.uint32}
 _UNITS = {"f16": np.uint16, "bf16": np.uint16, "f32": np.float32}
@@ -68,7 +80,7 @@ def quantize(qtype: QType, rows: Array, out: Bytes, importance: Importance | Non
     _check(qtype, rows, out)
     if not rows.size:
         return 0
-    if importance is not None and takes_importance(qtype):
+    if (importance is not None and takes_importance(qtype)) or _by_rows_only(qtype):
         return _by_rows(qtype, rows, out, importance)
     flat, target = rows.reshape(-1), out.reshape(-1)
     direct = _direct(qtype.name, rows.dtype)
@@ -79,7 +91,12 @@ def quantize(qtype: QType, rows: Array, out: Bytes, importance: Importance | Non
 
 def takes_importance(qtype: QType) -> bool:
     """Whether an importance matrix changes the bytes of a type."""
-    return qtype.name in SCALES
+    return qtype.importance != IGNORED
+
+
+def _by_rows_only(qtype: QType) -> bool:
+    """Whether one kernel quantizes with and without an importance matrix."""
+    return qtype.name.startswith("iq")
 
 
 def warm(qtypes: Iterable[QType], source: str, weighted: bool = False) -> None:
@@ -93,7 +110,8 @@ def warm(qtypes: Iterable[QType], source: str, weighted: bool = False) -> None:
     for qtype in qtypes:
         rows = np.zeros((1, max(qtype.block, SUPER)), dtype=SOURCES[source])
         out = np.zeros((1, qtype.nbytes(rows.size)), dtype=np.uint8)
-        importance = np.ones(rows.size, dtype=np.float32) if weighted else None
+        needed = weighted or qtype.importance == NEEDED
+        importance = np.ones(rows.size, dtype=np.float32) if needed else None
         try:
             quantize(qtype, rows, out, importance)
         except Exception:  # a damaged cache file fails in as many ways as pickle has
@@ -110,7 +128,8 @@ def compiled(qtypes: Iterable[QType], source: str, weighted: bool = False) -> bo
 
 
 def _mark(qtype: QType, source: str, weighted: bool) -> str:
-    return f"{source}-{qtype.name}" + ("-weighted" if weighted and takes_importance(qtype) else "")
+    apart = weighted and takes_importance(qtype) and not _by_rows_only(qtype)
+    return f"{source}-{qtype.name}" + ("-weighted" if apart else "")
 
 
 def _check(qtype: QType, rows: Array, out: Bytes) -> None:
@@ -143,9 +162,9 @@ def _direct(name: str, source: np.dtype[Any]) -> Kernel | None:
         "q5_1": blocks.q5_1,
     }
     if name not in kernels:
-        from converters.gguf.kernels.kquants import KERNELS
+        from converters.gguf.kernels import kquants, plain_scales
 
-        return KERNELS[name]
+        return (kquants.KERNELS | plain_scales.KERNELS)[name]
     return kernels[name]
 
 
@@ -175,14 +194,18 @@ def _by_slabs(qtype: QType, flat: Array, out: Bytes) -> int:
     return flags
 
 
-def _by_rows(qtype: QType, rows: Array, out: Bytes, importance: Importance) -> int:
+def _by_rows(qtype: QType, rows: Array, out: Bytes, importance: Importance | None) -> int:
     """Quantize with an importance matrix: by way of float32 too, in slabs of whole rows."""
-    from converters.gguf.kernels import weighted_blocks, weighted_kquants, widen
+    from converters.gguf.kernels import widen
 
     columns = rows.shape[1]
-    if importance.dtype != np.float32 or importance.shape != (columns,):
+    if importance is None:
+        if qtype.importance == NEEDED:
+            raise ValueError(f"{qtype.name} needs importance")
+        importance = NO_IMPORTANCE
+    elif importance.dtype != np.float32 or importance.shape != (columns,):
         raise ValueError(f"importance must be float32 [{columns}], is {importance.dtype} {importance.shape}")
-    kernel = (weighted_blocks.KERNELS | weighted_kquants.KERNELS)[qtype.name]
+    kernel = _row_kernel(qtype.name)
     weights = _read_only(np.require(importance, requirements=["C", "A"]))
     step = max(1, SLAB // columns)
     scratch = np.empty((min(step, len(rows)), columns), dtype=np.float32)
@@ -194,8 +217,24 @@ def _by_rows(qtype: QType, rows: Array, out: Bytes, importance: Importance) -> i
         slab, part = scratch[: source.size // columns], out[start : start + step]
         flags |= take(_read_only(source.view(_UNSIGNED[source.itemsize])), slab.reshape(-1))
         kernel(slab, weights, part)
-        flags |= _overflow(qtype, part.reshape(-1))
+        flags |= _overflow(qtype, part.reshape(-1)) | (OVERFLOW if _beyond(qtype, slab) else 0)
     return flags
+
+
+def _beyond(qtype: QType, values: Array) -> bool:
+    """Whether a search may have lost a sub-block whose squares overflow: no scale in float16 reaches it."""
+    return _by_rows_only(qtype) and bool(np.isfinite(values).all() and abs(values).max() >= BEYOND)
+
+
+def _row_kernel(name: str) -> RowKernel:
+    """The kernel of float32 rows and an importance matrix."""
+    if name.startswith("iq"):
+        from converters.gguf.kernels import grid_quants, nonlinear
+
+        return (nonlinear.KERNELS | grid_quants.KERNELS)[name]
+    from converters.gguf.kernels import weighted_blocks, weighted_kquants
+
+    return (weighted_blocks.KERNELS | weighted_kquants.KERNELS)[name]
 
 
 def _overflow(qtype: QType, out: Bytes) -> int:

@@ -43,21 +43,21 @@ Makes = dict[Vector, tuple[Vector, Callable[[Any, Any, Any], Any]]]
 @register_model(Vector)
 class _Model(PrimitiveModel):  # type: ignore[misc]
     def __init__(self, manager: Any, kind: Vector) -> None:
-        super().__init__(manager, kind, _ir(kind))
+        super().__init__(manager, kind, ir_of(kind))
 
 
-def _ir(kind: Vector) -> ir.VectorType:
+def ir_of(kind: Vector) -> ir.VectorType:
     return ir.VectorType(_IR[kind.element], WIDTH)
 
 
-def _wide(context: Any, builder: Any, value: Any, kind: types.Type, to: Vector) -> Any:
+def widened(context: Any, builder: Any, value: Any, kind: types.Type, to: Vector) -> Any:
     """A vector as it is; a number in every lane."""
     if isinstance(kind, Vector):
         return value
     number = context.cast(builder, value, kind, to.element)
-    one = builder.insert_element(ir.Constant(_ir(to), ir.Undefined), number, ir.Constant(ir.IntType(32), 0))
+    one = builder.insert_element(ir.Constant(ir_of(to), ir.Undefined), number, ir.Constant(ir.IntType(32), 0))
     zeros = ir.Constant(ir.VectorType(ir.IntType(32), WIDTH), None)
-    return builder.shuffle_vector(one, ir.Constant(_ir(to), ir.Undefined), zeros)
+    return builder.shuffle_vector(one, ir.Constant(ir_of(to), ir.Undefined), zeros)
 
 
 def _operator(function: Any, makes: Makes) -> None:
@@ -74,7 +74,7 @@ def _operator(function: Any, makes: Makes) -> None:
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         kind = next(kind for kind in sig.args if isinstance(kind, Vector))
-        pair = [_wide(context, builder, *one, kind) for one in zip(args, sig.args, strict=True)]
+        pair = [widened(context, builder, *one, kind) for one in zip(args, sig.args, strict=True)]
         return makes[kind][1](builder, *pair)
 
     for left, right in ((Vector, Vector), (Vector, types.Number), (types.Number, Vector)):
@@ -126,7 +126,7 @@ def vector(context: Any, number: Any) -> Any:
     """A float32 in every lane."""
 
     def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        return _wide(context, builder, values[0], signature.args[0], FLOATS)
+        return widened(context, builder, values[0], signature.args[0], FLOATS)
 
     return FLOATS(types.float32), emit
 
@@ -142,7 +142,7 @@ def select(context: Any, condition: Any, chosen: Any, other: Any) -> Any:
     def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         pair = [values[1], values[2]]
         if isinstance(kind, Vector):
-            pair = [_wide(context, builder, values[n], signature.args[n], kind) for n in (1, 2)]
+            pair = [widened(context, builder, values[n], signature.args[n], kind) for n in (1, 2)]
         return builder.select(values[0], *pair)
 
     if not isinstance(kind, Vector):
@@ -155,7 +155,7 @@ def _unary(name: str) -> Any:
     @intrinsic
     def apply(context: Any, x: Any) -> Any:
         def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            kind = ir.FunctionType(_ir(FLOATS), [_ir(FLOATS)])
+            kind = ir.FunctionType(ir_of(FLOATS), [ir_of(FLOATS)])
             function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}.v{WIDTH}f32")
             return builder.call(function, values)
 
@@ -171,19 +171,19 @@ root = _unary("sqrt")
 @intrinsic
 def as_ints(context: Any, x: Any) -> Any:
     """The bits of floats."""
-    return INTS(FLOATS), lambda context, builder, sig, values: builder.bitcast(values[0], _ir(INTS))
+    return INTS(FLOATS), lambda context, builder, sig, values: builder.bitcast(values[0], ir_of(INTS))
 
 
 @intrinsic
 def as_floats(context: Any, x: Any) -> Any:
     """The floats that bits stand for."""
-    return FLOATS(INTS), lambda context, builder, sig, values: builder.bitcast(values[0], _ir(FLOATS))
+    return FLOATS(INTS), lambda context, builder, sig, values: builder.bitcast(values[0], ir_of(FLOATS))
 
 
 @intrinsic
 def to_floats(context: Any, x: Any) -> Any:
     """The numbers of ints."""
-    return FLOATS(INTS), lambda context, builder, sig, values: builder.sitofp(values[0], _ir(FLOATS))
+    return FLOATS(INTS), lambda context, builder, sig, values: builder.sitofp(values[0], ir_of(FLOATS))
 
 
 @intrinsic
@@ -196,14 +196,14 @@ def lanes_of(context: Any, condition: Any) -> Any:
     return types.int64(BOOLS), emit
 
 
-def _address(context: Any, builder: Any, array: tuple[Any, Any], at: list[Any], to: Any) -> Any:
+def address(context: Any, builder: Any, array: tuple[Any, Any], at: list[Any], to: Any) -> Any:
     """Where array[at] lies, as the address of a `to`; `array` is its type and value."""
     made = context.make_array(array[0])(context, builder, array[1])
     where = cgutils.get_item_pointer(context, builder, array[0], made, at, wraparound=False)
     return builder.bitcast(where, to.as_pointer())
 
 
-def _at(context: Any, builder: Any, kind: Any, value: Any) -> list[Any]:
+def indices(context: Any, builder: Any, kind: Any, value: Any) -> list[Any]:
     """The indices of a tuple."""
     indices = zip(cgutils.unpack_tuple(builder, value), kind.types, strict=True)
     return [context.cast(builder, index, one, types.intp) for index, one in indices]
@@ -211,24 +211,26 @@ def _at(context: Any, builder: Any, kind: Any, value: Any) -> list[Any]:
 
 @intrinsic
 def load(context: Any, array: Any, at: Any) -> Any:
-    """The WIDTH float32 from array[at] on; `at` is a tuple, one index a dimension."""
+    """The WIDTH float32 or int32 from array[at] on; `at` is a tuple, one index a dimension."""
+    kind = INTS if array.dtype == types.int32 else FLOATS
 
     def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        at = _at(context, builder, signature.args[1], values[1])
-        return builder.load(_address(context, builder, (array, values[0]), at, _ir(FLOATS)), align=4)
+        at = indices(context, builder, signature.args[1], values[1])
+        return builder.load(address(context, builder, (array, values[0]), at, ir_of(kind)), align=4)
 
-    return FLOATS(array, at), emit
+    return kind(array, at), emit
 
 
 @intrinsic
 def store(context: Any, array: Any, at: Any, x: Any) -> Any:
-    """Write a vector from array[at] on: floats, or the low bytes of ints into an array of bytes."""
+    """Write a vector from array[at] on: floats, ints, or the low bytes of ints into an array of bytes."""
+    low_bytes = x == INTS and array.dtype != types.int32
 
     def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        value = builder.trunc(values[2], _BYTES) if x == INTS else values[2]
-        at = _at(context, builder, signature.args[1], values[1])
-        where = _address(context, builder, (array, values[0]), at, value.type)
-        builder.store(value, where, align=1 if x == INTS else 4)
+        value = builder.trunc(values[2], _BYTES) if low_bytes else values[2]
+        at = indices(context, builder, signature.args[1], values[1])
+        where = address(context, builder, (array, values[0]), at, value.type)
+        builder.store(value, where, align=1 if low_bytes else 4)
         return context.get_dummy_value()
 
     return types.void(array, at, x), emit
@@ -252,12 +254,12 @@ def store_turned(context: Any, x: Any, which: Any, j: Any, out: Any, i: Any) -> 
         for lane in range(WIDTH):
             at = builder.add(first, number(lane))
             at = builder.select(builder.icmp_signed("<", at, last), at, last)
-            row = builder.load(_address(context, builder, (which, numbers), [at], ir.IntType(64)))
-            where = _address(context, builder, (x, values[0]), [row, column], _ir(FLOATS))
+            row = builder.load(address(context, builder, (which, numbers), [at], ir.IntType(64)))
+            where = address(context, builder, (x, values[0]), [row, column], ir_of(FLOATS))
             rows.append(builder.load(where, align=4))
         for k, turned in enumerate(_turned(builder, rows)):
             at = [builder.add(column, number(k)), first]
-            builder.store(turned, _address(context, builder, (out, target), at, _ir(FLOATS)), align=4)
+            builder.store(turned, address(context, builder, (out, target), at, ir_of(FLOATS)), align=4)
         return context.get_dummy_value()
 
     return types.void(x, which, types.intp, out, types.intp), emit
