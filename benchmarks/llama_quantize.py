@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 sys.path.pop(0)  # this folder, whose gguf.py hides the library
 
-from converters.gguf.recipe import FILE_TYPES
+from converters.gguf.file_types import FILE_TYPES
 
 PACKAGE = "@node-llama-cpp/linux-x64@3.22.1"
 OPAQUE = 512  # more than llama_model_quantize_params has ever had

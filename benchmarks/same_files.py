@@ -21,9 +21,10 @@ import numpy as np
 sys.path.pop(0)  # this folder, whose gguf.py hides the library
 
 from converters.gguf.convert import convert
+from converters.gguf.file_types import MIXTURES
 from converters.gguf.job import Options
 from converters.gguf.parse import open_gguf
-from converters.gguf.recipe import MIXTURES
+from converters.gguf.recipe import needs_importance
 from dsconvert.calibrate import Wanted
 from dsconvert.commands.imatrix import make
 
@@ -56,11 +57,7 @@ def measured(model: str, text: str, out: Path) -> Path:
 
 def defaults(with_imatrix: bool) -> list[str]:
     """Every quantization that can be made."""
-    return [
-        name
-        for name, mixture in MIXTURES.items()
-        if name != "f32" and (with_imatrix or not mixture.needs_imatrix)
-    ]
+    return [name for name in MIXTURES if name != "f32" and (with_imatrix or not needs_importance(name))]
 
 
 def main() -> int:

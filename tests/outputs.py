@@ -21,9 +21,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 MIXTURES = "f32,f16,bf16,q8_0,q4_0,q4_1,q5_0,q5_1,q2_k,q3_k_s,q3_k_m,q3_k_l,q4_k_s,q4_k_m,q5_k_s,q5_k_m,q6_k"
+FEW_BITS = "iq4_nl,iq4_xs,iq3_m,iq3_s,tq1_0,tq2_0,mxfp4_moe"
 TEXT = ("--calib", "builtin", "--calib-samples", "8", "--calib-len", "128")
 PLAIN: dict[str, tuple[str, ...]] = {
     "mixtures": ("gguf", "sample:", "-q", MIXTURES, "-o", "OUT/sample.gguf"),
+    "few bits": ("gguf", "sample:", "-q", FEW_BITS, "-o", "OUT/sample.gguf"),
     "pure": ("gguf", "sample:", "-q", "q4_k_m", "--pure", "-o", "OUT/sample.gguf"),
     "split": ("gguf", "sample:", "-q", "q8_0", "--split-max-size", "1M", "-o", "OUT/sample.gguf"),
     "tensor types": ("gguf", "sample:", "--tensor-type", "ffn_down=q6_k", "-o", "OUT/sample.gguf"),
@@ -34,6 +36,15 @@ PLAIN: dict[str, tuple[str, ...]] = {
 CALIBRATED: dict[str, tuple[str, ...]] = {
     "imatrix": ("imatrix", "sample:", *TEXT, "-o", "OUT/imatrix.gguf"),
     "weighted": ("gguf", "sample:", "-q", "q2_k,q3_k_m,q4_k_m,q4_0", *TEXT, "-o", "OUT/sample.gguf"),
+    "weighted few bits": (
+        "gguf",
+        "sample:",
+        "-q",
+        "iq4_xs,iq3_xxs,iq2_s,iq2_xxs",
+        *TEXT,
+        "-o",
+        "OUT/sample.gguf",
+    ),
     "weighted pictures": ("gguf", "sample-vl:", "-q", "q4_k_m", *TEXT, "-o", "OUT/vl.gguf"),
     **{
         f"gptq {options}": ("gptq", "sample:", *options.split(), *TEXT, "-o", "OUT/folder")

@@ -15,8 +15,8 @@ import numpy.typing as npt
 import pytest
 import tiny
 
-from converters.gguf import recipe
 from converters.gguf.convert import convert
+from converters.gguf.file_types import FILE_TYPES
 from converters.gguf.job import Options
 from converters.gguf.parse import GGUFFile, open_gguf
 from converters.gguf.reader import open_model
@@ -299,7 +299,7 @@ def test_proof_fails_on_another_models_weights(checkpoint: Path, tmp_path: Path)
 
 
 def test_every_quant_has_a_file_type() -> None:
-    assert set(SIMPLE) <= set(recipe.FILE_TYPES)
+    assert set(SIMPLE) <= set(FILE_TYPES)
     assert dataclasses.is_dataclass(Options)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from converters.gguf import recipe
+from converters.gguf.file_types import FILE_TYPES, MIXTURES
 from converters.gguf.qtypes import QTYPES
 from dsconvert.errors import UsageError
 
@@ -188,18 +189,170 @@ def test_what_makes_no_sense_is_refused(
 def test_aliases_and_file_types() -> None:
     assert recipe.canonical("Q4_K") == "q4_k_m"
     assert recipe.default_type("q3_k") == "q3_k"
-    assert recipe.FILE_TYPES["q4_0"] == 2
-    assert len(set(recipe.FILE_TYPES.values())) == len(recipe.MIXTURES) == 18
+    assert FILE_TYPES["q4_0"] == 2
+    assert len(set(FILE_TYPES.values())) == len(MIXTURES) == 31
 
 
 def test_file_types_are_those_of_the_gguf_library() -> None:
     gguf = pytest.importorskip("gguf", reason="needs the gguf library")
-    for name, number in recipe.FILE_TYPES.items():
+    for name, number in FILE_TYPES.items():
         theirs = gguf.LlamaFileType(number).name.removeprefix("MOSTLY_").removeprefix("ALL_").lower()
         assert theirs == name
 
 
 def test_every_rule_names_a_known_type() -> None:
-    for mixture in recipe.MIXTURES.values():
-        rules = (*mixture.attn_v, *mixture.ffn_down, *mixture.attn_output)
-        assert {mixture.default, *(kind for _, kind in rules)} <= set(QTYPES)
+    for mixture in MIXTURES.values():
+        rules = [rule for role in LAYER_SHAPES for rule in mixture.rule(role)]
+        named = {mixture.default, mixture.output, mixture.embedding or mixture.default}
+        assert {*named, *(kind for _, kind in rules)} <= set(QTYPES)
+
+
+# What the rules of llama.cpp give 16 layers with a matrix; attn_v with one and four heads on each kv head.
+# The order is that of LAYER_SHAPES; 'a*2 b*1' is layer by layer.
+IQ_CHOICES = {
+    "iq4_nl": (
+        "iq4_nl",
+        "iq4_nl",
+        "iq4_nl q5_k",
+        "iq4_nl",
+        "iq4_nl",
+        "iq4_nl",
+        "iq4_nl*16",
+        "iq4_nl",
+        "q6_k",
+    ),
+    "iq4_xs": (
+        "iq4_xs",
+        "iq4_xs",
+        "iq4_xs q5_k",
+        "iq4_xs",
+        "iq4_xs",
+        "iq4_xs",
+        "iq4_xs*16",
+        "iq4_xs",
+        "q6_k",
+    ),
+    "iq3_m": ("iq3_s", "iq3_s", "q4_k q4_k", "q4_k", "iq3_s", "iq3_s", "q4_k*2 iq3_s*14", "iq3_s", "q6_k"),
+    "iq3_s": ("iq3_s", "iq3_s", "iq3_s q4_k", "iq3_s", "iq3_s", "iq3_s", "iq3_s*16", "iq3_s", "q6_k"),
+    "iq3_xs": (
+        *("iq3_xxs", "iq3_xxs", "iq3_s q4_k", "iq3_s"),
+        *("iq3_s*2 iq3_xxs*12 iq3_s*2", "iq3_s*2 iq3_xxs*12 iq3_s*2", "iq3_s*16", "iq3_s", "q6_k"),
+    ),
+    "iq3_xxs": (
+        *("iq2_s", "iq2_s", "iq3_xxs q4_k", "iq3_s", "iq3_xxs", "iq3_xxs", "iq3_xxs*16", "iq3_s", "q5_k"),
+    ),
+    "iq2_m": ("iq2_s", "iq2_s", "iq3_s q4_k", "iq3_s", "iq2_s", "iq2_s", "iq3_s*2 iq2_s*14", "iq3_s", "q5_k"),
+    "iq2_s": (
+        *(
+            "iq2_xs",
+            "iq2_xs",
+            "iq3_s q4_k",
+            "iq3_s",
+            "iq2_xs",
+            "iq2_xs",
+            "iq3_s*2 iq2_xs*14",
+            "iq3_s",
+            "q5_k",
+        ),
+    ),
+    "iq2_xs": (
+        *("iq2_xs", "iq2_xs", "q2_k q4_k", "iq2_xs", "iq2_xs", "iq2_xs", "q2_k*2 iq2_xs*14", "q2_k", "q5_k"),
+    ),
+    "iq2_xxs": (
+        *("iq2_xxs", "iq2_xxs", "q2_k q4_k", "iq2_xxs", "iq2_xxs", "iq2_xxs", "q2_k*2 iq2_xxs*14"),
+        *("q2_k", "q5_k"),
+    ),
+    "tq1_0": ("tq1_0", "tq1_0", "tq1_0 tq1_0", "tq1_0", "tq1_0", "tq1_0", "tq1_0*16", "q4_k", "q6_k"),
+    "tq2_0": ("tq2_0", "tq2_0", "tq2_0 tq2_0", "tq2_0", "tq2_0", "tq2_0", "tq2_0*16", "q4_k", "q6_k"),
+    "mxfp4_moe": ("q8_0", "q8_0", "q8_0 q8_0", "q8_0", "q8_0", "q8_0", "q8_0*16", "q8_0", "q8_0"),
+}
+
+
+@pytest.mark.parametrize("quant", IQ_CHOICES)
+def test_iq_tq_and_mxfp4_follow_the_rules_of_llama_quantize(quant: str) -> None:
+    """Read from its source: the golden choices have none of them."""
+    *layer, embedding, output = IQ_CHOICES[quant]
+    v = list(LAYER_SHAPES).index("attn_v")
+    for kv_heads, kind in zip((8, 2), layer[v].split(), strict=True):
+        shapes = llama_shapes(16, 1024, 512, 8, kv_heads)
+        types = choose(quant, shapes, layers=16, heads=8, kv_heads=kv_heads, imatrix=True)
+        for role, expected in zip(LAYER_SHAPES, [*layer[:v], kind, *layer[v + 1 :]], strict=True):
+            got = [types[f"blk.{i}.{role}.weight"] for i in range(16)]
+            assert got == (unrolled(expected) if "*" in expected else [expected] * 16), role
+        assert (types["token_embd.weight"], types["output.weight"]) == (embedding, output)
+        tied = llama_shapes(16, 1024, 512, 8, kv_heads, tied=True)
+        types = choose(quant, tied, layers=16, heads=8, kv_heads=kv_heads, imatrix=True)
+        assert types["token_embd.weight"] == output
+
+
+def test_without_a_matrix_some_layers_get_more() -> None:
+    options: dict[str, Any] = {"layers": 16, "heads": 8, "kv_heads": 8}
+    shapes = llama_shapes(16, 1024, 512, 8, 8)
+    downs = [choose("iq4_xs", shapes, **options)[f"blk.{i}.ffn_down.weight"] for i in range(16)]
+    assert downs == ["q5_k"] * 2 + ["iq4_xs"] * 14
+    overrides = (("attn_[qk]", "iq3_s"), ("ffn_(gate|up)", "iq3_s"))
+    types = choose("iq3_xxs", shapes, overrides=overrides, **options)
+    downs = [types[f"blk.{i}.ffn_down.weight"] for i in range(16)]
+    assert downs == ["q4_k"] * 2 + ["q3_k"] * 14
+    assert types["blk.5.attn_v.weight"] == "iq3_s"
+
+
+def test_eighty_layers_of_grouped_queries_raise_attn_v_but_in_the_smallest_files() -> None:
+    shapes = llama_shapes(80, 1024, 512, 8, 1)
+    options: dict[str, Any] = {"layers": 80, "heads": 8, "kv_heads": 1, "imatrix": True}
+    assert choose("iq3_xs", shapes, **options)["blk.0.attn_v.weight"] == "q5_k"
+    assert choose("iq2_m", shapes, **options)["blk.0.attn_v.weight"] == "q4_k"
+
+
+def test_experts_are_what_mxfp4_is_for() -> None:
+    shapes = {"blk.0.ffn_up_exps.weight": (4, 64, 32), "blk.0.ffn_up.weight": (64, 32)}
+    types = choose("mxfp4_moe", shapes, layers=1, heads=1, kv_heads=1)
+    assert types == {"blk.0.ffn_up_exps.weight": "mxfp4", "blk.0.ffn_up.weight": "q8_0"}
+    assert set(choose("mxfp4_moe", shapes, layers=1, heads=1, kv_heads=1, pure=True).values()) == {"mxfp4"}
+
+
+@pytest.mark.parametrize(
+    ("quant", "columns", "expected"),
+    [
+        ("iq4_xs", 96, "iq4_nl"),
+        ("iq3_s", 96, "iq4_nl"),
+        ("iq2_xxs", 96, "iq4_nl"),
+        ("tq1_0", 96, "q4_0"),
+        ("tq2_0", 96, "q4_0"),
+        ("iq4_nl", 40, "f16"),
+        ("mxfp4_moe", 40, "f16"),
+    ],
+)
+def test_rows_that_do_not_fit_fall_back(quant: str, columns: int, expected: str) -> None:
+    shapes = llama_shapes(1, columns, 2 * columns, 1, 1)
+    types = choose(quant, shapes, layers=1, heads=1, kv_heads=1, imatrix=True)
+    assert types["blk.0.attn_q.weight"] == expected
+
+
+NEEDY = ("iq3_xs", "iq3_xxs", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "q2_k_s")
+
+
+@pytest.mark.parametrize("quant", IQ_CHOICES.keys() | {"q2_k_s", "q2_k", "q4_k_m"})
+def test_what_needs_an_importance_matrix_says_so_and_how_to_make_one(quant: str) -> None:
+    assert recipe.needs_importance(quant) == (quant in NEEDY)
+    if quant not in NEEDY:
+        assert assign(quant)
+        return
+    with pytest.raises(UsageError, match=f"{quant} needs an importance matrix") as caught:
+        assign(quant)
+    assert "--calib" in caught.value.hint
+    assert "dsconvert imatrix" in caught.value.hint
+
+
+def test_an_override_may_need_a_matrix_too() -> None:
+    with pytest.raises(UsageError, match="needs an importance matrix") as caught:
+        assign("q4_k_m", overrides=[(r"blk\.3\.ffn_down", "iq2_xs")])
+    assert "iq2_xs (blk.3.ffn_down.weight)" in caught.value.why
+    # No matrix has data of the embedding: what can go without it may, what cannot may not.
+    assert assign("q4_k_m", overrides=[("token_embd", "iq3_xxs")])["token_embd.weight"] == "iq3_xxs"
+    with pytest.raises(UsageError, match="needs an importance matrix"):
+        assign("q4_k_m", overrides=[("token_embd", "iq2_xs")])
+    recipe.check_importance("q4_k_m", {"token_embd.weight": "iq3_xxs", "blk.0.attn_q.weight": "iq3_s"})
+    for lacking in ({"token_embd.weight": "iq2_xxs"}, {"blk.0.attn_q.weight": "iq2_s"}):
+        with pytest.raises(UsageError, match="needs importance data"):
+            recipe.check_importance("q4_k_m", lacking)

@@ -85,7 +85,8 @@ def select(
 ) -> tuple[dict[str, Floats], dict[str, list[str]]]:
     """What the matrix has for the tensors `wanted`, and the names of the others by the reason why.
 
-    `shapes` are rows first. Raises UsageError when the matrix fits none of them: it is another model's.
+    `shapes`, rows first, are those of all tensors. Raises UsageError when the matrix fits none of them: it is
+    another model's.
     """
     chosen: dict[str, Floats] = {}
     left: dict[str, list[str]] = {}
@@ -97,7 +98,8 @@ def select(
             left.setdefault(f"has {values.size} values for {columns} columns", []).append(name)
         else:
             left.setdefault(matrix.unusable.get(name, NO_DATA), []).append(name)
-    if left and not chosen:
+    ours = any(n in shapes and shapes[n][-1] == values.size for n, values in matrix.values.items())
+    if left and not ours:
         known = ", ".join([*matrix.values, *matrix.unusable][:2])
         raise UsageError(
             "the importance matrix has nothing for this model",
@@ -115,10 +117,11 @@ def weigh(matrix: ImportanceMatrix | None, outputs: Sequence[Output]) -> tuple[d
     """
     if matrix is None:
         return {}, []
-    shapes = takers(outputs)
-    if not shapes:
+    wanted = takers(outputs)
+    if not wanted:
         return {}, ["--imatrix changes nothing: no tensor gets a type that takes an importance matrix"]
-    weights, left = select(matrix, shapes, shapes)
+    shapes = {name: tensor.shape for output in outputs for name, tensor in output.tensors.items()}
+    weights, left = select(matrix, shapes, wanted)
     for output in outputs:
         lacking = [name for name in output.tensors if name not in weights]
         recipe.check_importance(output.quant, {name: output.tensors[name].qtype.name for name in lacking})

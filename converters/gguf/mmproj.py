@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from converters.gguf import metadata, recipe
+from converters.gguf.file_types import FILE_TYPES
 from converters.gguf.layout import Tensor
 from converters.gguf.parse import GGUFFile
 from converters.gguf.qtypes import QTYPES
@@ -76,7 +77,7 @@ def all_keys(
     parameters = sum(prod(spec.shape) for spec in specs)
     keys = metadata.general_keys(folder, config, "clip", parameters)
     keys["general.type"] = ("string", "mmproj")
-    keys = metadata.with_file_type(keys, recipe.FILE_TYPES[quant])
+    keys = metadata.with_file_type(keys, FILE_TYPES[quant])
     return keys | clip_keys(vision) | shared | {"dsconvert.image.activation": ("string", vision.activation)}
 
 

@@ -6,130 +6,25 @@ The rules are those of llama.cpp's src/llama-quant.cpp (llama_tensor_get_type) f
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from converters.gguf.qtypes import QTYPES
+from converters.gguf.file_types import ALIASES, MIXTURES, Mixture
+from converters.gguf.places import Place
+from converters.gguf.qtypes import NEEDED, QTYPES, WANTED
 from dsconvert.errors import UsageError
 
-
-@dataclass(frozen=True)
-class Place:
-    """Where a tensor stands: the i-th of its role among n, and what its model and run are like."""
-
-    i: int
-    n: int
-    heads_per_kv: int
-    imatrix: bool
-
-
-When = Callable[[Place], bool]
-Rule = tuple[tuple[When, str], ...]  # the first that holds gives the type; none: the mixture's default
-
-
-def always(at: Place) -> bool:
-    """Every layer."""
-    return True
-
-
-def more_bits(at: Place) -> bool:
-    """The first and the last eighth of the layers, and every third between."""
-    eighth = at.n // 8
-    return at.i < eighth or at.i >= 7 * at.n // 8 or (at.i - eighth) % 3 == 2
-
-
-def first_two(at: Place) -> bool:
-    """The first two layers."""
-    return at.i < 2
-
-
-def first_four(at: Place) -> bool:
-    """The first four layers."""
-    return at.i < 4
-
-
-def first_eighth(at: Place) -> bool:
-    """The first eighth of the layers."""
-    return at.i < at.n // 8
-
-
-def first_sixteenth(at: Place) -> bool:
-    """The first sixteenth of the layers."""
-    return at.i < at.n // 16
-
-
-def first_eighth_with_imatrix(at: Place) -> bool:
-    """The first eighth of the layers, when an importance matrix is used."""
-    return at.imatrix and first_eighth(at)
-
-
-def four_heads_per_kv(at: Place) -> bool:
-    """Grouped-query attention with at least four heads on each key-value head."""
-    return at.heads_per_kv >= 4
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """What `--quant NAME` means: general.file_type, the type of most tensors, and the exceptions by role."""
-
-    file_type: int
-    default: str
-    attn_v: Rule = ()
-    ffn_down: Rule = ()
-    attn_output: Rule = ()
-    needs_imatrix: bool = False
-
-
-MIXTURES: dict[str, Mixture] = {
-    "f32": Mixture(0, "f32"),
-    "f16": Mixture(1, "f16"),
-    "bf16": Mixture(32, "bf16"),
-    "q8_0": Mixture(7, "q8_0"),
-    "q4_0": Mixture(2, "q4_0", ffn_down=((first_eighth_with_imatrix, "q4_1"),)),
-    "q4_1": Mixture(3, "q4_1"),
-    "q5_0": Mixture(8, "q5_0", ffn_down=((first_eighth_with_imatrix, "q5_1"),)),
-    "q5_1": Mixture(9, "q5_1"),
-    "q2_k": Mixture(
-        10,
-        "q2_k",
-        attn_v=((four_heads_per_kv, "q4_k"), (always, "q3_k")),
-        ffn_down=((always, "q3_k"),),
-        attn_output=((always, "q3_k"),),
-    ),
-    "q2_k_s": Mixture(
-        21,
-        "q2_k",
-        attn_v=((four_heads_per_kv, "q4_k"),),
-        ffn_down=((first_eighth, "q4_k"),),
-        needs_imatrix=True,
-    ),
-    "q3_k_s": Mixture(11, "q3_k"),
-    "q3_k_m": Mixture(
-        12,
-        "q3_k",
-        attn_v=((first_two, "q5_k"), (always, "q4_k")),
-        ffn_down=((first_sixteenth, "q5_k"), (always, "q4_k")),
-        attn_output=((always, "q4_k"),),
-    ),
-    "q3_k_l": Mixture(
-        13,
-        "q3_k",
-        attn_v=((always, "q5_k"),),
-        ffn_down=((always, "q5_k"),),
-        attn_output=((always, "q5_k"),),
-    ),
-    "q4_k_s": Mixture(14, "q4_k", attn_v=((first_four, "q5_k"),), ffn_down=((first_eighth, "q5_k"),)),
-    "q4_k_m": Mixture(15, "q4_k", attn_v=((more_bits, "q6_k"),), ffn_down=((more_bits, "q6_k"),)),
-    "q5_k_s": Mixture(16, "q5_k"),
-    "q5_k_m": Mixture(17, "q5_k", attn_v=((more_bits, "q6_k"),), ffn_down=((more_bits, "q6_k"),)),
-    "q6_k": Mixture(18, "q6_k"),
-}
-ALIASES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}
-FILE_TYPES: dict[str, int] = {name: mixture.file_type for name, mixture in MIXTURES.items()}
-
 # The names that llama.cpp counts by role.
-_ROLES = {"attn_v": "attn_v.weight", "ffn_down": "ffn_down", "attn_output": "attn_output.weight"}
+_ROLES = {
+    "attn_q": "attn_q.weight",
+    "attn_k": "attn_k.weight",
+    "attn_v": "attn_v.weight",
+    "attn_output": "attn_output.weight",
+    "ffn_gate": "ffn_gate",
+    "ffn_up": "ffn_up",
+    "ffn_down": "ffn_down",
+}
 _WHOLE_MODEL = ("token_embd.weight", "output.weight")
 _LAYER = re.compile(r"\bblk\.(\d+)\.")
 
@@ -179,12 +74,6 @@ def choose(
     importance matrix without one.
     """
     mixture = _mixture(quant)
-    if mixture.needs_imatrix and not imatrix:
-        raise UsageError(
-            f"{quant} needs an importance matrix",
-            why="2-bit levels chosen without one lose the model",
-            hint="Give --imatrix FILE or --calib c4, or take q2_k",
-        )
     matrices = sorted((name for name in shapes if is_quantized(name, shapes[name])), key=_layer)
     manual = _overridden(matrices, overrides)
     # llama.cpp counts the tensors of a role as it meets them, layer by layer, without the overridden ones.
@@ -195,31 +84,72 @@ def choose(
     result = {name: Choice("f32", "f32") for name in shapes}
     for name in matrices:
         columns = shapes[name][-1]
-        wanted = manual.get(name) or mixture.default
+        usual = mixture.flat if mixture.flat and len(shapes[name]) == 2 and not pure else mixture.default
+        wanted = manual.get(name) or usual
         if name not in manual and not pure and QTYPES[mixture.default].block > 1:
             if name == "output.weight" or (tied and name == "token_embd.weight"):
-                wanted = _output_type(mixture.default, columns)
+                wanted = _output_type(mixture, columns)
+            elif name == "token_embd.weight":
+                wanted = mixture.embedding or usual
             elif role := next((role for role, part in _ROLES.items() if part in name), None):
                 at = Place(seen[role], totals[role], heads // kv_heads, imatrix)
-                wanted = _exception(mixture, role, at, wide)
+                wanted = _exception(mixture, role, at, wide, usual)
                 seen[role] += 1
         result[name] = Choice(fitting(wanted, columns), wanted)
+    if not imatrix:
+        _refuse_without_importance(quant, {name: result[name].type for name in matrices})
     return result
 
 
-def check_importance(quant: str, lacking: Mapping[str, str]) -> None:
-    """Raise UsageError when a mixture that needs an importance matrix has no data for one of its tensors.
-
-    `lacking` are the types of the tensors without data, by name. As in llama-quantize the embedding and the
-    output layer, of which no matrix has data, may go without, and so may other types than the mixture's own.
-    """
-    mixture = _mixture(quant)
-    bare = [name for name, kind in lacking.items() if kind == mixture.default and name not in _WHOLE_MODEL]
-    if mixture.needs_imatrix and bare:
+def _refuse_without_importance(quant: str, types: Mapping[str, str]) -> None:
+    """Raise UsageError when a tensor needs an importance matrix."""
+    bare = _bare(quant, types)
+    if bare:
         raise UsageError(
-            f"{quant} needs importance data for every {mixture.default} tensor",
+            f"{quant} needs an importance matrix",
+            why=f"levels as few as those of {types[bare[0]]} ({bare[0]}), chosen without one, lose the model",
+            hint="Give --calib c4 to make one on the way, or --imatrix FILE, which dsconvert imatrix MODEL "
+            "--outfile FILE makes, or take q2_k or iq3_s",
+        )
+
+
+def needing(quant: str) -> set[str]:
+    """The types that a quantization gives to no layer without importance data."""
+    return {name for name, kind in QTYPES.items() if kind.importance >= WANTED} | {_mixture(quant).wants}
+
+
+def needs_importance(quant: str) -> bool:
+    """Whether a quantization gives any layer a type that needs importance data."""
+    mixture = _mixture(quant)
+    kinds = {mixture.default, *(kind for role in _ROLES for _, kind in mixture.rule(role))}
+    return bool(kinds & needing(quant))
+
+
+def _bare(quant: str, types: Mapping[str, str]) -> list[str]:
+    """Of tensors without importance data, by name and type, those that may not be so.
+
+    As in llama-quantize the embedding and the output layer, of which no matrix has data, may go without, but
+    for the types that have no way to.
+    """
+    layers = needing(quant)
+    return [
+        name
+        for name, kind in types.items()
+        if QTYPES[kind].importance == NEEDED or (kind in layers and name not in _WHOLE_MODEL)
+    ]
+
+
+def check_importance(quant: str, lacking: Mapping[str, str]) -> None:
+    """Raise UsageError when a tensor that needs importance data has none in the matrix.
+
+    `lacking` are the types of the tensors without data, by name.
+    """
+    bare = _bare(quant, lacking)
+    if bare:
+        raise UsageError(
+            f"{quant} needs importance data for every {lacking[bare[0]]} tensor",
             why=f"the matrix has none that fits {', '.join(bare[:3])}" + (" and others" if bare[3:] else ""),
-            hint=f"Give another type to it: --tensor-type '{bare[0]}=q4_k', or take q2_k",
+            hint=f"Give another type to it: --tensor-type '{bare[0]}=q4_k', or take q2_k or iq3_s",
         )
 
 
@@ -250,16 +180,17 @@ def _layer(name: str) -> int:
     return int(found[1]) if found else -1
 
 
-def _output_type(default: str, columns: int) -> str:
+def _output_type(mixture: Mixture, columns: int) -> str:
     """The output layer's type, which is the embedding's where that is used in its place."""
-    return "q8_0" if default == "q8_0" or columns % QTYPES[default].block else "q6_k"
+    default = mixture.default
+    return "q8_0" if default == "q8_0" or columns % QTYPES[default].block else mixture.output
 
 
-def _exception(mixture: Mixture, role: str, at: Place, wide: bool) -> str:
-    rule: Rule = getattr(mixture, role)
-    kind = next((kind for when, kind in rule if when(at)), mixture.default)
+def _exception(mixture: Mixture, role: str, at: Place, wide: bool, usual: str) -> str:
+    kind = next((kind for when, kind in mixture.rule(role) if when(at)), usual)
     # Llama 2 70B's shape (80 layers, grouped queries): its small attn_v is worth more bits.
-    return "q5_k" if role == "attn_v" and wide and kind in ("q3_k", "q4_k") else kind
+    raised = role == "attn_v" and wide and mixture.raises_wide and kind in ("q3_k", "q4_k")
+    return "q5_k" if raised else kind
 
 
 def _overridden(matrices: Sequence[str], overrides: Sequence[tuple[str, str]]) -> dict[str, str]:

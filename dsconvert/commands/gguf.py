@@ -14,7 +14,8 @@ from dsconvert.commands.running import run
 
 
 def _quants(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
-    from converters.gguf.recipe import FILE_TYPES, canonical
+    from converters.gguf.file_types import FILE_TYPES
+    from converters.gguf.recipe import canonical
 
     names = tuple(canonical(name.strip()) for name in value.split(",") if name.strip())
     unknown = [name for name in names if name not in FILE_TYPES]

@@ -158,7 +158,7 @@ def _handling(opened: Callable[[], TextHandling]) -> TextHandling | TokenizerErr
 
 def stated_quant(file: GGUFFile, sizes: tuple[TypeSize, ...]) -> str:
     """The mixture that the file says it is; where it says none that is known, its commonest type."""
-    from converters.gguf.recipe import FILE_TYPES
+    from converters.gguf.file_types import FILE_TYPES
 
     names = {number: name for name, number in FILE_TYPES.items()}
     stated = file.keys.get("general.file_type")

@@ -1,0 +1,76 @@
+"""Where a tensor stands in a model, and the conditions on that which the rules of the mixtures name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor stands: the i-th of its role among n, and what its model and run are like."""
+
+    i: int
+    n: int
+    heads_per_kv: int
+    imatrix: bool
+
+
+When = Callable[[Place], bool]
+Rule = tuple[tuple[When, str], ...]  # the first that holds gives the type; none: the mixture's default
+
+
+def always(at: Place) -> bool:
+    """Every layer."""
+    return True
+
+
+def more_bits(at: Place) -> bool:
+    """The first and the last eighth of the layers, and every third between."""
+    eighth = at.n // 8
+    return at.i < eighth or at.i >= 7 * at.n // 8 or (at.i - eighth) % 3 == 2
+
+
+def first_two(at: Place) -> bool:
+    """The first two layers."""
+    return at.i < 2
+
+
+def first_four(at: Place) -> bool:
+    """The first four layers."""
+    return at.i < 4
+
+
+def first_eighth(at: Place) -> bool:
+    """The first eighth of the layers."""
+    return at.i < at.n // 8
+
+
+def first_sixteenth(at: Place) -> bool:
+    """The first sixteenth of the layers."""
+    return at.i < at.n // 16
+
+
+def first_eighth_with_imatrix(at: Place) -> bool:
+    """The first eighth of the layers, when an importance matrix is used."""
+    return at.imatrix and first_eighth(at)
+
+
+def four_heads_per_kv(at: Place) -> bool:
+    """Grouped-query attention with at least four heads on each key-value head."""
+    return at.heads_per_kv >= 4
+
+
+def middle(at: Place) -> bool:
+    """All but the first and the last eighth of the layers."""
+    return at.n // 8 <= at.i < 7 * at.n // 8
+
+
+def without_imatrix(at: Place) -> bool:
+    """Every layer, when no importance matrix is used."""
+    return not at.imatrix
+
+
+def first_eighth_without_imatrix(at: Place) -> bool:
+    """The first eighth of the layers, when no importance matrix is used."""
+    return not at.imatrix and first_eighth(at)
