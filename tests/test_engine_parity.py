@@ -26,6 +26,7 @@ from dsconvert.engines.activations import ROUNDINGS, rounded_inputs  # noqa: E40
 
 KEY = b"llama.rope.freq_base"
 QUANTS = ("bf16", "q8_0", "q4_k_m")
+FEW_BITS = ("iq4_nl", "iq4_xs", "iq3_s", "iq3_xxs", "iq2_m", "iq2_xs", "iq2_xxs", "tq1_0", "tq2_0")
 
 
 def test_rounded_inputs_are_what_each_linear_sees() -> None:
@@ -59,6 +60,20 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {quant: out.with_name(f"sample-{quant}.gguf") for quant in QUANTS}
 
 
+@pytest.fixture(scope="module")
+def few_bits(files: dict[str, Path]) -> dict[str, Path]:
+    """Files that llama.cpp reads by tables of its own; mxfp4 for every matrix."""
+    out = files["q8_0"].with_name("few.gguf")
+    options = ["-o", str(out), "--calib", "builtin", "--calib-samples", "4", "--calib-len", "128"]
+    made = CliRunner().invoke(cli, ["gguf", "sample:", "-q", ",".join(FEW_BITS), *options, "--verify", "off"])
+    assert made.exit_code == 0, made.output
+    pure = out.with_name("pure.gguf")
+    options = ["--pure", "-o", str(pure), "--verify", "off"]
+    made = CliRunner().invoke(cli, ["gguf", "sample:", "-q", "mxfp4_moe", *options])
+    assert made.exit_code == 0, made.output
+    return {quant: out.with_name(f"few-{quant}.gguf") for quant in FEW_BITS} | {"mxfp4_moe": pure}
+
+
 def run(path: Path, believed: Path) -> parity.EngineFigures:
     """llama.cpp's run of `path`, with the prediction for `believed`."""
     from converters.gguf.parse import open_gguf
@@ -90,6 +105,14 @@ def test_the_runtime_is_as_near_as_chance_lets_it(quant: str, files: dict[str, P
     assert found.ppl_to_weights.value == pytest.approx(
         found.parity.ppl_ratio.value * found.rounding.ppl_ratio.value, rel=1e-9
     )
+
+
+@pytest.mark.parametrize("quant", [*FEW_BITS, "mxfp4_moe"])
+def test_the_runtime_reads_types_of_few_bits_as_we_do(quant: str, few_bits: dict[str, Path]) -> None:
+    found = run(few_bits[quant], few_bits[quant])
+    assert failed(parity.judge_engine(found, thresholds_for(quant))) == set()
+    assert 0 < found.parity.kld.value < 2 * found.rounding.kld.value
+    assert found.figures.kld.value == pytest.approx(found.predicted.kld.value, rel=0.05)
 
 
 @pytest.mark.parametrize("quant", QUANTS)

@@ -22,6 +22,18 @@ from tokenizer_tools.steps import from_gguf
 
 pytest.importorskip("torch")
 QUANTS = ("q8_0", "q4_0")
+FEW_BITS = (
+    "iq4_nl",
+    "iq4_xs",
+    "iq3_s",
+    "iq3_xxs",
+    "iq2_m",
+    "iq2_s",
+    "iq2_xxs",
+    "tq1_0",
+    "tq2_0",
+    "mxfp4_moe",
+)
 CHANGED = (r"\s?[A-Za-z", r"\S?[A-Za-z")
 
 
@@ -40,6 +52,16 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made = command("gguf", "sample:", "-q", ",".join(QUANTS), "-o", out, "--verify", "off", "--threads", 2)
     assert made.exit_code == 0, made.output
     return {quant: out.with_name(f"sample-{quant}.gguf") for quant in QUANTS}
+
+
+@pytest.fixture(scope="module")
+def few_bits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same of the types on grids and their like, with a small importance matrix."""
+    out = tmp_path_factory.mktemp("few") / "sample.gguf"
+    options = ("--calib", "builtin", "--calib-samples", 4, "--calib-len", 128, "--verify", "off")
+    made = command("gguf", "sample:", "-q", ",".join(FEW_BITS), "-o", out, "--threads", 2, *options)
+    assert made.exit_code == 0, made.output
+    return {quant: out.with_name(f"sample-{quant}.gguf") for quant in FEW_BITS}
 
 
 def span(file: GGUFFile, name: str) -> slice:
@@ -187,3 +209,21 @@ def test_a_defect_is_caught_and_named(good: dict[str, Path], tmp_path: Path, def
     assert said in result.stderr  # a person reads it too
     if name not in ("weights", "config"):  # and nothing else is blamed
         assert all(check["passed"] for check in found["checks"] if check["name"] != name)
+
+
+@pytest.mark.parametrize("quant", FEW_BITS)
+def test_an_unharmed_file_of_few_bits_passes(few_bits: dict[str, Path], quant: str) -> None:
+    result = verify(few_bits[quant])
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize(
+    "quant", [quant for quant in FEW_BITS if quant not in ("iq2_m", "tq1_0", "mxfp4_moe")]
+)
+@pytest.mark.parametrize("defect", [key for key, (_, name, _) in DEFECTS.items() if name == "weights"])
+def test_wrong_weights_of_few_bits_are_caught(
+    few_bits: dict[str, Path], tmp_path: Path, defect: str, quant: str
+) -> None:
+    result = verify(plant(defect, few_bits[quant], tmp_path / "bad.gguf"))
+    assert result.exit_code == 3, result.output
+    assert DEFECTS[defect][2] in result.stderr
