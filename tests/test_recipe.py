@@ -332,7 +332,7 @@ def test_rows_that_do_not_fit_fall_back(quant: str, columns: int, expected: str)
 NEEDY = ("iq3_xs", "iq3_xxs", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "q2_k_s")
 
 
-@pytest.mark.parametrize("quant", IQ_CHOICES.keys() | {"q2_k_s", "q2_k", "q4_k_m"})
+@pytest.mark.parametrize("quant", [*IQ_CHOICES, "q2_k_s", "q2_k", "q4_k_m"])
 def test_what_needs_an_importance_matrix_says_so_and_how_to_make_one(quant: str) -> None:
     assert recipe.needs_importance(quant) == (quant in NEEDY)
     if quant not in NEEDY:
