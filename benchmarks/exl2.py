@@ -25,25 +25,25 @@ from unittest import mock
 sys.path.pop(0)  # this folder has a gguf.py, which is not the library
 
 from converters.exl2.convert import convert
-from converters.exl2.job import Job, Options, prepare
+from converters.exl2.plan import Job, Options, prepare
 from converters.exl2.proof import evaluation
 from converters.exl2.reader import open_model
 from converters.gguf import convert as gguf
-from converters.gguf import job as gguf_job
+from converters.gguf import output
 from converters.gptq import convert as gptq
-from converters.gptq import job as gptq_job
+from converters.gptq import plan as gptq_job
 from converters.gptq.solver import round_to_nearest
-from dsconvert import verify
-from dsconvert.commands.sources import open_output
+from converters.outputs import open_output
 from dsconvert.events import Finished, Step
+from dsconvert.proof import compare
 
 
 def kld(job: Job, out: Path) -> tuple[float, float, float]:
     """Mean KL divergence in nats, its standard error, and the share of equal top tokens."""
     opened = open_output(out)
     model = job.model
-    found = verify.result(
-        verify.compare(
+    found = compare.result(
+        compare.compare(
             model.source, opened.source, model.config, evaluation(job), candidate_config=opened.config
         )
     )
@@ -99,9 +99,7 @@ def main() -> None:
             line(f"exl2 --bpw {bpw:g}", open_model(work / f"{bpw}").bits, job, work / f"{bpw}", seconds, more)
         out = work / "q4_0.gguf"
         seconds, _ = run(
-            gguf.convert(
-                gguf_job.Options(given.model, outfile=out, quants=("q4_0",), verify="off", force=True)
-            )
+            gguf.convert(output.Options(given.model, outfile=out, quants=("q4_0",), verify="off", force=True))
         )
         line("gguf --quant q4_0", 4.5, job, out, seconds)
         plain = gptq_job.Options(given.model, bits=4, group_size=128, out=work / "gptq", **asked)

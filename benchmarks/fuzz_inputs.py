@@ -150,8 +150,8 @@ def _converted(root: Path) -> None:
     from gguf import GGUFWriter
 
     from converters.gguf.convert import convert
-    from converters.gguf.job import Options
-    from dsconvert import kld_base
+    from converters.gguf.output import Options
+    from dsconvert.proof import logprob_file
 
     for folder in ("gguf", "pair", "imatrix", "kld"):
         (root / folder).mkdir()
@@ -187,20 +187,20 @@ def _converted(root: Path) -> None:
         )
     (root / "imatrix" / "imatrix.dat").write_bytes(old)
     tokens = np.arange(32, dtype="<i4")
-    rows = kld_base.encode(rng.standard_normal((2 * (16 - 1 - 8), 512)).astype(np.float32))
-    head = kld_base.HEADER.pack(kld_base.MAGIC, 16, 512, 2)
+    rows = logprob_file.encode(rng.standard_normal((2 * (16 - 1 - 8), 512)).astype(np.float32))
+    head = logprob_file.HEADER.pack(logprob_file.MAGIC, 16, 512, 2)
     (root / "kld" / "base.kld").write_bytes(head + tokens.tobytes() + rows.tobytes())
 
 
 def _quantized(root: Path) -> None:
     """GPTQ and EXL2 folders, the measurement of the latter, the state of a run that has not ended."""
     import converters.exl2.convert as exl2
-    import converters.exl2.job as exl2_job
+    import converters.exl2.plan as exl2_job
     import converters.gptq.convert as gptq
-    import converters.gptq.job as gptq_job
-    from dsconvert.checkpoint import open_checkpoint
-    from dsconvert.resume import State
-    from dsconvert.safetensors_writer import from_stored
+    import converters.gptq.plan as gptq_job
+    from dsconvert.checkpoints.checkpoint import open_checkpoint
+    from dsconvert.checkpoints.safetensors_writer import from_stored
+    from dsconvert.quantization.run_state import State
 
     small: dict[str, Any] = {"calib": "builtin", "calib_samples": 2, "calib_len": 64, "verify": "off"}
     model = str(root / "model")
@@ -437,7 +437,7 @@ def special(rng: Rng, path: Path) -> None:
 
 def convert_f32(folder: Path, out: Path) -> object:
     from converters.gguf.convert import convert
-    from converters.gguf.job import Options
+    from converters.gguf.output import Options
 
     return list(
         convert(Options(str(folder), quants=("f32",), outfile=out / "x.gguf", verify="off", threads=1))
@@ -446,7 +446,7 @@ def convert_f32(folder: Path, out: Path) -> object:
 
 def read_output(folder: Path, out: Path) -> object:
     """As verify opens it: every weight is decoded."""
-    from dsconvert.commands.sources import open_output
+    from converters.outputs import open_output
 
     path = folder / "model.gguf" if (folder / "model.gguf").exists() else folder
     opened = open_output(path)
@@ -465,12 +465,13 @@ def inspect(folder: Path, out: Path) -> object:
 
 
 def projector(folder: Path, out: Path) -> object:
-    from converters.gguf import inspect, mmproj
+    from converters.gguf import inspect
     from converters.gguf.parse import open_gguf
+    from converters.gguf.projector import keys as projector_keys
 
     file = open_gguf(folder / "mmproj.gguf")
     found = list(inspect.judge([open_gguf(folder / "model.gguf"), file]))
-    mmproj.open_projector(file)
+    projector_keys.open_projector(file)
     return [found, [tensor.float32_rows(0, 1).sum() for tensor in list(file.tensors.values())[:4]]]
 
 
@@ -482,8 +483,8 @@ def matrix(folder: Path, out: Path) -> object:
 
 
 def base_file(folder: Path, out: Path) -> object:
-    from dsconvert.charts import log_histogram
-    from dsconvert.kld_base import open_base
+    from dsconvert.proof.logprob_file import open_base
+    from dsconvert.report.charts import log_histogram
 
     base = open_base(folder / "base.kld")
     values = base.log_probs(0).astype("float64").reshape(-1)
@@ -492,8 +493,8 @@ def base_file(folder: Path, out: Path) -> object:
 
 def state(folder: Path, out: Path) -> object:
     from converters.exl2.measure import known_options
-    from dsconvert.blockwise import collected
-    from dsconvert.resume import State
+    from dsconvert.quantization.blocks import collected
+    from dsconvert.quantization.run_state import State
 
     found = State(folder)
     return [found.identity(), collected(found), known_options(found, 1)]
@@ -507,11 +508,11 @@ def measurement(folder: Path, out: Path) -> object:
 
 
 def texts(folder: Path, out: Path) -> object:
-    from dsconvert import textfiles
+    from dsconvert.texts import files as text_files
 
     path = next(folder.iterdir())
-    reader = textfiles.read_chats if path.name.startswith("chat") else textfiles.read_documents
-    return textfiles.pack(str(row) for row in reader(path))
+    reader = text_files.read_chats if path.name.startswith("chat") else text_files.read_documents
+    return text_files.pack(str(row) for row in reader(path))
 
 
 @dataclass(frozen=True)

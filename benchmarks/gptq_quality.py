@@ -37,13 +37,13 @@ import numpy.typing as npt
 
 from converters.gptq import convert as flow
 from converters.gptq.convert import convert, draw
-from converters.gptq.job import Job, Options, prepare
+from converters.gptq.plan import Job, Options, prepare
 from converters.gptq.proof import evaluation
 from converters.gptq.reader import open_model
 from converters.gptq.solver import round_to_nearest
-from dsconvert import verify
-from dsconvert.config import load_config
-from dsconvert.inner import language_model
+from dsconvert.models.config import load_config
+from dsconvert.models.language_model import language_model
+from dsconvert.proof import compare
 
 Floats = npt.NDArray[np.float64]
 
@@ -54,8 +54,8 @@ def kld(job: Job, folder: Path, windows: int) -> Floats:
     some = replace(held_out, tokens=held_out.tokens[:windows], first=held_out.first[:windows])
     source, config = language_model(open_model(folder), load_config(folder))
     model = job.model
-    compared = verify.result(
-        verify.compare(model.source, source, model.config, some, candidate_config=config)
+    compared = compare.result(
+        compare.compare(model.source, source, model.config, some, candidate_config=config)
     )
     assert compared.tokens is not None, compared.broken
     return compared.tokens.kld
@@ -115,7 +115,7 @@ def peer(options: Options, out: Path, order: str, given: argparse.Namespace) -> 
     """gptqmodel's result with the same tokens and settings."""
     job = prepare(options)
     gptq_peer.quantize(
-        job.model.checkpoint.folder, verify.result(draw(job)).tokens, out, order, bits=options.bits,
+        job.model.checkpoint.folder, compare.result(draw(job)).tokens, out, order, bits=options.bits,
         group_size=options.group_size, damp_percent=options.damp, mse=given.peer_mse,
     )  # fmt: skip
     return kld(job, out, given.windows)

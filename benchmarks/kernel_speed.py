@@ -20,7 +20,10 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:1] = [str(ROOT), str(ROOT / "tests")]  # not this folder, whose gguf.py hides the library
+sys.path[:1] = [
+    str(ROOT),
+    str(ROOT / "tests" / "support"),
+]  # not this folder, whose gguf.py hides the library
 
 import ggml_oracle  # noqa: E402
 

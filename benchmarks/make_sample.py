@@ -38,7 +38,7 @@ from tokenizers import (
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Split
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dsconvert.text import builtin_documents, evaluation_pages
+from dsconvert.texts.builtin import builtin_documents, evaluation_pages
 from tokenizer_tools.runtimes import DEEPSEEK_LLM_SPLITS
 
 SEED = 20240115

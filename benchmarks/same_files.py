@@ -22,10 +22,10 @@ sys.path.pop(0)  # this folder, whose gguf.py hides the library
 
 from converters.gguf.convert import convert
 from converters.gguf.file_types import MIXTURES
-from converters.gguf.job import Options
+from converters.gguf.mixtures import needs_importance
+from converters.gguf.output import Options
 from converters.gguf.parse import open_gguf
-from converters.gguf.recipe import needs_importance
-from dsconvert.calibrate import Wanted
+from dsconvert.calibration.request import Wanted
 from dsconvert.commands.imatrix import make
 
 QUANTIZE = Path(__file__).with_name("llama_quantize.py")

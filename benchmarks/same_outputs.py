@@ -2,7 +2,7 @@
 
     python benchmarks/same_outputs.py OTHER_CHECKOUT [--only plain|calibrated]
 
-Runs the commands of tests/outputs.py on the embedded samples with the code of both checkouts, in this
+Runs the commands of tests/support/outputs.py on the embedded samples with the code of both checkouts, in this
 environment, and compares the sha256 of every file. Exit code 1 when any differs or is missing. About five
 minutes for each checkout on one core.
 """
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 import outputs  # noqa: E402
 

@@ -66,7 +66,7 @@ class Worker:
 
 def serve(path: str) -> None:
     """The worker's side: one JSON line of texts in, one of ids out, until the input ends."""
-    from dsconvert.engines.llamacpp import Engine
+    from dsconvert.runtimes.llamacpp import Engine
 
     with Engine(path, vocab_only=True) as engine:
         for line in sys.stdin:

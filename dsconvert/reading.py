@@ -16,7 +16,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from dsconvert.errors import CheckpointError, ConversionError
+from dsconvert.errors import CheckpointError, ConversionError, short
 
 # The most bytes of a file, by its kind: some ten times the biggest that is published.
 CONFIG = 8 << 20
@@ -151,12 +151,6 @@ def inside(path: Path, folder: Path) -> bool:
         return False
     caches = [p for p in home.parents if p.name.startswith("models--") and (p / "snapshots") in home.parents]
     return any(real.is_relative_to(place) for place in (home, *caches))
-
-
-def short(error: BaseException) -> str:
-    """The first line of an exception's text, 200 characters at the most."""
-    lines = str(error).splitlines()
-    return (lines[0] if lines else type(error).__name__)[:200]
 
 
 def _check_depth(value: Any) -> None:

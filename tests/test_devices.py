@@ -14,16 +14,18 @@ import pytest
 
 pytest.importorskip("torch")
 import torch
+from defects import L, noisy, zeroed
 from devices import DEVICES
 from random_llama import make, tokens
-from test_verify import L, noisy, zeroed
 
-from dsconvert import capture, effort, kld_base, verify, windows
-from dsconvert import streaming as st
-from dsconvert.effort import Effort
-from dsconvert.engines.activations import ROUNDINGS, rounded_inputs
-from dsconvert.scoring import hidden_states
-from dsconvert.thresholds import thresholds_for
+from dsconvert.decoder import linear_inputs
+from dsconvert.decoder import torch_decoder as st
+from dsconvert.proof import compare, logprob_file, time_budget
+from dsconvert.proof.runtime_rounding import ROUNDINGS, rounded_inputs
+from dsconvert.proof.scores import hidden_states
+from dsconvert.proof.thresholds import thresholds_for
+from dsconvert.proof.time_budget import Effort
+from dsconvert.texts import windows
 
 CPU, FLOAT32 = torch.device("cpu"), torch.float32
 NEAR: dict[str, Any] = {"rel": 2e-3, "abs": 1e-6}
@@ -35,7 +37,7 @@ def test_logits_are_those_of_transformers(device: str, dtype: str) -> None:
     model, source, config = make(num_key_value_heads=2)
     ids = tokens(config, 3, 100)
     decoder = st.open_decoder(source, config, torch.device(device), getattr(torch, dtype))
-    hidden = verify.result(hidden_states(decoder, windows.whole(ids)))
+    hidden = compare.result(hidden_states(decoder, windows.whole(ids)))
     found = st.logits(decoder, *st.head_weights(decoder), hidden)
     assert found.device.type == device
     with torch.no_grad():
@@ -49,7 +51,7 @@ def test_a_comparison_finds_what_a_cpu_finds(device: str) -> None:
     _, source, config = make(num_key_value_heads=2)
     candidate, text = noisy(source, 0.02), windows.strided(tokens(config, 1, 128)[0], 64, 32)
     found, expected = (
-        verify.result(verify.compare(source, candidate, config, text, device=name, dtype="float32"))
+        compare.result(compare.compare(source, candidate, config, text, device=name, dtype="float32"))
         for name in (device, "cpu")
     )
     assert found.figures is not None
@@ -67,7 +69,7 @@ def test_a_sample_of_blocks_finds_a_defect(device: str) -> None:
     _, source, config = make()
     chosen = Effort(windows.whole(tokens(config, 1, 64)), (0, 1), 1.0, "two blocks")
     limits = thresholds_for("q8_0")
-    _, said = verify.result(effort.check(source, zeroed(source), config, chosen, limits, device=device))
+    _, said = compare.result(time_budget.check(source, zeroed(source), config, chosen, limits, device=device))
     assert any(L in reason for reason in said.reasons)
     assert any(reason.startswith("block 1: error of its output") for reason in said.reasons)
 
@@ -76,10 +78,10 @@ def test_a_sample_of_blocks_finds_a_defect(device: str) -> None:
 def test_a_file_of_base_log_probabilities_is_written_and_read(device: str, tmp_path: Path) -> None:
     _, source, config = make()
     text, where = windows.consecutive(tokens(config, 1, 128)[0], 64), {"device": device, "dtype": "float32"}
-    verify.result(kld_base.write_base(tmp_path / "base", source, config, text, **where))
-    base = kld_base.open_base(tmp_path / "base")
-    found = verify.result(kld_base.compare_base(base, noisy(source, 0.02), config, **where))
-    expected = verify.result(verify.compare(source, noisy(source, 0.02), config, text, device="cpu"))
+    compare.result(logprob_file.write_base(tmp_path / "base", source, config, text, **where))
+    base = logprob_file.open_base(tmp_path / "base")
+    found = compare.result(logprob_file.compare_base(base, noisy(source, 0.02), config, **where))
+    expected = compare.result(compare.compare(source, noisy(source, 0.02), config, text, device="cpu"))
     assert found.figures is not None
     assert expected.figures is not None
     assert found.figures.kld.value == pytest.approx(expected.figures.kld.value, rel=0.02)
@@ -92,8 +94,8 @@ def test_moments_are_those_of_a_cpu(device: str, diagonal: bool) -> None:
     moments: list[list[torch.Tensor]] = []
     for name in (device, "cpu"):
         decoder = st.open_decoder(source, config, torch.device(name), FLOAT32)
-        hidden = capture.embed(decoder, tokens(config, 5, 48))
-        groups = capture.walk(decoder, st.load_block(decoder, 0), hidden, diagonal)
+        hidden = linear_inputs.embed(decoder, tokens(config, 5, 48))
+        groups = linear_inputs.walk(decoder, st.load_block(decoder, 0), hidden, diagonal)
         moments.append([group.moment for group in groups])
         assert all(moment.device.type == name for moment in moments[-1])
         assert hidden.device == CPU  # states wait in host memory
@@ -114,8 +116,8 @@ def test_a_prediction_runs_on_the_device(device: str) -> None:
     _, source, config = make(num_key_value_heads=2)
     source, text = noisy(source, 0.0), windows.whole(tokens(config, 2, 40))
     decoder = st.open_decoder(source, config, torch.device(device), FLOAT32)
-    plain = verify.result(hidden_states(decoder, text))
-    rounded = verify.result(hidden_states(decoder, text, lambda block: rounded_inputs(decoder, block)))
+    plain = compare.result(hidden_states(decoder, text))
+    rounded = compare.result(hidden_states(decoder, text, lambda block: rounded_inputs(decoder, block)))
     error = float((rounded - plain).norm() / plain.norm())
     assert rounded.device.type == device
     assert 1e-4 < error < 0.05

@@ -21,14 +21,16 @@ from click.testing import CliRunner
 from converters.exl2 import measure
 from converters.gguf import inspect, metadata, parse
 from converters.gguf.kernels import compile as kernels
-from dsconvert import charts, safetensors_header, textfiles
-from dsconvert.blockwise import collected
+from dsconvert.checkpoints import safetensors_reader
+from dsconvert.checkpoints.safetensors_writer import from_array
 from dsconvert.cli import cli
-from dsconvert.config import load_config
 from dsconvert.errors import CheckpointError, ConversionError, OutputError, TokenizerError
-from dsconvert.resume import State
-from dsconvert.safetensors_writer import from_array
-from dsconvert.verify import check_sizes
+from dsconvert.models.config import load_config
+from dsconvert.proof.compare import check_sizes
+from dsconvert.quantization.blocks import collected
+from dsconvert.quantization.run_state import State
+from dsconvert.report import charts
+from dsconvert.texts import files
 from tokenizer_tools import library
 from tokenizer_tools.identity import of_metadata
 from tokenizer_tools.load import load_tokenizer
@@ -71,9 +73,9 @@ def test_more_strings_than_any_model_has_are_refused(tmp_path: Path, monkeypatch
 
 def test_more_tensors_than_any_model_has_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny.tiny_checkpoint(tmp_path)
-    monkeypatch.setattr(safetensors_header, "TENSORS_LIMIT", 5)
+    monkeypatch.setattr(safetensors_reader, "TENSORS_LIMIT", 5)
     with pytest.raises(CheckpointError, match="more than any model has"):
-        safetensors_header.read_safetensors(folder / "model.safetensors")
+        safetensors_reader.read_safetensors(folder / "model.safetensors")
 
 
 @pytest.mark.parametrize("shape", [[0, 1 << 62, 1 << 62], [0, 1 << 62], [1 << 62, 0, 2]])
@@ -81,7 +83,7 @@ def test_a_shape_that_no_array_can_have_is_refused(shape: list[int], tmp_path: P
     header = {"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}
     (tmp_path / "x.safetensors").write_bytes(tiny.with_header(header, b""))
     with pytest.raises(CheckpointError, match="impossible shape"):
-        safetensors_header.read_safetensors(tmp_path / "x.safetensors")
+        safetensors_reader.read_safetensors(tmp_path / "x.safetensors")
 
 
 LONG = "<" + "x" * library.LONGEST + ">"
@@ -146,12 +148,12 @@ def test_odd_tokenizer_keys_give_a_tokenizer_or_the_ordinary_error(
 def test_a_packed_bomb_is_refused_and_a_packed_text_is_not(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(textfiles, "UNPACKED", 1 << 16)
+    monkeypatch.setattr(files, "UNPACKED", 1 << 16)
     (tmp_path / name).write_bytes(gzip.compress(b"[" + b'"a", ' * (1 << 20)))
     with pytest.raises(CheckpointError, match="unpacks to more than 50 times its size"):
-        list(textfiles.read_documents(tmp_path / name))
+        list(files.read_documents(tmp_path / name))
     (tmp_path / name).write_bytes(gzip.compress(b'["naive", "text"]\n'))
-    assert list(textfiles.read_documents(tmp_path / name))
+    assert list(files.read_documents(tmp_path / name))
 
 
 def card(folder: Path, text: str | bytes) -> dict[str, Any]:

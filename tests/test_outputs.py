@@ -8,7 +8,8 @@ from pathlib import Path
 import outputs
 import pytest
 
-# Made anew by `python tests/outputs.py PLAIN tests/outputs.json`: a new version changes every file's keys.
+# Made anew by `python tests/support/outputs.py PLAIN tests/outputs.json`: a new version changes every file's
+# keys.
 RECORDED: dict[str, str] = json.loads(Path(__file__).with_name("outputs.json").read_text(encoding="utf-8"))
 
 

@@ -13,11 +13,11 @@ import pytest
 from converters.gguf import importance
 from converters.gguf.parse import open_gguf
 from dsconvert import reading
-from dsconvert.checkpoint import open_weights
-from dsconvert.config import load_json
+from dsconvert.checkpoints.checkpoint import open_weights
 from dsconvert.errors import CheckpointError, ConversionError, OutputError, TokenizerError
-from dsconvert.kld_base import open_base
-from dsconvert.resume import State
+from dsconvert.models.config import load_json
+from dsconvert.proof.logprob_file import open_base
+from dsconvert.quantization.run_state import State
 from tokenizer_tools import chat_template, library
 
 

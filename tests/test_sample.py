@@ -12,10 +12,10 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 
 import dsconvert
-from dsconvert.arch import plan
-from dsconvert.archs.llama import LLAMA
-from dsconvert.config import load_config
-from dsconvert.text import evaluation_page, evaluation_pages
+from dsconvert.models.architectures.llama import LLAMA
+from dsconvert.models.config import load_config
+from dsconvert.models.tensor_table import plan
+from dsconvert.texts.builtin import evaluation_page, evaluation_pages
 
 SAMPLE = Path(dsconvert.__file__).parent / "sample"
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "tokenizers" / "deepseek-llm"

@@ -28,11 +28,11 @@ import pytest
 import smollm2
 from tokenizers import Tokenizer
 
+from converters.gguf.as_model import open_model
 from converters.gguf.parse import open_gguf
-from converters.gguf.reader import open_model
-from dsconvert.engines.activations import ROUNDINGS
-from dsconvert.engines.llamacpp import Engine
-from dsconvert.text import evaluation_page, evaluation_pages
+from dsconvert.proof.runtime_rounding import ROUNDINGS
+from dsconvert.runtimes.llamacpp import Engine
+from dsconvert.texts.builtin import evaluation_page, evaluation_pages
 
 pytestmark = pytest.mark.slow
 

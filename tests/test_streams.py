@@ -15,9 +15,9 @@ from click.testing import CliRunner
 
 from dsconvert import console, streams
 from dsconvert.cli import cli
-from dsconvert.commands import running
+from dsconvert.commands import run
 from dsconvert.errors import CheckpointError
-from dsconvert.hub import host
+from dsconvert.texts.hub_files import host
 
 # Escape sequences, a bell, a line that overwrites itself, C1 controls, marks that reorder text, line ends.
 EVIL = "\x1b]0;title\x07\x1b[2J\r\x9b31m\x7f\u202eevil\u2066\u200b\u2028\n[bold red]x[/]"
@@ -192,7 +192,7 @@ def test_whatever_is_left_is_one_paragraph(
         raise error
 
     with pytest.raises(SystemExit) as left:
-        running.run(work, as_json=False, debug=False)
+        run.run(work, as_json=False, debug=False)
     assert left.value.code == console.STOPPED
     assert said in capsys.readouterr().err
 
@@ -202,7 +202,7 @@ def test_leaving_is_left_alone() -> None:
         raise SystemExit(7)
 
     with pytest.raises(SystemExit) as left:
-        running.run(work, as_json=False, debug=False)
+        run.run(work, as_json=False, debug=False)
     assert left.value.code == 7
 
 

@@ -11,19 +11,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from converters.exl2.job import Job, Options, prepare, work_folder
+from converters.exl2.plan import Job, Options, prepare, work_folder
 from converters.exl2.proof import prove_folder
-from dsconvert.checkpoint import Checkpoint
-from dsconvert.config import load_json
-from dsconvert.diagnosis import stated_method
-from dsconvert.errors import UsageError
+from dsconvert.checkpoints.checkpoint import Checkpoint
+from dsconvert.checkpoints.marked_folders import kept_folder, model_folder
+from dsconvert.checkpoints.output_folder import with_both_ropes
+from dsconvert.checkpoints.source_files import check_unchanged
+from dsconvert.checkpoints.weight_files import SAFETENSORS
+from dsconvert.errors import UsageError, quoted
 from dsconvert.events import Event, Finished, Step
-from dsconvert.inner import Inner
-from dsconvert.model_folder import with_both_ropes
-from dsconvert.output_folders import kept_folder, model_folder
-from dsconvert.safetensors_header import quoted
-from dsconvert.source_files import check_unchanged
-from dsconvert.weight_files import SAFETENSORS
+from dsconvert.models.config import load_json
+from dsconvert.models.diagnosis import stated_method
+from dsconvert.models.language_model import Inner
 
 MODULE = "exllamav2.conversion.convert_exl2"
 OURS = "Leave --backend out: dsconvert's own quantizer needs neither"

@@ -10,24 +10,24 @@ from typing import TYPE_CHECKING, Any
 from converters.exl2 import measure as measuring
 from converters.exl2 import pack as packing
 from converters.exl2.allocate import Option, allocate
-from converters.exl2.job import Job, Options, prepare
 from converters.exl2.measure import Measured
 from converters.exl2.output import Choice, write
+from converters.exl2.plan import Job, Options, prepare
 from converters.exl2.proof import evaluation, prove
 from converters.exl2.settings import Group, groups_for, named
 from converters.exl2.shapes import HEAD
 from converters.exl2.solver import Solved, solve
 from dsconvert import __version__
-from dsconvert import streaming as st
-from dsconvert.blockwise import Solution, progress, quantize_blocks
-from dsconvert.calibrate import Wanted, calibrate
-from dsconvert.calibration import Calibration
+from dsconvert.calibration.record import Calibration
+from dsconvert.calibration.request import Wanted, calibrate
+from dsconvert.checkpoints.safetensors_reader import Stored, values
+from dsconvert.checkpoints.safetensors_writer import from_array
+from dsconvert.checkpoints.source_files import check_unchanged
+from dsconvert.decoder import torch_decoder as st
 from dsconvert.events import Event, Finished, Planned, Step, TensorPlan, Warn
-from dsconvert.resume import State, open_state
-from dsconvert.safetensors_header import Stored, values
-from dsconvert.safetensors_writer import from_array
-from dsconvert.selection import model_digest
-from dsconvert.source_files import check_unchanged
+from dsconvert.quantization.blocks import Solution, progress, quantize_blocks
+from dsconvert.quantization.linears import model_digest
+from dsconvert.quantization.run_state import State, open_state
 
 if TYPE_CHECKING:
     import torch

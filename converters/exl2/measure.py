@@ -1,10 +1,10 @@
 """What every setting of every linear would cost: bits in the file, and nats of KL divergence.
 
 GPTQ's loss is a weighted sum of the squared rounding errors of the inputs, whatever the feedback did before
-(feedback.row_losses), and rounding errors on one grid are alike wherever the weights lie. So one plain
+(error_feedback.row_losses), and rounding errors on one grid are alike wherever the weights lie. So one plain
 rounding per width and group size, of some of the outputs, on scales chosen as the solver chooses them,
-foretells the loss of every mixture; weighed by the outputs' sensitivities (dsconvert.fisher) it is a share of
-the mean KL divergence.
+foretells the loss of every mixture; weighed by the outputs' sensitivities (dsconvert.decoder.sensitivity) it
+is a share of the mean KL divergence.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from typing import TYPE_CHECKING, Any
 from converters.exl2.grid import MULTIPLIERS, find_grid, from_codes, to_codes
 from converters.exl2.settings import Group, Setting, bits_of, groups_for, settings_for
 from converters.exl2.solver import Problem, prepare
-from dsconvert import capture, feedback
-from dsconvert import streaming as st
-from dsconvert.arch import SOLVE_ORDER
+from dsconvert.checkpoints.output_files import write_file
+from dsconvert.decoder import linear_inputs
+from dsconvert.decoder import torch_decoder as st
+from dsconvert.decoder.sensitivity import sensitivities
 from dsconvert.errors import CheckpointError, ConversionError
 from dsconvert.events import Event, Step
-from dsconvert.fisher import sensitivities
-from dsconvert.output_files import write_file
+from dsconvert.models.tensor_table import SOLVE_ORDER
+from dsconvert.quantization import error_feedback
+from dsconvert.quantization.run_state import State
 from dsconvert.reading import RECORD, read_object
-from dsconvert.resume import State
 
 if TYPE_CHECKING:
     import torch
@@ -71,14 +72,14 @@ def measure(
         return measured
     some = max(1, SENSITIVITY_TOKENS // tokens.shape[1])
     weights = yield from sensitivities(decoder, tokens[:some], seed)
-    hidden = capture.embed(decoder, tokens)
+    hidden = linear_inputs.embed(decoder, tokens)
     for index in range(layers):
         block = st.load_block(decoder, index)
         if index < len(known):
-            capture.advance(decoder, block, hidden)
+            linear_inputs.advance(decoder, block, hidden)
             continue
         options: Measured = {}
-        for role, group in zip(SOLVE_ORDER, capture.walk(decoder, block, hidden), strict=True):
+        for role, group in zip(SOLVE_ORDER, linear_inputs.walk(decoder, block, hidden), strict=True):
             for name in group.names:
                 W = st.read(decoder, name)
                 s = weights[name].to(W.device)
@@ -123,7 +124,7 @@ def measure_linear(
     keys = {
         (bits, size) for setting in chosen for bits, size in zip(setting.bits, setting.sizes, strict=True)
     }
-    L = feedback.row_losses(problem.factor) if problem.factor else torch.ones(inputs, device=W.device)
+    L = error_feedback.row_losses(problem.factor) if problem.factor else torch.ones(inputs, device=W.device)
     sums = {key: _summed(problem, L, s, key) for key in sorted(keys)}
     options = []
     for setting in chosen:

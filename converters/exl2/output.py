@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 
 from converters.exl2 import measure as measuring
-from converters.exl2.job import Job, raw_config
 from converters.exl2.measure import Measured
+from converters.exl2.plan import Job, raw_config
 from converters.exl2.settings import Group
 from converters.exl2.shapes import HEAD
 from dsconvert import __version__
-from dsconvert.blockwise import collected
-from dsconvert.calibration import Calibration
-from dsconvert.checkpoint import Checkpoint
+from dsconvert.calibration.record import Calibration
+from dsconvert.checkpoints.checkpoint import Checkpoint
+from dsconvert.checkpoints.output_folder import Naming, write_folder
+from dsconvert.checkpoints.safetensors_writer import Piece, from_stored
 from dsconvert.errors import QuantizationError
-from dsconvert.model_folder import Naming, write_folder
-from dsconvert.resume import State
-from dsconvert.safetensors_writer import Piece, from_stored
+from dsconvert.quantization.blocks import collected
+from dsconvert.quantization.run_state import State
 
 NAMING = Naming("output", index=False)  # the runtime takes every *.safetensors; an index could be stale
 VISION = "vision"

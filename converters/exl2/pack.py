@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from converters.exl2.settings import BITS, Group, padded
 from dsconvert.errors import QuantizationError
-from dsconvert.words import pack_rows
+from dsconvert.quantization.bit_packing import pack_rows
 
 Array = npt.NDArray[Any]
 PARTS = ("q_weight", "q_scale", "q_scale_max", "q_groups", "q_invperm")

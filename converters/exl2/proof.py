@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from converters.exl2.job import Job
 from converters.exl2.output import Choice
+from converters.exl2.plan import Job
 from converters.exl2.reader import EXL2Model, open_model
-from dsconvert import proof
-from dsconvert.config import load_config
 from dsconvert.events import Check, Event, Step
-from dsconvert.inner import language_model
-from dsconvert.windows import Windows
+from dsconvert.models.config import load_config
+from dsconvert.models.language_model import language_model
+from dsconvert.proof import output_folder as folder_proof
+from dsconvert.texts.windows import Windows
 
 WITHIN = 0.01  # bits per weight that the folder may lie beside what was asked for
 
 
 def evaluation(job: Job) -> Windows:
     """The windows of held-out text that the result is judged on."""
-    return proof.held_out(job.tokenizer.encode, job.model.config, job.tokenizer.first_id)
+    return folder_proof.held_out(job.tokenizer.encode, job.model.config, job.tokenizer.first_id)
 
 
 def prove(job: Job, choice: Choice) -> Iterator[Event]:
@@ -38,8 +38,8 @@ def prove_folder(job: Job) -> Iterator[Event]:
     """The part of the proof that holds for whatever chose the settings."""
     model = open_model(job.out)
     yield check_rate(job, model)
-    yield proof.check_companions(job.model.checkpoint.folder, job.out)
-    yield from proof.check_logits(
+    yield folder_proof.check_companions(job.model.checkpoint.folder, job.out)
+    yield from folder_proof.check_logits(
         (job.model.source, job.model.config),
         language_model(model, load_config(job.out)),
         evaluation(job),

@@ -12,13 +12,13 @@ import numpy.typing as npt
 
 from converters.exl2.pack import PARTS, Packed, dequantize
 from converters.exl2.settings import BITS, Group, bits_of, padded
-from dsconvert.arch import expand
-from dsconvert.archs import ARCHS
-from dsconvert.checkpoint import Checkpoint
-from dsconvert.config import load_config, load_json
-from dsconvert.errors import CheckpointError
-from dsconvert.safetensors_header import Stored, mapped_values, quoted
-from dsconvert.weight_files import open_unindexed
+from dsconvert.checkpoints.checkpoint import Checkpoint
+from dsconvert.checkpoints.safetensors_reader import Stored, mapped_values
+from dsconvert.checkpoints.weight_files import open_unindexed
+from dsconvert.errors import CheckpointError, quoted
+from dsconvert.models.architectures import ARCHS
+from dsconvert.models.config import load_config, load_json
+from dsconvert.models.tensor_table import expand
 
 STORED_AS = {"q_weight": "i32", "q_scale": "i32", "q_scale_max": "f16", "q_groups": "i16", "q_invperm": "i32"}
 DIMENSIONS = {"q_weight": 2, "q_scale": 2, "q_scale_max": 1, "q_groups": 1, "q_invperm": 1}

@@ -1,6 +1,7 @@
 """GPTQ's error feedback on EXL2's grid: rows in order of activity, each group's scales found on the way.
 
-The scales are chosen by the walk's own loss: a squared error of row i costs D_i (dsconvert/feedback.py).
+The scales are chosen by the walk's own loss: a squared error of row i costs D_i
+(dsconvert/quantization/error_feedback.py).
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from converters.exl2.grid import Grid, find_grid, from_codes, to_codes
 from converters.exl2.settings import Group
-from dsconvert import feedback
 from dsconvert.errors import QuantizationError
+from dsconvert.quantization import error_feedback
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +49,7 @@ class Problem:
 
     Wt: torch.Tensor
     order: torch.Tensor
-    factor: feedback.Factor | None
+    factor: error_feedback.Factor | None
     dead: int
     why: str
 
@@ -77,7 +78,7 @@ def prepare(W: torch.Tensor, H: torch.Tensor, damp: float) -> Problem:
         why = "no input of this linear was ever active"
         return Problem(W.T[order].contiguous(), order, None, int(dead.sum()), why)
     Wt = W.masked_fill(dead, 0).T[order].contiguous()
-    factor = feedback.factorize(H, dead, order, damp)
+    factor = error_feedback.factorize(H, dead, order, damp)
     why = "" if factor else "the Hessian is not positive definite at any damping"
     return Problem(Wt, order, factor, int(dead.sum()), why)
 
@@ -92,13 +93,13 @@ def solve(W: torch.Tensor, H: torch.Tensor, groups: Sequence[Group], damp: float
     problem = prepare(W, H, damp)
     if problem.factor is None:
         plain = _nearest(problem, groups)
-        loss = feedback.loss(plain.error, H[problem.order][:, problem.order])
+        loss = error_feedback.loss(plain.error, H[problem.order][:, problem.order])
         return _solved(problem, plain, loss, loss, 0.0, problem.why)
     walked, losses = _walk(problem, problem.factor, groups)
     plain = _nearest(problem, groups, walked.grids)
     factor = problem.factor
-    loss = feedback.undamped(losses, walked.error, factor)
-    rtn_loss = feedback.rounding_loss(plain.error, factor)
+    loss = error_feedback.undamped(losses, walked.error, factor)
+    rtn_loss = error_feedback.rounding_loss(plain.error, factor)
     if not loss <= rtn_loss:
         why = f"its loss {loss:.4g} is above round-to-nearest's"
         return _solved(problem, plain, rtn_loss, rtn_loss, factor.damp, why)
@@ -116,7 +117,7 @@ class _Rounded:
 
 
 def _walk(
-    problem: Problem, factor: feedback.Factor, groups: Sequence[Group]
+    problem: Problem, factor: error_feedback.Factor, groups: Sequence[Group]
 ) -> tuple[_Rounded, torch.Tensor]:
     """What the walk chooses, and the damped loss of each output [N]."""
     import torch
@@ -137,7 +138,7 @@ def _walk(
         values[i] = from_codes(q, scale, bits)
         return values[i]
 
-    error, losses = feedback.walk(Wt, factor, starts, find, to_grid)
+    error, losses = error_feedback.walk(Wt, factor, starts, find, to_grid)
     return _Rounded(codes, values, grids, error), losses
 
 

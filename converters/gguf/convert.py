@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator
 
-from converters.gguf.job import Job, Options, prepare
 from converters.gguf.layout import is_gguf
-from converters.gguf.mmproj import CANNOT
-from converters.gguf.pipeline import write_tensors
+from converters.gguf.output import Options
+from converters.gguf.plan import Job, prepare
+from converters.gguf.projector.keys import CANNOT
 from converters.gguf.proof import prove
+from converters.gguf.write import write_tensors
+from dsconvert.checkpoints.output_files import part_files
+from dsconvert.checkpoints.source_files import check_unchanged
 from dsconvert.events import Event, Finished, Planned, Step, TensorPlan, Warn
-from dsconvert.output_files import part_files
-from dsconvert.source_files import check_unchanged
 
 
 def convert(options: Options) -> Iterator[Event]:
@@ -43,7 +44,7 @@ def convert(options: Options) -> Iterator[Event]:
 
 def measure(job: Job) -> Generator[Event, None, Job]:
     """Describe the job and give it the importance matrix that is made on the way."""
-    from converters.gguf.calibrated import plan_measured, weighed  # what calibrates is not loaded for others
+    from converters.gguf.calibrate import plan_measured, weighed  # what calibrates is not loaded for others
 
     job, drawn = yield from plan_measured(job)
     yield from describe(job)

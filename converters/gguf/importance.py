@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from converters.gguf import kernels, recipe
+from converters.gguf import kernels, mixtures
 from converters.gguf.layout import MAGIC
 from converters.gguf.parse import GGUFFile, open_gguf
 from dsconvert.errors import CheckpointError, UsageError
 from dsconvert.reading import read_bytes, read_head
 
 if TYPE_CHECKING:
-    from converters.gguf.job import Output
+    from converters.gguf.output import Output
 
 Floats = npt.NDArray[np.float32]
 LIMIT = 1 << 30  # of an older .dat, which is read whole; a 405B model's has 100 MB
@@ -124,7 +124,7 @@ def weigh(matrix: ImportanceMatrix | None, outputs: Sequence[Output]) -> tuple[d
     weights, left = select(matrix, shapes, wanted)
     for output in outputs:
         lacking = [name for name in output.tensors if name not in weights]
-        recipe.check_importance(output.quant, {name: output.tensors[name].qtype.name for name in lacking})
+        mixtures.check_importance(output.quant, {name: output.tensors[name].qtype.name for name in lacking})
     notes = [
         f"quantized without importance, for which the matrix {why}: {', '.join(names)}"
         for why, names in left.items()

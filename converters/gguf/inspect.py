@@ -6,9 +6,9 @@ from array import array
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from converters.gguf.mmproj import is_projector
-from converters.gguf.mmproj_check import completeness, is_known, pair_faults
 from converters.gguf.parse import GGUFFile
+from converters.gguf.projector.completeness import completeness, is_known, pair_faults
+from converters.gguf.projector.keys import is_projector
 from dsconvert.events import Check
 
 LONG = 8  # items of an array that are shown

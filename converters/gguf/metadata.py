@@ -9,8 +9,8 @@ from typing import Any
 import dsconvert
 from converters.gguf.layout import KeyValues
 from converters.gguf.rope import scaling_keys
-from dsconvert.config import ModelConfig
-from dsconvert.manifest import origin
+from dsconvert.models.config import ModelConfig
+from dsconvert.models.provenance import origin
 from dsconvert.reading import read_head
 
 # A size in a model's name: "7b", "1.3B", "135M", also between separators.

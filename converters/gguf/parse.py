@@ -21,8 +21,8 @@ import numpy.typing as npt
 
 from converters.gguf.layout import MAGIC, VALUE_TYPES, VERSION
 from converters.gguf.qtypes import BY_ID, QType
-from dsconvert.errors import CheckpointError
-from dsconvert.reading import open_regular, short
+from dsconvert.errors import CheckpointError, short
+from dsconvert.reading import open_regular
 
 KINDS = {number: (name, fmt) for name, (number, fmt) in VALUE_TYPES.items()}
 SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")

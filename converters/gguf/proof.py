@@ -9,16 +9,18 @@ from pathlib import Path
 
 import numpy as np
 
-from converters.gguf import image_proof
-from converters.gguf.job import Job, Output
+from converters.gguf.as_model import GGUFModel, open_model
+from converters.gguf.output import Output
 from converters.gguf.parse import GGUFFile, open_gguf
-from converters.gguf.reader import GGUFModel, open_model
-from converters.gguf.towers import Towers
-from converters.gguf.weights_check import check_weights
-from dsconvert import effort, quick, text, thresholds, verify, windows
+from converters.gguf.plan import Job
+from converters.gguf.projector import proof as projector_proof
+from converters.gguf.sampled_weights import check_weights
 from dsconvert.events import Check, Event, Step
-from dsconvert.inner import language_model
 from dsconvert.machine import collector_paused, free_memory
+from dsconvert.models.language_model import language_model
+from dsconvert.proof import compare, numpy_compare, thresholds, time_budget
+from dsconvert.texts import builtin, windows
+from dsconvert.vision.plan import Towers
 from tokenizer_tools import identity, parity
 from tokenizer_tools.library import ids as encode
 
@@ -44,7 +46,7 @@ def prove(job: Job, seconds: float = 0.0) -> Iterator[Event]:
     for output in job.outputs:
         yield from _prove_output(job, output, output.paths[0], budget)
     if job.towers is not None and job.projector is not None:
-        yield from image_proof.of_projector(_prove_projector(job, job.towers, job.projector))
+        yield from projector_proof.of_projector(_prove_projector(job, job.towers, job.projector))
 
 
 def _prove_output(job: Job, output: Output, path: Path, seconds: float) -> Iterator[Event]:
@@ -62,12 +64,14 @@ def _prove_projector(job: Job, towers: Towers, output: Output) -> Iterator[Event
     """The projector as read back: as planned, and proven with every text file that was made beside it."""
     file = open_gguf(output.paths[0])
     yield check_structure(job, output, file)
-    model = image_proof.Pictured(job.checkpoint, job.config, job.tokenizer, towers)
+    model = projector_proof.Pictured(job.checkpoint, job.config, job.tokenizer, towers)
     parameters = sum(prod(spec.shape) for spec in towers.specs)
     compute = job.options.verify == "full" or parameters <= QUICK_PARAMETERS
     projector = job.options.mmproj_quant
-    texts = [(open_gguf(text.paths[0]), image_proof.limit_of(text.quant, projector)) for text in job.outputs]
-    yield from image_proof.prove_pair(model, file, texts, compute=compute)
+    texts = [
+        (open_gguf(text.paths[0]), projector_proof.limit_of(text.quant, projector)) for text in job.outputs
+    ]
+    yield from projector_proof.prove_pair(model, file, texts, compute=compute)
     if not compute:
         yield Step("image embeddings were not compared; --verify full does it")
 
@@ -90,7 +94,7 @@ def check_structure(job: Job, output: Output, file: GGUFFile) -> Check:
 
 def check_text(job: Job, file: GGUFFile) -> Iterator[Check]:
     """Token ids, special tokens and chat template of the file alone are the checkpoint's."""
-    pages = [*parity.PROBES, text.evaluation_page(PAGE)]
+    pages = [*parity.PROBES, builtin.evaluation_page(PAGE)]
     own = identity.of_data(job.tokenizer)
     for found in identity.findings(own, identity.of_metadata(file.keys, file.path), pages):
         detail = found.detail
@@ -101,28 +105,28 @@ def check_text(job: Job, file: GGUFFile) -> Iterator[Check]:
 
 def _check_logits(job: Job, output: Output, model: GGUFModel, seconds: float) -> Generator[Event, None, None]:
     """The file's blocks and logits against the checkpoint's on a page of held-out text, as far as chosen."""
-    (ids,) = encode(job.tokenizer.tokenizer, [text.evaluation_page(PAGE)])
+    (ids,) = encode(job.tokenizer.tokenizer, [builtin.evaluation_page(PAGE)])
     length = min(WINDOW, job.config.context_length, len(ids))
     page = windows.consecutive(np.array(ids, np.int64), length, job.tokenizer.first_id)
     source, config = language_model(job.checkpoint, job.config)
-    full, needed = job.options.verify == "full", BLOCK_BYTES * effort.block_weights(config)
+    full, needed = job.options.verify == "full", BLOCK_BYTES * time_budget.block_weights(config)
     free = free_memory()
     if not full and needed > free / 2:
         short = f"two decoder blocks need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
         yield Step(f"no blocks were run and no logits compared: {short}; --verify full does it all the same")
-        verify.check_sizes(config, model.config)
-        yield from verify.judge_config(verify.config_differences(config, model.config))
+        compare.check_sizes(config, model.config)
+        yield from compare.judge_config(compare.config_differences(config, model.config))
         return
     limits, score = thresholds.thresholds_for(output.quant), windows.whole(page.tokens)
     if full:
         device = job.options.device
         use_threads(job.options.threads)
-        chosen = effort.choose(config, score, "full", device)
-        comparison, _ = yield from effort.check(
+        chosen = time_budget.choose(config, score, "full", device)
+        comparison, _ = yield from time_budget.check(
             source, model, config, chosen, limits, candidate_config=model.config, device=device
         )
     else:
-        comparison = yield from quick.check(
+        comparison = yield from numpy_compare.check(
             source, model, config, score, limits, seconds, model.config, job.options.threads
         )
     figures = comparison.figures

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dsconvert.config import ModelConfig
+from dsconvert.decoder.numpy_config import stored_ramp
 from dsconvert.errors import CheckpointError
-from dsconvert.plain_config import stored_ramp
-from dsconvert.rope import FAST, ORIGINAL, SLOW, RopeScaling, corner, mscale
+from dsconvert.models.config import ModelConfig
+from dsconvert.models.rope import FAST, ORIGINAL, SLOW, RopeScaling, corner, mscale
 
 Keys = dict[str, tuple[str, Any]]
 SAME = 1e-6  # float32 holds no finer difference

@@ -9,24 +9,24 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from converters.gptq import pack as packing
-from converters.gptq.job import Job, Options, prepare
+from converters.gptq.plan import Job, Options, prepare
 from converters.gptq.proof import evaluation, prove
 from converters.gptq.settings import quantization_settings
 from converters.gptq.shapes import HEAD_RULE, refusing_runtimes
 from converters.gptq.solver import Solved, solve
 from dsconvert import __version__
-from dsconvert import streaming as st
-from dsconvert.blockwise import Solution, collected, progress, quantize_blocks
-from dsconvert.calibrate import Wanted, calibrate
-from dsconvert.calibration import Calibration
+from dsconvert.calibration.record import Calibration
+from dsconvert.calibration.request import Wanted, calibrate
+from dsconvert.checkpoints.output_folder import write_folder
+from dsconvert.checkpoints.safetensors_reader import Stored, values
+from dsconvert.checkpoints.safetensors_writer import from_array, from_stored
+from dsconvert.checkpoints.source_files import check_unchanged
+from dsconvert.decoder import torch_decoder as st
 from dsconvert.events import Event, Finished, Planned, Step, TensorPlan, Warn
-from dsconvert.model_folder import write_folder
-from dsconvert.ranks import ALONE, Ranks
-from dsconvert.resume import State, open_state, state_folder
-from dsconvert.safetensors_header import Stored, values
-from dsconvert.safetensors_writer import from_array, from_stored
-from dsconvert.selection import model_digest
-from dsconvert.source_files import check_unchanged
+from dsconvert.quantization.blocks import Solution, collected, progress, quantize_blocks
+from dsconvert.quantization.linears import model_digest
+from dsconvert.quantization.ranks import ALONE, Ranks
+from dsconvert.quantization.run_state import State, open_state, state_folder
 
 if TYPE_CHECKING:
     import torch

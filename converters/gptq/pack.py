@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dsconvert.errors import QuantizationError
-from dsconvert.words import FIELDS, pack_rows, unpack_rows
+from dsconvert.quantization.bit_packing import FIELDS, pack_rows, unpack_rows
 
 Array = npt.NDArray[Any]
 STORED_LESS = {"gptq": 1, "gptq_v2": 0}  # checkpoint_format: what is taken off a zero point

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from converters.gptq.job import Job
+from converters.gptq.plan import Job
 from converters.gptq.reader import GPTQModel, open_model
-from dsconvert import proof
-from dsconvert.config import load_config
 from dsconvert.events import Check, Event, Step
-from dsconvert.inner import language_model
-from dsconvert.windows import Windows
+from dsconvert.models.config import load_config
+from dsconvert.models.language_model import language_model
+from dsconvert.proof import output_folder as folder_proof
+from dsconvert.texts.windows import Windows
 
 
 def evaluation(job: Job) -> Windows:
     """The windows of held-out text that the result is judged on."""
-    return proof.held_out(job.tokenizer.encode, job.model.config, job.tokenizer.first_id)
+    return folder_proof.held_out(job.tokenizer.encode, job.model.config, job.tokenizer.first_id)
 
 
 def prove(job: Job) -> Iterator[Event]:
@@ -30,8 +30,8 @@ def prove(job: Job) -> Iterator[Event]:
         return
     model = open_model(job.out)
     yield check_structure(job, model)
-    yield proof.check_companions(job.model.checkpoint.folder, job.out, job.model.files)
-    yield from proof.check_logits(
+    yield folder_proof.check_companions(job.model.checkpoint.folder, job.out, job.model.files)
+    yield from folder_proof.check_logits(
         (job.model.source, job.model.config),
         language_model(model, load_config(job.out)),
         evaluation(job),

@@ -12,12 +12,12 @@ import numpy.typing as npt
 
 from converters.gptq.pack import PARTS, STORED_LESS, Packed, dequantize
 from converters.gptq.shapes import BITS
-from dsconvert.checkpoint import Checkpoint
-from dsconvert.config import load_json
-from dsconvert.errors import CheckpointError
-from dsconvert.safetensors_header import quoted, values
-from dsconvert.weight_files import open_weights
-from dsconvert.words import unpack_rows
+from dsconvert.checkpoints.checkpoint import Checkpoint
+from dsconvert.checkpoints.safetensors_reader import values
+from dsconvert.checkpoints.weight_files import open_weights
+from dsconvert.errors import CheckpointError, quoted
+from dsconvert.models.config import load_json
+from dsconvert.quantization.bit_packing import unpack_rows
 
 NESTED = ("text_config", "language_config")
 STORED_AS = {"qweight": ("i32",), "qzeros": ("i32",), "scales": ("f16", "f32"), "g_idx": ("i32",)}

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from converters.gptq.grid import Scheme, find_grid, to_codes
-from dsconvert import feedback
 from dsconvert.errors import QuantizationError, UsageError
+from dsconvert.quantization import error_feedback
 
 if TYPE_CHECKING:
     import torch
@@ -93,13 +93,13 @@ def solve(W: torch.Tensor, H: torch.Tensor, options: Options) -> Solved:
         return _plain(round_to_nearest(W, options), 0.0, "no input of this linear was ever active")
     W = W.masked_fill(dead, 0) if bool(dead.any()) else W
     order = _order(H.diagonal(), options)
-    factor = feedback.factorize(H, dead, order.columns, options.damp)
+    factor = error_feedback.factorize(H, dead, order.columns, options.damp)
     if factor is None:
         rounded = replace(round_to_nearest(W, options), dead=int(dead.sum()))
-        loss = feedback.loss((W - rounded.dequantized()).T, H)
+        loss = error_feedback.loss((W - rounded.dequantized()).T, H)
         return _plain(rounded, loss, "the Hessian is not positive definite at any damping")
     rounded = replace(round_to_nearest(W, options, H.diagonal()), dead=int(dead.sum()))
-    rtn_loss = feedback.rounding_loss((W - rounded.dequantized()).T[order.columns], factor)
+    rtn_loss = error_feedback.rounding_loss((W - rounded.dequantized()).T[order.columns], factor)
     solved = _walk(W, factor, order, options, rounded)
     if not solved.loss <= rtn_loss:
         return _plain(rounded, rtn_loss, f"its loss {solved.loss:.4g} is above round-to-nearest's")
@@ -182,7 +182,7 @@ def _static_grids(
 
 
 def _walk(
-    W: torch.Tensor, factor: feedback.Factor, order: _Order, options: Options, rounded: Solved
+    W: torch.Tensor, factor: error_feedback.Factor, order: _Order, options: Options, rounded: Solved
 ) -> Solved:
     """The columns in order, on grids by what the walk's roundings cost: each D times its square."""
     import torch
@@ -205,13 +205,13 @@ def _walk(
         codes[i] = q
         return q.sub_(zeros[g]).mul_(scales[g])
 
-    Err, losses = feedback.walk(Wt, factor, order.starts, find, to_grid)
+    Err, losses = error_feedback.walk(Wt, factor, order.starts, find, to_grid)
     return replace(
         rounded,
         codes=codes[inverse],
         scales=scales.half(),
         zeros=zeros.byte(),
         g_idx=torch.tensor(order.group, device=W.device)[inverse].int(),
-        loss=feedback.undamped(losses, Err, factor),
+        loss=error_feedback.undamped(losses, Err, factor),
         damp=factor.damp,
     )

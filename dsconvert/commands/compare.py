@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dsconvert.commands.running import run
+from dsconvert.commands.run import run
 from dsconvert.commands.verify import proof_options, read_by
 from dsconvert.errors import ConversionError
 
 if TYPE_CHECKING:
-    from dsconvert.commands.proving import Proof
-    from dsconvert.report import Outcome
+    from dsconvert.proof.prove import Proof
+    from dsconvert.proof.result import Outcome
 
 
 @click.command()
@@ -32,10 +32,11 @@ def compare(
     machine = json_file == "-"
 
     def work() -> int:
-        from dsconvert import console, report_page
-        from dsconvert import report as reports
-        from dsconvert.commands.proving import Asked, prove
-        from dsconvert.commands.sources import open_reference
+        from converters.outputs import open_output, open_reference
+        from dsconvert import console
+        from dsconvert.proof import result as reports
+        from dsconvert.proof.prove import Asked, prove
+        from dsconvert.report import page
 
         page_and_json = (report, None if machine or json_file is None else Path(json_file))
         reports.check_targets(*page_and_json, read_by(asked, against, *outputs))
@@ -44,7 +45,9 @@ def compare(
         for path in outputs:
             if not (quiet or machine):
                 console.say(f"{path}:")
-            proofs.append(console.follow(prove(path, reference, Asked(**asked)), quiet or machine))
+            proofs.append(
+                console.follow(prove(open_output(path), reference, Asked(**asked)), quiet or machine)
+            )
         outcomes = [outcome(proof) for proof in proofs]
         title = f"Outputs of {reference.folder.resolve().name}"
         found = {"title": title, "outputs": [row | {"path": str(p.opened.path)} | reports.as_dict(p.report)
@@ -57,7 +60,7 @@ def compare(
                 rows, reports.OUTCOME_COLUMNS, frozenset(range(1, len(reports.OUTCOME_COLUMNS) - 1))
             )
         if report is not None:
-            reports.save_page(report, report_page.comparison_page(title, outcomes))
+            reports.save_page(report, page.comparison_page(title, outcomes))
         if json_file is not None and not machine:
             reports.save_json(Path(json_file), json.dumps(found, indent=1, allow_nan=False) + "\n")
         return console.PASSED if all(row.passed for row in outcomes) else console.FAILED
@@ -72,7 +75,7 @@ def as_row(outcome: Outcome) -> dict[str, Any]:
 
 def outcome(proof: Proof) -> Outcome:
     """The row of an output; raises ConversionError when it broke and has no figures."""
-    from dsconvert.report import Outcome
+    from dsconvert.proof.result import Outcome
 
     found, opened = proof.report.comparison, proof.opened
     if found.figures is None:

@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from dsconvert.commands.calibrating import bos_option, calibration_options, check_calibration
+from dsconvert.commands.calibration_options import bos_option, calibration_options, check_calibration
 from dsconvert.commands.numbers import Number
-from dsconvert.commands.running import run
+from dsconvert.commands.run import run
 
 
 def _number(ctx: click.Context, param: click.Parameter, value: str) -> int:
@@ -108,7 +108,7 @@ def exl2(model_path: str, backend: str, as_json: bool, quiet: bool, debug: bool,
         check_calibration(asked)
         from converters.exl2 import backend as other
         from converters.exl2.convert import convert
-        from converters.exl2.job import Options
+        from converters.exl2.plan import Options
         from dsconvert import console
 
         if backend == "exllamav2":

@@ -7,15 +7,15 @@ from typing import Any
 
 import click
 
-from dsconvert.commands.calibrating import bos_option, calibration_options, wanted_of
+from dsconvert.commands.calibration_options import bos_option, calibration_options, wanted_of
 from dsconvert.commands.given import refuse
 from dsconvert.commands.numbers import size
-from dsconvert.commands.running import run
+from dsconvert.commands.run import run
 
 
 def _quants(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
     from converters.gguf.file_types import FILE_TYPES
-    from converters.gguf.recipe import canonical
+    from converters.gguf.mixtures import canonical
 
     names = tuple(canonical(name.strip()) for name in value.split(",") if name.strip())
     unknown = [name for name in names if name not in FILE_TYPES]
@@ -119,7 +119,7 @@ def gguf(model_path: str, as_json: bool, quiet: bool, debug: bool, threads: int 
 
     def work() -> int:
         from converters.gguf.convert import convert
-        from converters.gguf.job import Options
+        from converters.gguf.output import Options
         from dsconvert import console
 
         wanted = wanted_of(asked)

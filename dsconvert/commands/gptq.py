@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dsconvert.commands.calibrating import bos_option, calibration_options, check_calibration
+from dsconvert.commands.calibration_options import bos_option, calibration_options, check_calibration
 from dsconvert.commands.numbers import Number
-from dsconvert.commands.running import on_each_rank, run
+from dsconvert.commands.run import on_each_rank, run
 
 if TYPE_CHECKING:
     from dsconvert.events import Event
@@ -108,7 +108,7 @@ def gptq(model_path: str, as_json: bool, quiet: bool, debug: bool, **asked: Any)
     def work() -> int:
         check_calibration(asked)
         from converters.gptq.convert import convert
-        from converters.gptq.job import Options
+        from converters.gptq.plan import Options
         from dsconvert import console
 
         def show(events: Iterator[Event]) -> int:

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dsconvert.commands.calibrating import bos_option, calibration_options, wanted_of
-from dsconvert.commands.running import run
+from dsconvert.commands.calibration_options import bos_option, calibration_options, wanted_of
+from dsconvert.commands.run import run
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
     from converters.gguf.layout import KeyValues
-    from dsconvert.calibrate import Wanted
+    from dsconvert.calibration.request import Wanted
     from dsconvert.events import Event
 
 
@@ -66,13 +66,13 @@ def make(
     import time
     from dataclasses import replace
 
-    from converters.gguf import calibrated
+    from converters.gguf import calibrate
     from converters.gguf.layout import is_gguf
-    from dsconvert.calibrate import check_chat
-    from dsconvert.commands.sources import open_reference
+    from converters.outputs import open_reference
+    from dsconvert.calibration.request import check_chat
+    from dsconvert.checkpoints.output_plan import check_files
+    from dsconvert.checkpoints.source_files import check_unchanged
     from dsconvert.events import Finished, Warn
-    from dsconvert.output_plan import check_files
-    from dsconvert.source_files import check_unchanged
 
     started = time.monotonic()
     outfile = outfile.absolute()
@@ -86,10 +86,10 @@ def make(
     # Conversations go through the template that a GGUF file gets: of a model with a tower it is another one.
     chat = replace(reference.tokenizer.chat, default=reference.templates[-1])
     tokenizer = replace(reference.tokenizer, chat=chat)
-    drawn = yield from calibrated.draw(wanted, tokenizer, reference.config.context_length)
-    tensors = yield from calibrated.measure(reference.source, reference.config, drawn, device)
+    drawn = yield from calibrate.draw(wanted, tokenizer, reference.config.context_length)
+    tensors = yield from calibrate.measure(reference.source, reference.config, drawn, device)
     check_unchanged(reference.seen)
-    nbytes = save(outfile, calibrated.file_keys(drawn.report), tensors, force, inputs)
+    nbytes = save(outfile, calibrate.file_keys(drawn.report), tensors, force, inputs)
     yield Finished(str(outfile), nbytes, time.monotonic() - started)
 
 
@@ -103,7 +103,7 @@ def save(
     """Write float32 tensors as a GGUF file; gives its size."""
     from converters.gguf.layout import Tensor, is_gguf, lay_out
     from converters.gguf.qtypes import QTYPES
-    from dsconvert.output_files import part_files
+    from dsconvert.checkpoints.output_files import part_files
 
     layout = lay_out(path.name, keys, [Tensor(name, a.shape, QTYPES["f32"]) for name, a in tensors.items()])
     with part_files([path], [layout.nbytes], force, inputs, is_gguf) as (part,):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from dsconvert.commands.running import run
+from dsconvert.commands.run import run
 
 
 @click.command()

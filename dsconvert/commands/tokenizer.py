@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from dsconvert.commands.given import refuse
-from dsconvert.commands.running import run
+from dsconvert.commands.run import run
 
 
 @click.command()
@@ -62,7 +62,7 @@ def tokenizer(file: Path, other: Path | None, as_json: bool, debug: bool, **aske
 
 
 def _open_tokenizer(path: Path) -> Any:
-    from dsconvert.locate import SAMPLES, in_folder, locate
+    from dsconvert.checkpoints.locate import SAMPLES, in_folder, locate
     from tokenizer_tools.show import open_folder, open_metadata
 
     if path.suffix != ".gguf":

@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 
 import click
 
-from dsconvert.commands.calibrating import bos_option
+from dsconvert.commands.calibration_options import bos_option
 from dsconvert.commands.given import refuse
 from dsconvert.commands.numbers import Number
-from dsconvert.commands.running import run
+from dsconvert.commands.run import run
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -112,7 +112,7 @@ def check_projector(json_file: str | None) -> None:
 
 def check_effect(asked: Mapping[str, Any]) -> None:
     """Raises UsageError for options that another one decides."""
-    from dsconvert.kld_base import open_base
+    from dsconvert.proof.logprob_file import open_base
 
     base = asked["kld_base"]
     if base is not None and os.path.exists(base):
@@ -163,29 +163,44 @@ def verify(output: Path, against: str, json_file: str | None, report: Path | Non
     machine = json_file == "-"
 
     def work() -> int:
-        from dsconvert import console, report_page
-        from dsconvert import report as reports
-        from dsconvert.commands.pictures import check_files, prove_projector
-        from dsconvert.commands.proving import Asked, prove
-        from dsconvert.commands.sources import is_projector, open_reference
+        from functools import partial
+
+        from converters.gguf.projector.verify import (
+            check_files,
+            check_pair,
+            is_projector_file,
+            open_pair,
+            prove_projector,
+        )
+        from converters.outputs import open_output, open_reference
+        from dsconvert import console
+        from dsconvert.proof import result as reports
+        from dsconvert.proof.prove import Asked, Companion, prove
+        from dsconvert.report import page
 
         page_and_json = (report, None if machine or json_file is None else Path(json_file))
         reports.check_targets(*page_and_json, read_by(asked, against, output), asked["kld_base"])
-        if asked["mmproj"] is not None:
-            check_files(output, asked["mmproj"])
-        elif is_projector(output):
+        mmproj = asked.pop("mmproj")
+        if mmproj is not None:
+            check_files(output, mmproj)
+        elif is_projector_file(output):
             check_projector(json_file)
-            return console.render(prove_projector(against, output), as_json=machine, quiet=quiet)
+            return console.render(
+                prove_projector(open_reference(against), output), as_json=machine, quiet=quiet
+            )
         check_effect(asked)
-        found = console.follow(
-            prove(output, open_reference(against, add_bos), Asked(**asked)), quiet or machine
-        )
+        reference, opened = open_reference(against, add_bos), open_output(output)
+        companion = None
+        if mmproj is not None:
+            pair = open_pair(opened, mmproj, reference, asked["max_kld"])
+            companion = Companion(pair.said, partial(check_pair, pair))
+        found = console.follow(prove(opened, reference, Asked(**asked), companion), quiet or machine)
         if machine:
             console.say_json(reports.as_dict(found.report))
         else:  # before it is saved: what took long to find is not lost with a full disk
             console.show_proof(found.report, quiet)
         if report is not None:
-            reports.save_page(report, report_page.as_html(found.report))
+            reports.save_page(report, page.as_html(found.report))
         if json_file is not None and not machine:
             reports.save_json(Path(json_file), reports.as_json(found.report))
         return console.PASSED if found.report.verdict.passed else console.FAILED

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 
 from converters.gptq.reader import GPTQModel, open_model
 from dsconvert.cli import cli
-from dsconvert.config import load_json
+from dsconvert.models.config import load_json
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of other packages, all of them
 EXACT, DEFAULT = 1e-5, 2e-2
@@ -133,7 +133,7 @@ def test_whole_rows_as_groups(tmp_path: Path, source: Path) -> None:
 def test_the_sample_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A trained model of DeepSeek's layout, its output cut into shards."""
     from converters.gptq import convert as flow
-    from dsconvert.checkpoint import open_checkpoint
+    from dsconvert.checkpoints.checkpoint import open_checkpoint
 
     whole = flow.write_folder
     monkeypatch.setattr(flow, "write_folder", lambda *args, **more: whole(*args, shard_bytes=1 << 20, **more))

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dsconvert import __version__
-from dsconvert.errors import ConversionError
-from dsconvert.reading import short
+from dsconvert.errors import ConversionError, short
 
 
 @contextlib.contextmanager

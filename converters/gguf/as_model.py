@@ -1,0 +1,157 @@
+"""A GGUF language model as a WeightSource: read back through the inverse of the architecture table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from converters.gguf.parse import GGUFFile
+from converters.gguf.rope import magnitude
+from dsconvert.errors import CheckpointError
+from dsconvert.models.architectures import BY_GGUF_NAME
+from dsconvert.models.config import ModelConfig
+from dsconvert.models.rope import RopeScaling
+from dsconvert.models.tensor_table import IDENTITY, ROPE_K, ROPE_Q, Arch, Spec, plan_stored
+
+LIMIT, GREATEST = 1 << 31, 1e30  # as in config.json
+AGAIN = "Convert the model again, or fetch the file again from where it came from"
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """The numbers among a file's keys, which a stranger may have written: no other value gets through."""
+
+    file: GGUFFile
+
+    def count(self, key: str, default: int | None = None, limit: int = LIMIT) -> int:
+        """A positive whole number below `limit`; CheckpointError for anything else, or a missing key."""
+        value = self.file.keys.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < limit:
+            raise self.wrong(key, f"it should be a whole number from 1 to {limit - 1}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A positive number; CheckpointError for anything else, or a missing key."""
+        value = self.file.keys.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < GREATEST:
+            raise self.wrong(key, "it should be a positive number")
+        return float(value)
+
+    def wrong(self, key: str, why: str) -> CheckpointError:
+        """The error of a key that is missing or holds what it cannot."""
+        value = self.file.keys.get(key)
+        found = "missing" if value is None else repr(value)[:40]
+        return CheckpointError(f"key {key} is {found}", where=self.file.path, why=why, hint=AGAIN)
+
+
+@dataclass(frozen=True)
+class GGUFModel:
+    """A GGUF file as a WeightSource: tensors by their Hugging Face names through the inverse table."""
+
+    file: GGUFFile
+    arch: Arch
+    config: ModelConfig
+    specs: dict[str, Spec]
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: spec.shape for name, spec in self.specs.items()}
+
+    def dtype(self, name: str) -> str:
+        return self.file.tensors[self.specs[name].gguf].qtype.name
+
+    def float32(self, name: str) -> npt.NDArray[np.float32]:
+        spec = self.specs[name]
+        stored = self.file.tensors[spec.gguf].float32()
+        return np.ascontiguousarray(spec.inverse(stored, self.config))
+
+    def float32_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
+        spec = self.specs[name]
+        tensor, transform = self.file.tensors[spec.gguf], spec.row.transform
+        if transform is IDENTITY:
+            return tensor.float32_rows(start, stop)
+        if transform not in (ROPE_Q, ROPE_K):  # its rows lie anywhere in the file
+            return self.float32(name)[start:stop]
+        size = self.config.head_dim  # RoPE's order stays inside a head, so whole heads are read
+        first, last = start // size * size, -(-stop // size) * size
+        count = (last - first) // size
+        stored = tensor.float32_rows(first, last)
+        rows = transform.inverse(stored, replace(self.config, heads=count, kv_heads=count))
+        return np.ascontiguousarray(rows.reshape(stored.shape)[start - first : stop - first])
+
+
+def open_model(file: GGUFFile) -> GGUFModel:
+    """The weight source of a language model's file; raises CheckpointError, PlanError."""
+    name = file.keys.get("general.architecture")
+    arch = BY_GGUF_NAME.get(name) if isinstance(name, str) else None
+    if arch is None:
+        raise CheckpointError(
+            f"architecture {name!r} has no table here",
+            where=file.path,
+            why=f"known: {', '.join(BY_GGUF_NAME)}",
+        )
+    config = stored_config(file)
+    specs = plan_stored(arch, config, {t.name: t.shape for t in file.tensors.values()})
+    return GGUFModel(file, arch, config, {spec.hf: spec for spec in specs})
+
+
+def stored_config(file: GGUFFile) -> ModelConfig:
+    """The decoder's numbers as the file's own keys state them; raises CheckpointError for a missing key."""
+    numbers, prefix = Numbers(file), f"{file.keys.get('general.architecture', 'llama')}."
+
+    def count(key: str, default: int | None = None, limit: int = LIMIT) -> int:
+        return numbers.count(prefix + key, default, limit)
+
+    def number(key: str, default: float | None = None) -> float:
+        return numbers.number(prefix + key, default)
+
+    hidden, heads = count("embedding_length"), count("attention.head_count")
+    kv_heads = count("attention.head_count_kv", heads)
+    head_dim = count("attention.key_length", max(hidden // heads, 1))
+    if heads % kv_heads or head_dim % 2:
+        raise numbers.wrong(
+            prefix + ("attention.head_count_kv" if heads % kv_heads else "attention.key_length"),
+            f"{kv_heads} heads of {head_dim} values go with no model of {heads} heads",
+        )
+    embedding = file.tensors.get("token_embd.weight")
+    return ModelConfig(
+        architecture="LlamaForCausalLM",
+        hidden_size=hidden,
+        intermediate_size=count("feed_forward_length"),
+        layers=count("block_count", limit=len(file.tensors) + 1),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        vocab_size=embedding.shape[0] if embedding else count("vocab_size"),
+        context_length=count("context_length"),
+        norm_eps=number("attention.layer_norm_rms_epsilon"),
+        rope_theta=number("rope.freq_base", 10000.0),
+        rope_scaling=stored_scaling(file, prefix),
+        tied="output.weight" not in file.tensors,
+        attention_bias="blk.0.attn_q.bias" in file.tensors,
+        mlp_bias="blk.0.ffn_up.bias" in file.tensors,
+        explicit_head_dim=prefix + "attention.key_length" in file.keys,
+    )
+
+
+def stored_scaling(file: GGUFFile, prefix: str) -> RopeScaling | None:
+    """RoPE scaling as llama.cpp reads it from a file of this architecture; a key that it ignores is not read.
+
+    Raises CheckpointError for a value that no file should have, or a type that is not read here.
+    """
+    keys, numbers, at = file.keys, Numbers(file), prefix + "rope.scaling."
+    kind, context = keys.get(at + "type", "linear"), at + "original_context_length"
+    if kind not in ("none", "linear", "yarn"):
+        raise numbers.wrong(at + "type", "none, linear and yarn are read here")
+    old = prefix + "rope.scale_linear"
+    factor = numbers.number(at + "factor", numbers.number(old) if old in keys else 1.0)
+    factor = 1.0 if kind == "none" else factor
+    attention = numbers.number(at + "attn_factor", 1.0) * (magnitude(factor) if kind == "yarn" else 1.0)
+    original = numbers.count(context) if context in keys else None
+    tensor = file.tensors.get("rope_freqs.weight")
+    factors = () if tensor is None else tuple(tensor.float32().ravel().tolist())
+    if factor == 1.0 and attention == 1.0 and not factors:
+        return None
+    return RopeScaling(kind, factor, original, attention_factor=attention, factors=factors)

@@ -1,0 +1,106 @@
+"""Makes an importance matrix of calibration text: as a file, or on the way of a conversion."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from converters.gguf import importance, mixtures
+from converters.gguf.importance import Floats, ImportanceMatrix
+from converters.gguf.layout import KeyValues
+from converters.gguf.plan import Job, with_keys
+from dsconvert.calibration.record import Calibration, CalibrationReport
+from dsconvert.calibration.request import Wanted, calibrate
+from dsconvert.events import Event, Step, Warn
+from dsconvert.models.config import ModelConfig
+from dsconvert.models.language_model import language_model
+from dsconvert.models.tensor_table import SOLVE_ORDER, WeightSource
+from dsconvert.texts.builtin import evaluation_page
+from tokenizer_tools.load import TokenizerData
+
+EVALUATION = 20_000  # characters of the text that results are judged on, for the report on overlap
+
+
+def draw(wanted: Wanted, tokenizer: TokenizerData, context: int) -> Generator[Event, None, Calibration]:
+    """The calibration windows of a model that takes `context` tokens; raises what `calibrate` raises."""
+    (held,) = tokenizer.encode([evaluation_page(EVALUATION)])
+    wanted = replace(wanted, bos=tokenizer.first_id)
+    windows = np.array([held], np.int64)
+    return (yield from calibrate(wanted, tokenizer.encode, context, windows, tokenizer.render))
+
+
+def measure(
+    source: WeightSource, config: ModelConfig, drawn: Calibration, device: str = "auto"
+) -> Generator[Event, None, dict[str, Floats]]:
+    """The tensors of an imatrix file: `source` is a Llama decoder that runs over the windows drawn."""
+    from dsconvert.decoder import importance as input_importance
+    from dsconvert.decoder import torch_decoder as st
+
+    place = st.pick_device(device)
+    decoder = st.open_decoder(source, config, place, st.pick_dtype(None, place))
+    found = yield from input_importance.measure(decoder, drawn.tokens)
+    return input_importance.tensors(found, decoder)
+
+
+def file_keys(report: CalibrationReport) -> KeyValues:
+    """The keys of an imatrix file: llama.cpp's, and the report on the calibration text."""
+    return {
+        "general.type": ("string", "imatrix"),
+        "imatrix.datasets": ("array:string", [dataset(report)]),
+        "imatrix.chunk_count": ("uint32", report.samples),
+        "imatrix.chunk_size": ("uint32", report.length),
+        importance.REPORT: ("string", report_text(report)),
+    }
+
+
+def dataset(report: CalibrationReport) -> str:
+    return f"{report.text} sha256:{report.fingerprint}"
+
+
+def report_text(report: CalibrationReport) -> str:
+    return json.dumps(report.as_dict(), ensure_ascii=False)
+
+
+def plan_measured(job: Job) -> Generator[Event, None, tuple[Job, Calibration | None]]:
+    """Draw the text that the conversion asks for, and plan anew with the keys that tell of it.
+
+    None where there is nothing to measure for. Raises UsageError where a mixture needs more than a
+    measurement can give, and what `draw` raises.
+    """
+    wanted = job.options.calibration
+    if wanted is None:
+        return job, None
+    if not importance.takers(job.outputs):
+        yield Warn("--calib changes nothing: no tensor gets a type that takes an importance matrix")
+        return job, None
+    linears = [spec.gguf for spec in job.specs if spec.role in SOLVE_ORDER and spec.gguf.endswith(".weight")]
+    for output in job.outputs:
+        lacking = {n: t.qtype.name for n, t in output.tensors.items() if n not in linears}
+        mixtures.check_importance(output.quant, lacking)
+    drawn = yield from draw(wanted, job.tokenizer, job.config.context_length)
+    # The entries of a measurement are its linears, so what is written of it is known before it is made.
+    keys = _matrix(drawn, {}, dict.fromkeys(linears, "")).keys
+    return with_keys(job, keys), drawn
+
+
+def weighed(job: Job, drawn: Calibration | None) -> Generator[Event, None, Job]:
+    """The job with the importance that its checkpoint gives its inputs on the text drawn."""
+    if drawn is None:
+        return job
+    yield Step(f"measuring on {drawn.report.tokens:,} tokens of {drawn.report.text}")
+    source, config = language_model(job.checkpoint, job.config)
+    tensors = yield from measure(source, config, drawn, job.options.device)
+    weights, unweighted = importance.weigh(_matrix(drawn, *importance.quotients(tensors)), job.outputs)
+    for note in unweighted:
+        yield Warn(note)
+    return replace(job, importance=weights)
+
+
+def _matrix(drawn: Calibration, values: dict[str, Floats], unusable: Mapping[str, str]) -> ImportanceMatrix:
+    report = drawn.report
+    return ImportanceMatrix(
+        None, values, (dataset(report),), report.samples, dict(unusable), report_text(report)
+    )

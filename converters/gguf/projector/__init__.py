@@ -1,0 +1,1 @@
+"""The projector file of a model with image towers."""

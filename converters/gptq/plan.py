@@ -1,0 +1,142 @@
+"""A GPTQ conversion planned before any work: what is asked, which linears, what the folder will hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from converters.gptq.grid import Scheme
+from converters.gptq.pack import stored_shapes
+from converters.gptq.shapes import Layout, check_shapes
+from converters.gptq.solver import Options as SolverOptions
+from dsconvert.calibration.request import check_chat, files_of
+from dsconvert.checkpoints.marked_folders import check_folder
+from dsconvert.checkpoints.output_plan import REPLACED, check_place
+from dsconvert.checkpoints.source_files import check_companions
+from dsconvert.errors import UsageError
+from dsconvert.models.provenance import origin
+from dsconvert.quantization.linears import Selection, plain_config, select
+from dsconvert.quantization.run_state import check_state, state_folder
+from dsconvert.vision.config import VisionConfig
+from dsconvert.vision.transformers_layout import TOKENIZER, model_config, processor_files
+from tokenizer_tools.library import read_object
+from tokenizer_tools.load import TokenizerData, load_tokenizer
+from tokenizer_tools.vision_template import image_token, vision_template
+
+STORED = {"I32": 4, "F16": 2}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `dsconvert gptq` was asked for."""
+
+    model: str
+    bits: int = 4
+    group_size: int = 128
+    act_order: bool = True
+    dynamic_groups: bool = False
+    sym: bool = True
+    damp: float = 0.05
+    mse: bool = True
+    calib: str = "c4"
+    calib_samples: int = 128
+    calib_len: int = 2048
+    calib_chat: Path | None = None
+    calib_column: str = ""
+    add_bos: bool | None = None
+    seed: int = 0
+    offline: bool = False
+    out: Path | None = None
+    resume: bool = False
+    force: bool = False
+    device: str = "auto"
+    language_only: bool = False
+    lm_head: bool = False
+    verify: str = "quick"
+
+    @property
+    def solver(self) -> SolverOptions:
+        """The part of it that the solver goes by."""
+        scheme = Scheme(self.bits, self.group_size, self.sym)
+        return SolverOptions(scheme, self.act_order, self.dynamic_groups, self.damp, self.mse)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A conversion planned; nothing is written yet."""
+
+    options: Options
+    model: Selection
+    tokenizer: TokenizerData = field(repr=False)
+    out: Path
+
+    @property
+    def layout(self) -> Layout:
+        """The settings that readers care about."""
+        return Layout(self.options.solver.scheme, self.options.solver.desc_act)
+
+    @property
+    def inputs(self) -> list[Path]:
+        """The files and folders that are read."""
+        checkpoint, options = self.model.checkpoint, self.options
+        return [checkpoint.folder, *checkpoint.files, *files_of(options.calib, options.calib_chat)]
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of a linear in the output."""
+        (outputs, inputs), scheme = self.model.linears[name], self.options.solver.scheme
+        shapes = stored_shapes("", outputs, inputs, scheme.groups(inputs), scheme.bits)
+        return sum(STORED[kind] * prod(shape) for kind, shape in shapes.values())
+
+    @property
+    def total(self) -> int:
+        """Bytes of all tensors of the output."""
+        return self.model.kept_nbytes + sum(map(self.nbytes, self.model.linears))
+
+
+def prepare(options: Options) -> Job:
+    """Open, validate and plan; refuses by name every shape that readers could not take, before any work."""
+    _check(options)
+    model = select(options.model, options.language_only, options.lm_head)
+    folder = model.checkpoint.folder
+    check_companions(folder)
+    tokenizer = load_tokenizer(folder, model.config.vocab_size, options.add_bos)
+    if model.vision is not None:
+        model = with_files(model, model.vision, tokenizer)
+    out = (options.out or Path(default_name(options, origin(folder, model.config)[1]))).absolute()
+    check_place(out, REPLACED)
+    job = Job(options, model, tokenizer, out)
+    check_shapes(model.linears, job.layout)
+    space = 2 * job.total  # the state and the folder, side by side
+    check_folder(out, space, options.force, job.inputs, [state_folder(out)])
+    check_state(out, options.resume, options.force)
+    return job
+
+
+def with_files(model: Selection, vision: VisionConfig, tokenizer: TokenizerData) -> Selection:
+    """The selection with the configs and processor files of transformers' layout, made of the original's."""
+    folder, raw = model.checkpoint.folder, model.raw
+    token, token_id = image_token(tokenizer, vision.processor.token, raw.get("image_token_id"), folder)
+    special = {f"{name}_token_id": tokenizer.special.get(name) for name in ("bos", "eos", "pad")}
+    text = plain_config(model.config) | {key: value for key, value in special.items() if value is not None}
+    files: dict[str, dict[str, Any] | str] = {
+        **processor_files(vision, token, read_object(folder / TOKENIZER))
+    }
+    if not tokenizer.chat_template:  # the original keeps its prompt's format in code
+        files["chat_template.jinja"] = vision_template(token)
+    return replace(model, raw=model_config(raw, text, vision, token_id, model.config.tied), files=files)
+
+
+def _check(options: Options) -> None:
+    if options.dynamic_groups and not options.act_order:
+        raise UsageError("--dynamic-groups makes groups in activation order", hint="Give --act-order with it")
+    check_chat(options.calib_chat)
+
+
+def default_name(options: Options, model: str) -> str:
+    """The name of a folder for these settings: model-gptq-4bit-128g."""
+    group = "" if options.group_size == -1 else f"-{options.group_size}g"
+    asym = "" if options.sym else "-asym"
+    head = "-head" if options.lm_head else ""
+    return f"{model}-gptq-{options.bits}bit{group}{asym}{head}"

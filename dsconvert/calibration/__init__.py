@@ -1,0 +1,1 @@
+"""Which windows a quantizer sees, and the record of it."""

@@ -1,0 +1,1 @@
+"""The bytes of a model folder, in and out."""

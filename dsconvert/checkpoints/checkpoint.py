@@ -1,0 +1,167 @@
+"""Opens a checkpoint: a model folder, a weight file, the embedded sample, a hub id. Maps, never loads.
+
+Everything is checked before the first weight is read. Whatever form a checkpoint has, it comes out of this
+door in one: names of the table, tensors that the model reads, notes on what was changed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dsconvert.checkpoints import bus_error
+from dsconvert.checkpoints.locate import SAMPLE, SAMPLE_VL, find, locate
+from dsconvert.checkpoints.safetensors_reader import READABLE, Array, Stored
+from dsconvert.checkpoints.source_files import SourceFile, remember, small_files, weight_files
+from dsconvert.checkpoints.spelling import LEFTOVERS, respelled
+from dsconvert.checkpoints.weight_files import Weights, open_file, open_weights
+from dsconvert.errors import CheckpointError, quoted
+from dsconvert.models.config import is_tied, load_json
+from dsconvert.models.diagnosis import SOURCE, is_left_over, quantized_form, stated_method
+from dsconvert.models.model_class import model_class
+from dsconvert.models.tensor_table import rounded
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A model on disk by its Hugging Face names: a WeightSource over mapped files.
+
+    `notes` are what the user should know of how it was found and read; every command shows them.
+    All methods may be called from many threads at once. The files stay mapped while a view of them lives;
+    `seen` says what they, and the small files beside them, were before they were opened.
+    """
+
+    folder: Path
+    files: tuple[Path, ...]
+    tensors: Mapping[str, Stored] = field(repr=False)
+    notes: tuple[str, ...] = field(repr=False, default=())
+    seen: tuple[SourceFile, ...] = field(repr=False, default=())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor, by name, without reading weights."""
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
+
+    def dtype(self, name: str) -> str:
+        """The stored type: "bf16", "f16", "f32", or another type's name ("f64", "i32", "f8_e4m3")."""
+        return self._tensor(name).dtype
+
+    def location(self, name: str) -> tuple[Path, int, int] | None:
+        """File, first byte and number of bytes; None where the tensor is not in one piece."""
+        tensor = self._tensor(name)
+        return None if tensor.offset is None else (tensor.path, tensor.offset, tensor.nbytes)
+
+    def raw(self, name: str) -> Array:
+        """The stored values, without a copy: a read-only view of the mapped file in the stored shape.
+
+        uint16 (the bits of bf16), float16, float32 or float64. A view of an old file may be unaligned, one of
+        a pytorch_model.bin may be strided: copy row chunks with `np.require(chunk, requirements=["C", "A"])`.
+        Raises CheckpointError for any other stored type.
+        """
+        tensor = self._tensor(name)
+        if tensor.data is None:
+            raise _unreadable(name, tensor)
+        return tensor.data
+
+    def float32(self, name: str) -> npt.NDArray[np.float32]:
+        """The values in float32, a fresh writable array of the stored shape; raises CheckpointError."""
+        return _widened(self.raw(name))
+
+    def float32_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Rows `start` to `stop` - 1 in float32; only they are read."""
+        return _widened(self.raw(name)[start:stop])
+
+    def check_readable(self, names: Iterable[str]) -> None:
+        """Raise CheckpointError for the first of `names` whose stored type `raw` would refuse."""
+        for name in names:
+            tensor = self._tensor(name)
+            if tensor.data is None:
+                raise _unreadable(name, tensor)
+
+    def _tensor(self, name: str) -> Stored:
+        try:
+            return self.tensors[name]
+        except KeyError:
+            raise CheckpointError(f"holds no tensor {quoted(name)}", where=self.folder) from None
+
+
+def _widened(raw: Array) -> npt.NDArray[np.float32]:
+    """Stored values as float32, a fresh array."""
+    if raw.dtype != np.uint16:
+        return np.array(rounded(raw), np.float32, order="C")
+    bits = np.array(raw, np.uint32, order="C")
+    bits <<= 16
+    return bits.view(np.float32)
+
+
+def open_checkpoint(model: str | Path | None = None) -> Checkpoint:
+    """Open what the user named: a folder, a weight file, "sample:" or "sample-vl:", a hub id, or this folder.
+
+    Maps every weight file and checks headers, index and shards against each other; reads no weights. The
+    tensors have the names of their class's table, whatever wrapper they were saved from, and those that the
+    model reads only; `notes` say what was changed. Raises UsageError when `model` names nothing,
+    CheckpointError for what is missing, damaged, contradictory or quantized already.
+    """
+    found = find(model)
+    folder = found.path if found.path.is_dir() else found.path.parent
+    bus_error.watch()
+    before = remember([*small_files(folder), *weight_files(folder)])
+    where = folder / "config.json"
+    config = load_json(where)
+    weights = open_weights(folder) if found.path.is_dir() else open_file(found.path)
+    if model == SAMPLE_VL:  # it holds the towers; its decoder is the other sample's
+        decoder = open_weights(locate(SAMPLE))
+        moved = {re.sub(r"^model\.", "model.language_model.", n): t for n, t in decoder.tensors.items()}
+        weights = Weights((*weights.files, *decoder.files), weights.tensors | moved)
+    left_over = _refuse_quantized(folder, config, weights.tensors)
+    named = model_class(config)
+    tensors, respelt = respelled(weights.tensors, named.name, is_tied(config, named.name), folder)
+    notes = (*found.notes, *weights.notes, *left_over, *named.notes, *respelt)
+    used = {*small_files(folder), *weights.files}
+    seen = tuple(file for file in before if file.path in used)
+    return Checkpoint(folder, weights.files, tensors, notes, seen)
+
+
+def _refuse_quantized(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Stored]
+) -> tuple[str, ...]:
+    """A note where config.json states a quantization that the weights have not; raises CheckpointError."""
+    dtypes = {name: t.dtype for name, t in tensors.items() if not LEFTOVERS.fullmatch(name)}
+    method, found = stated_method(config), quantized_form(dtypes)
+    if found is None and not method:
+        return ()
+    if found is None and is_left_over(method, dtypes):
+        types = " and ".join(sorted(set(dtypes.values())))
+        return (
+            f"config.json states the quantization {quoted(method)}, but every tensor is {types}: taken for a "
+            "left-over of the training, and ignored",
+        )
+    name, form = found or ("", None)
+    stated = f"config.json has a quantization_config, method {quoted(method)}" if method else ""
+    held = f"It holds {quoted(name)}, as {form.what} checkpoints do" if form else ""
+    raise CheckpointError(
+        "is quantized already",
+        where=folder,
+        why=". ".join(filter(None, (stated, held))),
+        hint=form.hint if form else SOURCE,
+    )
+
+
+def _unreadable(name: str, tensor: Stored) -> CheckpointError:
+    return CheckpointError(
+        f"tensor {quoted(name)} is stored as {tensor.dtype}, which is not converted",
+        where=tensor.path,
+        why=f"Weights are read from {', '.join(READABLE)}",
+        hint="Save the checkpoint in one of these first, for example with "
+        "model.to(torch.bfloat16).save_pretrained(FOLDER)",
+    )

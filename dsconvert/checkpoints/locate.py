@@ -1,0 +1,141 @@
+"""What MODEL_PATH stands for: a path, the embedded sample, a hub id, or the current folder."""
+
+from __future__ import annotations
+
+import importlib.resources
+import os
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsconvert.checkpoints.hub_model import download, parse
+from dsconvert.errors import CheckpointError, UsageError, quoted, short
+from dsconvert.models.config import load_json
+from dsconvert.reading import read_text
+
+SAMPLE, SAMPLE_VL = "sample:", "sample-vl:"
+SAMPLES = {SAMPLE: "sample", SAMPLE_VL: "sample_vl"}  # folders of this package
+WEIGHTS = (".safetensors", ".bin")
+REF = 1 << 10  # bytes: a branch's file in the hub's cache is a commit of 40 digits
+
+
+@dataclass(frozen=True)
+class Found:
+    """An existing model folder or weight file, and what the user should know of how it was chosen."""
+
+    path: Path
+    notes: tuple[str, ...] = ()
+
+
+def find(model: str | Path | None) -> Found:
+    """The existing folder or weight file that `model` stands for.
+
+    A path, "sample:" or "sample-vl:", a hub id or the address of its page when no such folder exists, or
+    nothing for a current folder that holds a config.json. Of an entry of the hub's cache it is the snapshot
+    of its main branch. Raises UsageError, and CheckpointError for a folder of something else and for what
+    the hub cannot give.
+    """
+    if not model:
+        if os.path.isfile("config.json"):
+            return Found(Path.cwd())
+        raise UsageError(
+            "No model is given and this folder holds no config.json",
+            hint='Give a model folder, a .safetensors file, a hub id or "sample:"',
+        )
+    if model in SAMPLES:
+        return Found(_sample(SAMPLES[str(model)]))
+    path = Path(model)
+    try:
+        if path.is_dir():
+            return in_folder(path)
+        exists = path.exists()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{quoted(model)} is no usable path", why=short(error)) from None
+    if exists and path.suffix in WEIGHTS:
+        return Found(path)
+    if exists:
+        raise UsageError(
+            "is neither a folder nor a .safetensors or .bin file",
+            where=path,
+            hint="A GGUF file is converted already: `dsconvert inspect FILE` shows it"
+            if path.suffix == ".gguf"
+            else "Give the folder that holds config.json and the weights",
+        )
+    repository = parse(str(model))
+    if repository is not None and path.suffix not in WEIGHTS:
+        return Found(download(repository))
+    raise UsageError(
+        f"{quoted(model)} does not exist",
+        hint='Give a model folder, a .safetensors file, a hub id such as owner/name, or "sample:"',
+    )
+
+
+def locate(model: str | Path | None) -> Path:
+    """What `find` gives, without its notes."""
+    return find(model).path
+
+
+def in_folder(folder: Path) -> Found:
+    """The model that a folder holds: the folder itself, or a snapshot; CheckpointError says what is there."""
+    if os.path.lexists(folder / "config.json"):
+        return Found(folder)
+    snapshots = _folders(folder / "snapshots") if os.path.isdir(folder / "refs") else []
+    if snapshots:
+        return _snapshot(folder, snapshots)
+    inside = [path for path in _folders(folder) if os.path.exists(path / "config.json")]
+    entries = [path for path in _folders(folder) if path.name.startswith("models--")]
+    names = ", ".join(quoted(path.name) for path in (inside or entries)[-3:])
+    place = shlex.quote(str((inside or entries or [folder])[-1]))
+    if inside or entries:
+        several = len(inside or entries)
+        raise CheckpointError(
+            "holds no config.json of its own, but folders of models",
+            where=folder,
+            why=f"{several} of them: {names}" if several <= 3 else f"{several} of them, the last: {names}",
+            hint=f"Give one of them, for example {place}",
+        )
+    if os.path.exists(folder / "adapter_config.json"):
+        base = load_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        raise CheckpointError(
+            "is an adapter, not a model",
+            where=folder,
+            why=f"Its base is {quoted(base)}",
+            hint="Merge it into the base first, with peft: merge_and_unload(), then save_pretrained(FOLDER)",
+        )
+    return Found(folder)
+
+
+def _folders(folder: Path) -> list[Path]:
+    """The folders inside a folder, checkpoint-1000 after checkpoint-500; none where it cannot be read."""
+    try:
+        inside = [path for path in folder.iterdir() if path.is_dir()]
+    except OSError:
+        return []
+    return sorted(inside, key=lambda path: [(len(n), n) for n in re.split(r"(\d+)", path.name)])
+
+
+def _snapshot(entry: Path, snapshots: list[Path]) -> Found:
+    """The snapshot of an entry of the hub's cache: of the branch main, or the only one."""
+    chosen = snapshots[0] if len(snapshots) == 1 else None
+    main = entry / "refs" / "main"
+    if os.path.exists(main):
+        commit = read_text(main, REF).strip()
+        chosen = next((path for path in snapshots if path.name == commit), chosen)
+    if chosen is None:
+        raise CheckpointError(
+            "is an entry of the hub's cache without a snapshot of the branch main",
+            where=entry,
+            why=f"It holds {len(snapshots)} snapshots, the last {quoted(snapshots[-1].name)}",
+            hint=f"Give one of them: {shlex.quote(str(snapshots[-1]))}",
+        )
+    return Found(chosen, (f"read from the snapshot {chosen.name} of this entry of the hub's cache",))
+
+
+def _sample(name: str) -> Path:
+    folder = Path(str(importlib.resources.files("dsconvert") / name))
+    if not os.path.isfile(folder / "config.json"):
+        raise CheckpointError(
+            "The embedded sample is not installed", where=folder, hint="Install dsconvert again"
+        )
+    return folder

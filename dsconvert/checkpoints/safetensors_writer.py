@@ -1,0 +1,129 @@
+"""Writes safetensors files in a stream: the header is known first, no tensor is held in memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dsconvert.checkpoints.output_files import write_error
+from dsconvert.checkpoints.safetensors_reader import BITS, Stored
+from dsconvert.errors import CheckpointError
+from dsconvert.models.tensor_table import rounded
+
+CHUNK = 16 << 20
+# The format's names of numpy's types; bf16 travels as its bits.
+NAMES = {"uint16": "BF16", "float16": "F16", "float32": "F32", "int32": "I32", "int16": "I16"}
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A tensor to be written: the format's type name, the shape, and its bytes in chunks, made on demand."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterator[bytes | memoryview]] = field(repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes `chunks` must give."""
+        return math.prod(self.shape) * BITS[self.dtype] // 8
+
+
+def from_array(array: npt.NDArray[Any]) -> Piece:
+    """A piece of an array of a type of NAMES, or float64; a view is copied row by row."""
+
+    def chunks() -> Iterator[bytes | memoryview]:
+        rows = array.reshape(1) if array.ndim == 0 else array
+        step = max(1, CHUNK * len(rows) // max(array.nbytes, 1))
+        for start in range(0, len(rows), step):
+            part = rounded(rows[start : start + step])
+            yield np.ascontiguousarray(part, part.dtype.newbyteorder("<")).reshape(-1).view(np.uint8).data
+
+    kind = "float32" if array.dtype == np.float64 else array.dtype.name
+    return Piece(NAMES[kind], array.shape, chunks)
+
+
+def from_bytes(dtype: str, shape: tuple[int, ...], data: bytes) -> Piece:
+    """A piece of its bytes; `dtype` is the format's type name."""
+    return Piece(dtype, shape, lambda: iter((data,)))
+
+
+def from_stored(stored: Stored) -> Piece:
+    """A piece copied as it is from a weight file; float64 becomes float32."""
+    if stored.offset is None or stored.dtype == "f64":
+        assert stored.data is not None  # it and strided tensors are of readable types
+        return from_array(stored.data)
+    offset, nbytes = stored.offset, stored.nbytes
+
+    def chunks() -> Iterator[bytes | memoryview]:
+        left = nbytes
+        try:
+            file = stored.path.open("rb")
+        except OSError as error:
+            raise CheckpointError(
+                "cannot be read", where=stored.path, why=error.strerror or str(error)
+            ) from None
+        with file:
+            file.seek(offset)
+            while left:
+                chunk = file.read(min(CHUNK, left))
+                if not chunk:
+                    raise CheckpointError(
+                        "was cut short while it was read",
+                        where=stored.path,
+                        hint="Run the same command again when nothing writes there",
+                    )
+                left -= len(chunk)
+                yield chunk
+
+    return Piece(stored.dtype.upper(), stored.shape, chunks)
+
+
+def write_safetensors(
+    path: Path, pieces: Mapping[str, Piece], done: Callable[[str, Piece], None] = lambda name, piece: None
+) -> int:
+    """Write `pieces` to `path` and sync it; gives its size in bytes.
+
+    Wider types come first, so that every tensor is aligned to its type; the header is padded to 8 bytes
+    (safetensors README). `done` is called after each tensor. Raises OutputError when the disk refuses.
+    """
+    ordered = sorted(pieces.items(), key=lambda item: -BITS[item[1].dtype])
+    header, total = _header(dict(ordered))
+    try:
+        with open(path, "wb", opener=_not_through_a_link) as file:
+            file.write(header)
+            for name, piece in ordered:
+                written = sum(file.write(chunk) for chunk in piece.chunks())
+                if written != piece.nbytes:
+                    raise AssertionError(f"{name} gave {written} bytes, {piece.nbytes} were announced")
+                done(name, piece)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise write_error(path, error) from error
+    return len(header) + total
+
+
+def _not_through_a_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+
+def _header(pieces: Mapping[str, Piece]) -> tuple[bytes, int]:
+    """Length and JSON of the header, and how many bytes of data follow it."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, piece in pieces.items():
+        end = offset + piece.nbytes
+        entries[name] = {"dtype": piece.dtype, "shape": list(piece.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, offset

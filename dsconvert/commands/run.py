@@ -1,0 +1,100 @@
+"""How every command runs: errors become one paragraph, and the exit code says what happened."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from dsconvert.checkpoints.output_plan import PART, left
+from dsconvert.errors import ConversionError
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from dsconvert.events import Event
+    from dsconvert.quantization.ranks import Ranks
+
+
+def run(work: Callable[[], int], *, as_json: bool, debug: bool) -> None:
+    """Run a command's work and leave with its exit code; errors become one paragraph and exit code 2."""
+    from dsconvert import console
+    from dsconvert.quantization.ranks import leave
+    from dsconvert.streams import open_streams
+
+    left.clear()
+    open_streams()
+    if debug:
+        sys.excepthook = console.show_traceback
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup asks for it
+            signal.signal(number, _terminate)
+    try:
+        code = work()
+    except ConversionError as error:
+        if debug:
+            raise
+        code = console.fail(error, as_json)
+    except KeyboardInterrupt as error:
+        traceback.clear_frames(error.__traceback__)  # ends what was under way, so that it can tidy up
+        code = console.fail(_interrupted(), as_json)
+    except (SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a library's panic is no Exception
+        if debug:
+            raise
+        code = console.fail(_unexpected(error), as_json)
+    leave(code)
+
+
+def on_each_rank(work: Callable[[Ranks], Iterator[Event]], show: Callable[[Iterator[Event]], int]) -> int:
+    """Run `work` on every process that torchrun has started; the first one shows what happens."""
+    from dsconvert.console import PASSED, STOPPED
+    from dsconvert.quantization.ranks import ALONE, Gone, ToldElsewhere, joined
+
+    ranks = ALONE
+    try:
+        with joined() as ranks:
+            if ranks.first:
+                return show(work(ranks))
+            for _ in work(ranks):
+                pass
+    except (ToldElsewhere, Gone, KeyboardInterrupt):
+        if ranks.first:
+            raise
+        return STOPPED
+    return PASSED
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _interrupted() -> ConversionError:
+    """What stands where after an interruption."""
+    if not left:
+        return ConversionError("interrupted", why="No unfinished file was left")
+    kept = [path for path in left if path.suffix != PART]
+    return ConversionError(
+        "interrupted",
+        why=f"Left unfinished: {', '.join(map(str, left))}",
+        hint="Give the same command with --resume to go on, or with --force to begin anew" if kept else "",
+    )
+
+
+def _unexpected(error: BaseException) -> ConversionError:
+    from dsconvert.errors import short
+
+    if isinstance(error, MemoryError):
+        return ConversionError(
+            "there is not enough memory",
+            why=short(error) if str(error) else "",
+            hint="Give the process more (`ulimit -v`), end others, or ask for less at a time",
+        )
+    return ConversionError(
+        f"stopped by an unexpected {type(error).__name__}: {short(error)}",
+        why="This is a fault of dsconvert",
+        hint="Run the same command with --debug and report what it prints",
+    )

@@ -1,0 +1,1 @@
+"""Runs a decoder block by block, and what is measured on the way."""

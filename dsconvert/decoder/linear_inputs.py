@@ -1,0 +1,173 @@
+"""Walks a decoder over calibration windows: what the inputs of its linears look like, block by block.
+
+The states of the text between blocks stay in host memory; a batch of windows at a time visits the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dsconvert.decoder import torch_decoder as st
+from dsconvert.errors import QuantizationError
+from dsconvert.models.architectures import ARCHS
+from dsconvert.models.tensor_table import SOLVE_ORDER, expand
+
+if TYPE_CHECKING:
+    import torch
+
+Run = Callable[["torch.Tensor"], "torch.Tensor"]
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Linears of one block that share their input X [rows, K].
+
+    `moment` is 2/rows X^T X in float32 [K, K], the Hessian of the squared error of a linear's output, or
+    its diagonal [K].
+    """
+
+    names: tuple[str, ...]
+    moment: torch.Tensor
+    rows: int
+
+
+def embed(decoder: st.Decoder, windows: st.IntArray) -> torch.Tensor:
+    """The windows [n, length] as states [n, length, d] in host memory; reads the table in slices.
+
+    Raises UsageError for an id outside the table.
+    """
+    import torch
+
+    config = decoder.config
+    st.check_ids(windows, config.vocab_size)
+    used, places = np.unique(windows, return_inverse=True)
+    rows = []
+    for part in st.slices(config.vocab_size, config.hidden_size):
+        wanted = used[(used >= part.start) & (used < part.stop)] - part.start
+        if wanted.size:
+            rows.append(st.read(decoder, st.EMBED, part).cpu()[torch.from_numpy(wanted)])
+    return st.embed(torch.cat(rows), places.reshape(windows.shape), decoder.dtype)
+
+
+def groups(decoder: st.Decoder, index: int) -> list[tuple[str, ...]]:
+    """The weights of a block's linears in solve order, those with the same input together."""
+    here = set(decoder.blocks[index].values())
+    specs = expand(ARCHS[decoder.config.architecture], decoder.config)
+    own = [spec for spec in specs if spec.hf in here and spec.hf.endswith(".weight")]
+    return [tuple(spec.hf for spec in own if spec.role == role) for role in SOLVE_ORDER]
+
+
+def walk(
+    decoder: st.Decoder, block: st.Block, hidden: torch.Tensor, diagonal: bool = False
+) -> Iterator[Group]:
+    """Take the states [n, length, d] through a block, in place, giving each group of linears on the way.
+
+    A weight that the caller changes in `block` before it takes the next group counts from there on, as
+    GPTQ asks for. Raises QuantizationError that names the linear whose inputs are not finite.
+    """
+    qkv, o, gate_up, down = groups(decoder, block.index)
+    module = block.module
+    yield _measured(decoder, hidden, qkv, module.input_layernorm, diagonal)
+    yield _measured(decoder, hidden, o, _input_of(block, o[0], _attention(decoder, block)), diagonal)
+    _add(decoder, hidden, _attention(decoder, block))
+    yield _measured(decoder, hidden, gate_up, module.post_attention_layernorm, diagonal)
+    yield _measured(decoder, hidden, down, _input_of(block, down[0], _mlp(block)), diagonal)
+    _add(decoder, hidden, _mlp(block))
+
+
+def measure_head(
+    decoder: st.Decoder, hidden: torch.Tensor, norm: torch.Tensor, diagonal: bool = False
+) -> Group:
+    """What the head is given: the states [n, length, d] after the last block through the final norm [d].
+
+    Raises QuantizationError where it is not finite.
+    """
+    return _measured(decoder, hidden, (st.HEAD,), lambda x: st.normed(decoder, norm, x), diagonal)
+
+
+def advance(decoder: st.Decoder, block: st.Block, hidden: torch.Tensor) -> None:
+    """Take the states through a block, in place, to the very bits that `walk` leaves."""
+    _add(decoder, hidden, _attention(decoder, block))
+    _add(decoder, hidden, _mlp(block))
+
+
+def _attention(decoder: st.Decoder, block: st.Block) -> Run:
+    def run(x: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        positions = torch.arange(x.shape[1], device=x.device)[None]
+        result: torch.Tensor = block.module.self_attn(
+            hidden_states=block.module.input_layernorm(x),
+            attention_mask=None,  # none asks sdpa for its causal kernel
+            position_ids=positions,
+            position_embeddings=decoder.rotary(x, positions),
+        )[0]
+        return result
+
+    return run
+
+
+def _mlp(block: st.Block) -> Run:
+    def run(x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = block.module.mlp(block.module.post_attention_layernorm(x))
+        return result
+
+    return run
+
+
+def _input_of(block: st.Block, name: str, run: Run) -> Run:
+    """What the linear `name` is given while `run` runs."""
+
+    def watched(x: torch.Tensor) -> torch.Tensor:
+        seen: list[torch.Tensor] = []
+        handle = block.linears[name].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        try:
+            run(x)
+        finally:
+            handle.remove()
+        return seen[0]
+
+    return watched
+
+
+def _add(decoder: st.Decoder, hidden: torch.Tensor, run: Run) -> None:
+    """hidden += run(hidden), a batch of windows at a time."""
+    import torch
+
+    with torch.no_grad():
+        for rows in st.batches(decoder, hidden.shape[0], hidden.shape[1]):
+            x = hidden[rows].to(decoder.device)
+            hidden[rows] = (x + run(x)).to(hidden.device)
+
+
+def _measured(
+    decoder: st.Decoder, hidden: torch.Tensor, names: tuple[str, ...], inputs: Run, diagonal: bool
+) -> Group:
+    """The moment as a running mean: no sum grows with the number of tokens, so float32 is enough."""
+    import torch
+
+    moment, seen = None, 0
+    with torch.no_grad():
+        for rows in st.batches(decoder, hidden.shape[0], hidden.shape[1]):
+            x = inputs(hidden[rows].to(decoder.device)).flatten(0, 1).float()
+            shape = x.shape[1:] if diagonal else x.shape[1:] * 2
+            if moment is None:
+                moment = torch.zeros(shape, device=x.device)
+            total = seen + len(x)
+            # The batch is summed apart: added to the mean term by term (addmm) it would lose digits, 2e-4.
+            batch = x.square().sum(0) if diagonal else x.T @ x
+            moment.add_(batch.mul_(2 / len(x)).sub_(moment), alpha=len(x) / total)
+            seen = total
+    assert moment is not None  # windows are checked when they are embedded
+    if not bool(moment.isfinite().all()):
+        raise QuantizationError(
+            "is given inputs that are no finite numbers",
+            where=names[0],
+            why="The checkpoint itself gives NaN or infinity on the calibration text",
+            hint="Look for damaged weights with `dsconvert inspect`, or fetch the checkpoint again",
+        )
+    return Group(names, moment, seen)

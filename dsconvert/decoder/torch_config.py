@@ -1,0 +1,96 @@
+"""transformers' own reading of a config, which the torch decoder runs by: nothing of ours stands between."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from dsconvert.decoder.numpy_config import Numbers, Unread, numbers, stored_rope
+from dsconvert.errors import CheckpointError, short
+from dsconvert.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    import torch
+
+# Of config.json what says nothing of a decoder's arithmetic, and is checked or looked up by transformers.
+NOT_ARITHMETIC = (
+    "architectures", "auto_map", "dtype", "torch_dtype", "model_type", "quantization_config",
+    "transformers_version", "bos_token_id", "eos_token_id", "pad_token_id", "_name_or_path",
+    "tie_word_embeddings", "use_cache", "attn_implementation", "_attn_implementation",
+)  # fmt: skip
+
+
+def llama_config(config: ModelConfig) -> Any:
+    """transformers' LlamaConfig of config.json as it is, or of the keys of a file that has none.
+
+    The latter is without RoPE scaling. Raises CheckpointError when transformers refuses the numbers.
+    """
+    import transformers
+
+    stated = config.decoder or {**config.llama_keys, "rope_theta": config.rope_theta}
+    keys = {k: v for k, v in stated.items() if k not in NOT_ARITHMETIC and v is not None}
+    if int(transformers.__version__.split(".")[0]) < 5:
+        keys = _old_spelling(keys)
+    try:
+        llama = transformers.LlamaConfig(**copy.deepcopy(keys))  # it changes the RoPE settings in place
+    except Exception as error:  # its validation raises classes of its own
+        raise CheckpointError("transformers refuses this config", why=short(error)) from None
+    llama._attn_implementation = "sdpa"
+    return llama
+
+
+def _old_spelling(keys: dict[str, Any]) -> dict[str, Any]:
+    """The same RoPE for transformers 4, whose settings lie elsewhere: it has no rope_parameters."""
+    said = dict(keys.get("rope_scaling") or keys.get("rope_parameters") or {})
+    theta = said.pop("rope_theta", keys.get("rope_theta"))
+    kind = said.get("rope_type", said.get("type", "default"))
+    outside = keys.get("original_max_position_embeddings")
+    if outside is not None and kind != "default":
+        said["original_max_position_embeddings"] = outside
+    rest = {k: v for k, v in keys.items() if k not in ("rope_theta", "rope_parameters")}
+    rest["rope_scaling"] = None if kind == "default" else said
+    return rest if theta is None else {**rest, "rope_theta": theta}
+
+
+def open_rotary(config: ModelConfig, llama: Any, device: torch.device | str) -> Any:
+    """transformers' RoPE of its config; for a GGUF file with the angles that llama.cpp would take.
+
+    Raises CheckpointError when transformers has no rule for it.
+    """
+    import torch
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    try:
+        rotary = LlamaRotaryEmbedding(config=llama).to(device)  # inv_freq stays float32
+    except Exception as error:  # whatever its rules meet in a config
+        raise CheckpointError("transformers has no RoPE for this config", why=short(error)) from None
+    if not config.decoder:
+        divisors, rotary.attention_scaling = stored_rope(config)
+        rotary.inv_freq /= torch.from_numpy(divisors).to(device)
+    return rotary
+
+
+def numbers_of(config: ModelConfig, llama: Any, rotary: Any) -> Numbers:
+    """The numbers of a model as transformers has them; `llama` and `rotary` are of this config."""
+    rope = getattr(llama, "rope_parameters", None)  # new with transformers 5
+    rope = rope or {"rope_theta": llama.rope_theta, **(llama.rope_scaling or {})}
+    return Numbers(
+        heads=llama.num_attention_heads,
+        kv_heads=llama.num_key_value_heads,
+        head_dim=llama.head_dim,
+        context_length=llama.max_position_embeddings,
+        norm_eps=llama.rms_norm_eps,
+        rope_theta=rope["rope_theta"],
+        rope=str(rope if config.decoder else config.rope_scaling or "default"),
+        angles=rotary.inv_freq.cpu().numpy(),
+        scale=float(rotary.attention_scaling),
+    )
+
+
+def read_numbers(config: ModelConfig) -> Numbers:
+    """The numbers of a model: transformers is asked, and loaded, only where numpy's reading does not do."""
+    try:
+        return numbers(config)
+    except Unread:
+        llama = llama_config(config)
+        return numbers_of(config, llama, open_rotary(config, llama, "cpu"))

@@ -1,0 +1,273 @@
+"""Runs a Llama decoder block by block from any WeightSource: a block is loaded, used and dropped.
+
+Built on transformers' own modules, made on the meta device with the weights assigned, so that the
+arithmetic is the reference's. Peak memory is the blocks that the caller holds, plus activations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dsconvert.decoder import numpy_decoder
+from dsconvert.decoder.numpy_config import Numbers
+from dsconvert.decoder.torch_config import llama_config, numbers_of, open_rotary
+from dsconvert.errors import UsageError
+from dsconvert.models.config import ModelConfig
+from dsconvert.models.tensor_table import WeightSource
+
+if TYPE_CHECKING:
+    import torch
+
+IntArray = npt.NDArray[np.int64]
+Observer = Callable[["torch.Tensor"], "torch.Tensor | None"]
+DTYPES = ("float32", "bfloat16", "float16")
+BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}  # bounds the MLP's intermediate activations
+EMBED, NORM, HEAD = numpy_decoder.EMBED, numpy_decoder.NORM, numpy_decoder.HEAD
+LOGITS_AT_ONCE = 1 << 23  # one float64 array of them is 64 MB
+ROWS_AT_ONCE = 1 << 23  # values of embedding or head that are read together: 32 MB in float32
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A decoder over a WeightSource: which tensors each block has, and where and in which type it runs."""
+
+    source: WeightSource
+    config: ModelConfig
+    device: torch.device
+    dtype: torch.dtype
+    blocks: tuple[dict[str, str], ...]  # per layer: module attribute -> tensor name
+    head: str  # the tensor that gives logits; the embedding when tied
+    llama: Any = field(repr=False)  # transformers' LlamaConfig
+    rotary: Any = field(repr=False)
+
+    @property
+    def batch_tokens(self) -> int:
+        """How many tokens go through a block at once."""
+        return BATCH_TOKENS.get(self.device.type, 1024)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder layer with its weights; `linears` are its linear modules by tensor name."""
+
+    index: int
+    module: Any
+    linears: Mapping[str, torch.nn.Module]
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device called "auto", "cpu", "cuda" or "cuda:N"; UsageError for another, or where it is not."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and (kind == "cpu" or not number.isdecimal())):
+        raise UsageError(f"device {name!r} is unknown", hint="Use auto, cpu, cuda or cuda:N")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if kind == "cuda" and int(number or 0) >= count:
+        raise UsageError(
+            f"device {name!r} is not there",
+            why=f"PyTorch {torch.__version__} sees {count} CUDA devices",
+            hint="Use --device cpu, or install a PyTorch built for your driver",
+        )
+    return torch.device(name)
+
+
+def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The type called `name`, or the device's own: float32 on a CPU, bfloat16 on CUDA; UsageError."""
+    import torch
+
+    if name is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise UsageError(f"type {name!r} is unknown", hint="Use " + ", ".join(DTYPES))
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def open_decoder(
+    source: WeightSource, config: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> Decoder:
+    """Match the source with its architecture's table and prepare to run it; reads no weights.
+
+    Raises PlanError when tensors are missing, unknown or misshapen, CheckpointError when transformers
+    does not accept the config.
+    """
+    blocks, head = numpy_decoder.tensor_names(source, config)
+    llama = llama_config(config)
+    rotary = open_rotary(config, llama, device)
+    return Decoder(source, config, device, dtype, blocks, head, llama, rotary)
+
+
+def numbers(decoder: Decoder) -> Numbers:
+    """What transformers made of the decoder's config."""
+    return numbers_of(decoder.config, decoder.llama, decoder.rotary)
+
+
+def read(decoder: Decoder, name: str, rows: slice | None = None) -> torch.Tensor:
+    """A tensor, or `rows` of it, in float32 on the decoder's device, in memory that nothing else uses."""
+    import torch
+
+    source = decoder.source
+    array = source.float32(name) if rows is None else source.float32_rows(name, rows.start, rows.stop)
+    # A copy in torch's own alignment: equal weights then give bit-equal products, wherever they came from.
+    tensor = torch.empty(array.shape, dtype=torch.float32)
+    np.copyto(tensor.numpy(), array)
+    return tensor.to(decoder.device)
+
+
+def embed(weight: torch.Tensor, windows: IntArray, dtype: torch.dtype) -> torch.Tensor:
+    """Token ids [n, length] to hidden states [n, length, d]; UsageError for an id outside the table."""
+    import torch
+
+    check_ids(windows, weight.shape[0])
+    ids = torch.as_tensor(windows, dtype=torch.int64).to(weight.device)
+    return weight[ids].to(dtype)
+
+
+def check_ids(windows: IntArray, vocab: int) -> None:
+    """Raises UsageError unless the windows are [n, length] of ids below `vocab`."""
+    if windows.ndim != 2 or not windows.size:
+        raise UsageError(f"windows of tokens have the shape {list(windows.shape)}, should be [n, length]")
+    if windows.min() < 0 or windows.max() >= vocab:
+        raise UsageError(
+            f"a token id is outside the {vocab} rows of the embedding",
+            why=f"ids go from {windows.min()} to {windows.max()}",
+            hint="The tokenizer is not this model's",
+        )
+
+
+def load_block(decoder: Decoder, index: int) -> Block:
+    """Read and assemble one decoder layer."""
+    names = decoder.blocks[index]
+    weights = {name: read(decoder, name).to(decoder.dtype) for name in names.values()}
+    return assemble_block(decoder, index, weights)
+
+
+def assemble_block(decoder: Decoder, index: int, weights: Mapping[str, torch.Tensor]) -> Block:
+    """One decoder layer of the weights given by tensor name; they are used, not copied."""
+    import torch
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    names = decoder.blocks[index]
+    with torch.device("meta"):
+        module = LlamaDecoderLayer(decoder.llama, index)
+    state = {attribute: weights[name] for attribute, name in names.items()}
+    for attribute, parameter in module.named_parameters():
+        if attribute.endswith(".bias") and attribute not in state:  # as transformers starts it
+            state[attribute] = torch.zeros(parameter.shape, dtype=decoder.dtype, device=decoder.device)
+    module.load_state_dict(state, strict=True, assign=True)
+    module.requires_grad_(False).eval()
+    linears = {
+        names[f"{attribute}.weight"]: part
+        for attribute, part in module.named_modules()
+        if isinstance(part, torch.nn.Linear)
+    }
+    return Block(index, module, linears)
+
+
+def run_block(
+    decoder: Decoder, block: Block, hidden: torch.Tensor, observers: Mapping[str, Observer] | None = None
+) -> torch.Tensor:
+    """Hidden states [n, length, d] through one block, in batches of windows; returns new states.
+
+    `observers` are called with the input [batch, length, in] of the linear whose tensor they are named
+    by, before it is applied; what they return, if anything, is the input in its stead.
+    """
+    import torch
+
+    out = torch.empty_like(hidden)
+    with torch.no_grad(), _watching(block, observers or {}):
+        for rows in batches(decoder, hidden.shape[0], hidden.shape[1]):
+            out[rows] = apply(decoder, block, hidden[rows])
+    return out
+
+
+def apply(decoder: Decoder, block: Block, x: torch.Tensor) -> torch.Tensor:
+    """States [batch, length, d] through one block, with gradients where they are on."""
+    import torch
+
+    positions = torch.arange(x.shape[1], device=x.device)[None]
+    result = block.module(
+        x,
+        attention_mask=None,  # none asks sdpa for its causal kernel
+        position_ids=positions,
+        position_embeddings=decoder.rotary(x, positions),
+    )
+    out: torch.Tensor = result[0] if isinstance(result, tuple) else result
+    return out
+
+
+def batches(decoder: Decoder, windows: int, length: int) -> Iterator[slice]:
+    """Slices of the windows so that each holds about `decoder.batch_tokens` tokens."""
+    return _cut(0, windows, decoder.batch_tokens // length)
+
+
+@contextmanager
+def _watching(block: Block, observers: Mapping[str, Observer]) -> Iterator[None]:
+    def hook(observer: Observer) -> Callable[[Any, tuple[torch.Tensor, ...]], torch.Tensor | None]:
+        return lambda module, args: observer(args[0])
+
+    handles = [block.linears[name].register_forward_pre_hook(hook(o)) for name, o in observers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def slices(rows: int, columns: int) -> Iterator[slice]:
+    """Rows of a matrix in slices of about ROWS_AT_ONCE values."""
+    return _cut(0, rows, ROWS_AT_ONCE // columns)
+
+
+def chunks(first: int, last: int, vocab: int) -> Iterator[slice]:
+    """Positions first ... last - 1 in slices, so that the logits of one are about LOGITS_AT_ONCE values."""
+    return _cut(first, last, LOGITS_AT_ONCE // vocab)
+
+
+def _cut(first: int, last: int, most: int) -> Iterator[slice]:
+    step = max(1, most)
+    return (slice(start, min(start + step, last)) for start in range(first, last, step))
+
+
+def head_weights(decoder: Decoder) -> tuple[torch.Tensor, torch.Tensor]:
+    """The final norm [d] and the head [vocab, d] in the decoder's dtype."""
+    return read(decoder, NORM).to(decoder.dtype), read(decoder, decoder.head).to(decoder.dtype)
+
+
+def logits(decoder: Decoder, norm: torch.Tensor, head: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """Final norm and head: hidden states [tokens, d] to logits [tokens, vocab] in float32.
+
+    `norm` [d] and `head` [vocab, d] are in the decoder's dtype. The caller chooses how many tokens at once.
+    """
+    import torch
+
+    with torch.no_grad():
+        return torch.nn.functional.linear(normed(decoder, norm, hidden), head).float()
+
+
+def normed(decoder: Decoder, norm: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """Hidden states [..., d] after the final norm, whose weight is `norm` [d] in the decoder's dtype."""
+    import torch
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    with torch.device("meta"):
+        final = LlamaRMSNorm(decoder.llama.hidden_size, eps=decoder.llama.rms_norm_eps)
+    final.load_state_dict({"weight": norm}, assign=True)
+    final.requires_grad_(False)
+    result: torch.Tensor = final(hidden)
+    return result
+
+
+def finite(hidden: torch.Tensor) -> bool:
+    """Whether every value is a number; one pass, no mask in memory."""
+    return math.isfinite(float(hidden.abs().max()))

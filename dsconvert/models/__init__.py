@@ -1,0 +1,1 @@
+"""What config.json and the tensor names of a checkpoint mean."""

@@ -1,0 +1,54 @@
+"""The language model inside a bigger model, as a Llama model of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from dsconvert.models.architectures import find_arch
+from dsconvert.models.architectures.llama import LLAMA
+from dsconvert.models.config import ModelConfig
+from dsconvert.models.tensor_table import WeightSource, check_shapes, expand, plan
+
+
+@dataclass(frozen=True)
+class Inner:
+    """A model inside a bigger one as a WeightSource: `names` maps its own names to the bigger model's."""
+
+    source: WeightSource
+    names: Mapping[str, str]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes = self.source.shapes()
+        return {name: shapes[outer] for name, outer in self.names.items()}
+
+    def dtype(self, name: str) -> str:
+        return self.source.dtype(self.names[name])
+
+    def float32(self, name: str) -> npt.NDArray[np.float32]:
+        return self.source.float32(self.names[name])
+
+    def float32_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
+        return self.source.float32_rows(self.names[name], start, stop)
+
+
+def language_model(
+    source: WeightSource, config: ModelConfig, where: Path | None = None
+) -> tuple[WeightSource, ModelConfig]:
+    """The decoder of a checkpoint under Llama's own names, with its config; a plain Llama model as it is.
+
+    Raises CheckpointError, which names the config's file `where`, for a class without a table, PlanError
+    when the tensors are not the config's.
+    """
+    if config.architecture in LLAMA.classes:
+        check_shapes(LLAMA, config, source.shapes())
+        return source, config
+    specs = plan(find_arch(config.architecture, where), config, source.shapes())
+    outer = {spec.gguf: spec.hf for spec in specs}
+    names = {spec.hf: outer[spec.gguf] for spec in expand(LLAMA, config) if spec.gguf in outer}
+    config = replace(config, architecture=LLAMA.classes[0], tied="output.weight" not in outer)
+    return Inner(source, names), config

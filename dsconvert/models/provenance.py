@@ -1,0 +1,49 @@
+"""Provenance: what an output was made from."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from dsconvert.models.config import ModelConfig
+from dsconvert.models.tensor_table import Spec, rounded
+
+
+class RawSource(Protocol):
+    """A source whose tensors can be read as they are stored."""
+
+    def raw(self, name: str) -> npt.NDArray[Any]: ...
+
+
+def origin(folder: Path, config: ModelConfig) -> tuple[str, str]:
+    """Organization (empty when unknown) and name, from the config, a hub cache folder or the folder."""
+    stated = config.raw.get("_name_or_path")
+    if isinstance(stated, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", stated):
+        organization, name = stated.split("/")
+        return organization, name
+    for part in reversed(folder.absolute().parts):
+        if part.startswith("models--") and part.count("--") == 2:
+            _, organization, name = part.split("--")
+            return organization, name
+    return "", folder.resolve().name or "model"
+
+
+def pairing_id(source: RawSource, specs: Iterable[Spec], config: ModelConfig) -> str:
+    """A digest of the model's weights that its text file and its projector share, 32 hex digits.
+
+    Taken over the stored names, shapes and first rows of the language model, so it does not depend on
+    the checkpoint's layout, sharding or folder, and costs one page per tensor.
+    """
+    digest = hashlib.sha256()
+    for spec in sorted(specs, key=lambda spec: spec.gguf):
+        digest.update(f"{spec.gguf} {spec.shape}\n".encode())
+        view = spec.forward(source.raw(spec.hf), config)
+        row = view if view.ndim == 1 else view[(0,) * (view.ndim - 1)]
+        digest.update(np.ascontiguousarray(rounded(row)).tobytes())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,304 @@
+"""The quick comparison of a conversion: in numpy, on the CPU, read by threads, so that it begins at once.
+
+What `compare.compare` and `time_budget.compare_blocks` find with torch, found without it. See `plain`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from dsconvert.decoder import numpy_decoder
+from dsconvert.decoder import torch_decoder as st
+from dsconvert.decoder.numpy_config import Floats, Numbers, Unread, numbers
+from dsconvert.decoder.numpy_decoder import EMBED, NORM
+from dsconvert.events import BlockCompared, Event, Step
+from dsconvert.machine import usable_cores
+from dsconvert.models.config import ModelConfig
+from dsconvert.models.tensor_table import WeightSource
+from dsconvert.proof import time_budget
+from dsconvert.proof.compare import Comparison, check_sizes, differences, judge, tensor_error
+from dsconvert.proof.figures import BlockError, TensorError, joined, summary
+from dsconvert.proof.numpy_figures import hidden_error, length, token_figures
+from dsconvert.proof.row_sums import Matrix
+from dsconvert.proof.thresholds import Thresholds
+from dsconvert.proof.time_budget import Effort, Speed
+from dsconvert.texts.windows import Windows
+
+Pair = tuple[Floats, Floats]
+TOKENS = 32  # on which sampled blocks run
+WHOLE_SECONDS = 2.0  # what running all of a small model may take by estimate
+LEAST_BLOCKS = 1
+CHUNK = 1 << 18  # values of a matrix that are read at a time
+FLOPS_PER_CORE, READS_PER_CORE = 45e9, 0.2e9  # measured on a quiet machine
+
+
+def speed(threads: int = 0) -> Speed:
+    """What so many threads, or one on each core, do together, by estimate."""
+    cores = min(threads or usable_cores(), usable_cores())
+    return Speed(FLOPS_PER_CORE * cores, READS_PER_CORE * cores)
+
+
+def spread(layers: int) -> tuple[int, ...]:
+    """Every layer, in an order whose beginnings are spread over the model: first, middle, last, quarters."""
+    order, parts = [0, layers // 2, layers - 1], 4
+    while len(set(order)) < layers:
+        order += [layers * k // parts for k in range(1, parts, 2)]
+        parts *= 2
+    return tuple(dict.fromkeys(order))
+
+
+def check(
+    reference: WeightSource,
+    candidate: WeightSource,
+    config: ModelConfig,
+    windows: Windows,
+    limits: Thresholds,
+    seconds: float,
+    candidate_config: ModelConfig,
+    threads: int = 0,
+) -> Generator[Event, None, Comparison]:
+    """Choose, say it, compare and judge, as `time_budget.check`; a big model's blocks for about `seconds`.
+
+    `threads` read the weights, by default one on each core.
+
+    A config.json that the numpy decoder does not know every key of is run with transformers' own modules.
+    """
+    try:
+        read_both(config, candidate_config, windows)
+    except Unread as key:
+        yield Step(
+            f"config.json has {key}, which the numpy proof does not know; transformers' own code is run"
+        )
+        return (yield from _with_torch(reference, candidate, config, windows, limits, candidate_config))
+    chosen = time_budget.choose(
+        config, windows, "quick", "cpu", WHOLE_SECONDS, speed=speed(threads), least=1, tokens=TOKENS
+    )
+    if chosen.blocks is None:
+        yield Step(f"verifying {chosen.text}")
+    else:
+        chosen = replace(chosen, blocks=spread(config.layers), seconds=seconds)
+        least = min(LEAST_BLOCKS, config.layers)
+        yield Step(
+            f"verifying blocks for about {max(seconds, 0):.1f} s, at least {least} of {config.layers}, on "
+            f"{chosen.windows.length} tokens, each on the reference's input; --verify full runs all of it"
+        )
+    comparison = yield from compare(reference, candidate, config, chosen, candidate_config, threads)
+    if chosen.blocks is not None:
+        ran = ", ".join(str(block.index) for block in comparison.blocks)
+        blocks = "block" if len(comparison.blocks) == 1 else "blocks"
+        yield Step(f"ran {blocks} {ran} of {config.layers}; no logits were compared")
+    yield from judge(comparison, limits).checks
+    return comparison
+
+
+def _with_torch(
+    reference: WeightSource,
+    candidate: WeightSource,
+    config: ModelConfig,
+    windows: Windows,
+    limits: Thresholds,
+    candidate_config: ModelConfig,
+) -> Generator[Event, None, Comparison]:
+    chosen = time_budget.choose(config, windows, "quick", "auto")
+    comparison, _ = yield from time_budget.check(
+        reference, candidate, config, chosen, limits, candidate_config=candidate_config
+    )
+    return comparison
+
+
+def compare(
+    reference: WeightSource,
+    candidate: WeightSource,
+    config: ModelConfig,
+    chosen: Effort,
+    candidate_config: ModelConfig | None = None,
+    threads: int = 0,
+) -> Generator[Event, None, Comparison]:
+    """Run what was chosen of both models over the windows; the same findings as with torch.
+
+    All blocks and the logits, or the chosen blocks in their order, each on the reference's input (see
+    time_budget.compare_blocks), until the next would end after the chosen seconds, but LEAST_BLOCKS at least.
+    Yields BlockCompared. Raises CheckpointError, PlanError when the two cannot be the same model, and Unread
+    where `check` would take transformers.
+    """
+    other = candidate_config or config
+    check_sizes(config, other)
+    st.check_ids(chosen.windows.tokens, config.vocab_size)
+    names, heads = zip(
+        *(numpy_decoder.tensor_names(*side) for side in ((reference, config), (candidate, other))),
+        strict=True,
+    )
+    pair = read_both(config, other, chosen.windows)
+    with ThreadPoolExecutor(threads or usable_cores()) as pool:
+        run = _Run((reference, candidate), pair, names[0], chosen.windows, pool)
+        run.config += differences(*pair)
+        if chosen.blocks is None:
+            return (yield from run.whole(heads))
+        return (yield from run.sample(chosen.blocks, chosen.seconds))
+
+
+def read_both(config: ModelConfig, other: ModelConfig, windows: Windows) -> tuple[Numbers, Numbers]:
+    """Both models' numbers, each by its own file; raises Unread where numpy is not enough."""
+    pair = numbers(config), numbers(other)
+    if windows.length > min(pair[0].within, pair[1].within):
+        raise Unread("max_position_embeddings")
+    return pair
+
+
+@dataclass
+class _Run:
+    sources: tuple[WeightSource, WeightSource]
+    numbers: tuple[Numbers, Numbers]
+    names: tuple[dict[str, str], ...]
+    windows: Windows
+    pool: ThreadPoolExecutor
+    config: tuple[str, ...] = ()
+    room: Pair | None = None
+    blocks: list[BlockError] = field(default_factory=list)
+    tensors: list[TensorError] = field(default_factory=list)
+
+    def whole(self, heads: tuple[str, str]) -> Generator[Event, None, Comparison]:
+        """Every block on its own model's states, then the logits of every scored prediction."""
+        tables = self.read([EMBED])[EMBED]
+        hidden = [table[self.windows.tokens] for table in tables]
+        for index in range(len(self.names)):
+            hidden = self.apply(index, hidden)
+            if broken := _broken(hidden, f"after block {index}"):
+                return self.ended(broken)
+            relative, cosine = hidden_error(*hidden)
+            self.blocks.append(BlockError(index, relative, cosine))
+            yield BlockCompared(index, len(self.names), relative, cosine)
+        norms = self.read([NORM])[NORM]
+        tied = heads == (EMBED, EMBED)
+        matrices = tables if tied else self.read_pair(*heads)
+        parts = []
+        for window, first in enumerate(self.windows.first.tolist()):
+            rows = slice(first, self.windows.length - 1)
+            logits = [
+                numpy_decoder.logits(x[window, rows], norm, head, numbers.norm_eps)
+                for x, norm, head, numbers in zip(hidden, norms, matrices, self.numbers, strict=True)
+            ]
+            if broken := _broken(logits, f"as logits in window {window}"):
+                return self.ended(broken)
+            columns = token_figures(logits[0], logits[1], self.windows.targets(window, rows))
+            parts.append(columns | self.windows.places(window, rows))
+        tokens = joined(parts)
+        return replace(self.ended(""), figures=summary(tokens), tokens=tokens)
+
+    def sample(self, blocks: tuple[int, ...], seconds: float) -> Generator[Event, None, Comparison]:
+        """Block 0 on the embedded text, the others on what the reference's block 0 made of it."""
+        started = before = time.monotonic()
+        start = self.embedded()
+        for index in blocks:
+            base, candidate = self.stream(index, [start, start])
+            if broken := _broken([base, candidate], f"after block {index}"):
+                return self.ended(broken)
+            relative, cosine = hidden_error(base, candidate)
+            update = float(np.mean(length(candidate - base) / np.maximum(length(base - start), 1e-38)))
+            self.blocks.append(BlockError(index, relative, cosine, update))
+            yield BlockCompared(index, len(self.names), relative, cosine)
+            start = base if index == 0 else start
+            now = time.monotonic()
+            if len(self.blocks) >= LEAST_BLOCKS and now + (now - before) > started + seconds:
+                break
+            before = now
+        return self.ended("")
+
+    def ended(self, broken: str) -> Comparison:
+        """The comparison without figures, as it stands."""
+        return Comparison(None, None, tuple(self.blocks), tuple(self.tensors), self.config, broken)
+
+    def embedded(self) -> Floats:
+        """The reference's embedded text; of both tables only the rows in use are read and compared."""
+        used, places = np.unique(self.windows.tokens, return_inverse=True)
+        base, candidate = (
+            np.concatenate([source.float32_rows(EMBED, i, i + 1) for i in used.tolist()])
+            for source in self.sources
+        )
+        self.note(EMBED, EMBED, Matrix().add(base, candidate, labels=used))
+        states: Floats = base[places.reshape(self.windows.tokens.shape)]
+        return states
+
+    def apply(self, index: int, hidden: list[Floats]) -> list[Floats]:
+        """What block `index` of both makes of their states; its tensors are compared too."""
+        names = self.names[index]
+        both = self.read(names.values())
+        return [
+            numpy_decoder.block(
+                numbers, {attribute: both[name][side] for attribute, name in names.items()}, x
+            )
+            for side, (numbers, x) in enumerate(zip(self.numbers, hidden, strict=True))
+        ]
+
+    @np.errstate(over="ignore", invalid="ignore")  # as numpy_decoder.block
+    def stream(self, index: int, hidden: list[Floats]) -> list[Floats]:
+        """As `apply`, with one matrix of each model in memory at a time."""
+        names, shapes = self.names[index], self.sources[0].shapes()
+        small = self.read(name for name in names.values() if len(shapes[name]) == 1)
+        vectors = [{a: small[name][side] for a, name in names.items() if name in small} for side in (0, 1)]
+        runs = [numpy_decoder.steps(*given) for given in zip(self.numbers, vectors, hidden, strict=True)]
+
+        def products(asked: numpy_decoder.Names, states: list[Floats]) -> list[tuple[Floats, ...]]:
+            pairs = [self.product(names[name + ".weight"], states) for name in asked]
+            return [tuple(pair[side] for pair in pairs) for side in (0, 1)]
+
+        return numpy_decoder.in_step(runs, products)
+
+    def product(self, name: str, states: list[Floats]) -> list[Floats]:
+        """Both models' states times their matrices `name`, whose error is noted.
+
+        Read some rows at a time, so that what is made on the way stays in cache, into the same memory for
+        every matrix: memory that a process takes for the first time costs more than what is done in it.
+        """
+        rows, columns = self.sources[0].shapes()[name]
+        pair = [room[: rows * columns].reshape(rows, columns) for room in self.rooms(rows * columns)]
+        head = self.numbers[1].head_dim  # RoPE's order is undone by whole heads
+        step = max(CHUNK // columns // head, 1) * head
+
+        compared = Matrix()
+
+        def read(start: int) -> None:
+            stop = min(start + step, rows)
+            parts = [source.float32_rows(name, start, stop) for source in self.sources]
+            for matrix, part in zip(pair, parts, strict=True):
+                matrix[start:stop] = part
+            compared.add(*parts, labels=range(start, stop))
+
+        list(self.pool.map(read, range(0, rows, step)))
+        self.note(name, name, compared)
+        return [x @ matrix.T for x, matrix in zip(states, pair, strict=True)]
+
+    def rooms(self, size: int) -> tuple[Floats, Floats]:
+        """Memory for a matrix of so many values of each model, the same as long as it suffices."""
+        if self.room is None or len(self.room[0]) < size:
+            self.room = np.empty(size, np.float32), np.empty(size, np.float32)
+        return self.room
+
+    def read(self, names: Iterable[str]) -> dict[str, Pair]:
+        """These tensors of both in float32, read on every core, each one's error noted."""
+        names = list(names)
+        return dict(zip(names, self.pool.map(lambda name: self.read_pair(name, name), names), strict=True))
+
+    def read_pair(self, name: str, other: str) -> Pair:
+        """A tensor of the reference and its counterpart."""
+        base, candidate = self.sources[0].float32(name), self.sources[1].float32(other)
+        self.note(name, other, Matrix().add(base, candidate))
+        return base, candidate
+
+    def note(self, name: str, other: str, compared: Matrix) -> None:
+        """Keep the error of a tensor of the candidate, and what is wrong with its rows."""
+        head_dim = self.numbers[0].head_dim
+        self.tensors.append(tensor_error(self.sources, (name, other), compared, head_dim))
+
+
+def _broken(values: list[Floats], where: str) -> str:
+    """Which of the two gives a value that is not finite, if one does."""
+    for who, array in zip(("the reference", "the candidate"), values, strict=True):
+        if not np.isfinite(np.abs(array).max()):
+            return f"{who} gives non-finite values {where}"
+    return ""

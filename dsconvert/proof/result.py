@@ -1,0 +1,232 @@
+"""What a report holds, and its form for machines; `report_page` makes the page of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dsconvert.checkpoints.output_files import write_file
+from dsconvert.checkpoints.output_plan import check_distinct, check_files, check_side_file
+from dsconvert.errors import ConversionError
+from dsconvert.proof.compare import Comparison
+from dsconvert.proof.figures import Figures
+from dsconvert.proof.thresholds import Thresholds, Verdict
+from dsconvert.reading import read_head, read_object
+from dsconvert.texts.windows import Windows
+
+if TYPE_CHECKING:
+    from dsconvert.proof.runtime import EngineFigures
+
+Decode = Callable[[Sequence[int]], str]
+WORST, CONTEXT = 20, 24
+GENERATOR = '<meta name="generator" content="dsconvert">'  # what a page of ours is known by
+JSON_LIMIT = 1 << 30
+
+
+@dataclass(frozen=True)
+class TypeSize:
+    """How much of an output a type takes."""
+
+    type: str
+    tensors: int
+    weights: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything a report shows; `decode` turns ids into text, `provenance` is shown as it is."""
+
+    title: str
+    comparison: Comparison
+    verdict: Verdict
+    limits: Thresholds
+    windows: Windows
+    sizes: tuple[TypeSize, ...] = ()
+    provenance: Mapping[str, str] = field(default_factory=dict)
+    engine: EngineFigures | None = None
+    decode: Decode | None = None
+
+
+@dataclass(frozen=True)
+class WorstToken:
+    """A prediction with a large KL divergence: the text before it, what followed, what was expected."""
+
+    window: int
+    position: int
+    kld: float
+    p_base: float
+    p: float
+    context: str
+    target: str
+    top_base: str
+    top: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One of several outputs of the same model; `bits` are bits per weight over all tensors."""
+
+    name: str
+    nbytes: int
+    bits: float
+    figures: Figures
+    passed: bool
+
+
+OUTCOME_COLUMNS = ("output", "MB", "bits per weight", "PPL", "PPL ratio", "mean KLD", "99 % KLD",
+                   "same top p", "verdict")  # fmt: skip
+
+
+def outcome_row(outcome: Outcome) -> tuple[str, ...]:
+    """The cells of OUTCOME_COLUMNS, for a page or a terminal."""
+    figures = outcome.figures
+    return (
+        outcome.name,
+        f"{outcome.nbytes / 1e6:.1f}",
+        f"{outcome.bits:.2f}",
+        f"{figures.ppl.value:.4f}",
+        f"{figures.ppl_ratio.value:.4f}",
+        f"{figures.kld.value:.5f}",
+        f"{figures.kld_percentiles['99']:.5f}",
+        f"{figures.same_top.value:.2%}",
+        "pass" if outcome.passed else "FAIL",
+    )
+
+
+def worst_tokens(report: Report, count: int = WORST) -> list[WorstToken]:
+    """The predictions with the largest KL divergence, worst first."""
+    tokens = report.comparison.tokens
+    if tokens is None:
+        return []
+    text = report.decode or (lambda ids: " ".join(map(str, ids)))
+    found = []
+    for i in np.argsort(-tokens.kld, kind="stable")[:count].tolist():
+        window, position = int(tokens.window[i]), int(tokens.position[i])
+        before = report.windows.tokens[window, max(0, position + 1 - CONTEXT) : position + 1]
+        found.append(
+            WorstToken(
+                window=window,
+                position=position,
+                kld=float(tokens.kld[i]),
+                p_base=math.exp(-float(tokens.nll_base[i])),
+                p=math.exp(-float(tokens.nll[i])),
+                context=text(before.tolist()),
+                target=text([int(tokens.target[i])]),
+                top_base=text([int(tokens.top_base[i])]),
+                top=text([int(tokens.top[i])]),
+            )
+        )
+    return found
+
+
+def sizes_by_type(tensors: Iterable[tuple[str, int, int]]) -> tuple[TypeSize, ...]:
+    """Sums over (type, weights, bytes) of every tensor, largest type first."""
+    sums: dict[str, list[int]] = {}
+    for kind, count, nbytes in tensors:
+        row = sums.setdefault(kind, [0, 0, 0])
+        row[0], row[1], row[2] = row[0] + 1, row[1] + count, row[2] + nbytes
+    rows = [TypeSize(kind, *row) for kind, row in sums.items()]
+    return tuple(sorted(rows, key=lambda row: -row.nbytes))
+
+
+def as_dict(report: Report) -> dict[str, Any]:
+    """The report for machines; a value that is not finite is null, and a tensor without error says so."""
+    found, figures = report.comparison, report.comparison.figures
+    value = {
+        "title": report.title,
+        "passed": report.verdict.passed,
+        "reasons": list(report.verdict.reasons),
+        "checks": [check.as_dict() for check in report.verdict.checks],
+        "limits": asdict(report.limits),
+        "figures": None if figures is None else asdict(figures),
+        "engine": None if report.engine is None else asdict(report.engine),
+        "broken": found.broken,
+        "blocks": [asdict(block) for block in found.blocks],
+        "tensors": [{**asdict(tensor), "equal": tensor.snr == math.inf} for tensor in found.tensors],
+        "worst_tokens": [asdict(token) for token in worst_tokens(report)],
+        "sizes": [asdict(size) for size in report.sizes],
+        "provenance": dict(report.provenance),
+    }
+    cleaned: dict[str, Any] = _finite(value)
+    return cleaned
+
+
+def _finite(value: Any) -> Any:
+    """The same structure with null for each float that JSON cannot say."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def check_targets(
+    page: Path | None, json_file: Path | None, inputs: Sequence[Path] = (), base: Path | None = None
+) -> None:
+    """See that a report's page and its JSON can be written; raises OutputError.
+
+    What exists under these names is overwritten only if it is such a page or such JSON, and none of the
+    `inputs` that the command reads. `base`, a file of log-probabilities, is written where there is none.
+    """
+    named = {path: kind for path, kind in ((page, PAGE), (json_file, JSON)) if path is not None}
+    check_distinct([path for path in (page, json_file, base) if path is not None])
+    if base is not None and not os.path.lexists(base):
+        check_files([base], [0], force=False)
+    for path, kind in named.items():
+        check_side_file(path, ours=kind.known, kind=kind.name, inputs=inputs)
+
+
+def save_page(path: Path, text: str) -> None:
+    """Write a page so that it is complete or not there; raises OutputError, also for a stranger's file."""
+    _save(path, text, PAGE)
+
+
+def save_json(path: Path, text: str) -> None:
+    """Write a proof's JSON so that it is complete or not there; OutputError, also for a stranger's file."""
+    _save(path, text, JSON)
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is a page that `report_page` made."""
+    try:
+        return GENERATOR.encode() in read_head(path, 1000)
+    except OSError:
+        return False
+
+
+def is_json(path: Path) -> bool:
+    """Whether a file is the JSON of a proof, or of several."""
+    try:
+        found = read_object(path, JSON_LIMIT)
+    except ConversionError:
+        return False
+    return {"title", "passed", "provenance"} <= found.keys() or found.keys() == {"title", "outputs"}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of file that a proof is written to: its name in messages, and how it is known."""
+
+    name: str
+    known: Callable[[Path], bool]
+
+
+PAGE, JSON = Kind("report of dsconvert", is_page), Kind("JSON of a proof", is_json)
+
+
+def _save(path: Path, text: str, kind: Kind) -> None:
+    check_side_file(path, ours=kind.known, kind=kind.name)
+    write_file(path, text.encode("utf-8", "replace"), replace=True)
+
+
+def as_json(report: Report) -> str:
+    """`as_dict` as text."""
+    return json.dumps(as_dict(report), indent=1, allow_nan=False) + "\n"

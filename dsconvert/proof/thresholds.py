@@ -1,0 +1,245 @@
+"""What a conversion of each type must reach to pass, and the verdict.
+
+The limits separate a faithful conversion from a defect; they are no statement about how good a type is.
+They were set from ggml's own quantizations of two models, the more fragile of which (SmolLM2-135M: mean KLD
+.0011 at q8_0, .0054 at q6_k, .080 at q4_k, .35 at q4_0, where a 2-million-weight model has .00001, .0002,
+.003, .004) has to pass with some room. A big model should stay far below them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeVar
+
+from dsconvert.errors import UsageError
+from dsconvert.events import Check
+from dsconvert.proof.row_faults import told
+
+if TYPE_CHECKING:
+    from dsconvert.proof.figures import BlockError, Figures, TensorError
+
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Limits: mean KL divergence in nats, PPL(Q)/PPL(base), share of tokens with the same top token.
+
+    `max_update` bounds a single block's error on the reference's input, see BlockError.update.
+    """
+
+    max_kld: float
+    max_ppl_ratio: float
+    min_top1: float
+    max_update: float = 0.7
+
+
+LIMITS: dict[str, Thresholds] = {
+    "f32": Thresholds(1e-6, 1.0001, 0.999, 1e-4),
+    "f16": Thresholds(1e-3, 1.005, 0.98, 0.02),
+    "bf16": Thresholds(1e-3, 1.005, 0.98, 0.02),
+    "q8_0": Thresholds(0.005, 1.01, 0.95, 0.04),
+    "q6_k": Thresholds(0.03, 1.03, 0.90, 0.06),
+    "q5": Thresholds(0.20, 1.25, 0.75, 0.25),
+    "q4": Thresholds(0.30, 1.40, 0.70, 0.4),
+    "q4_0": Thresholds(0.70, 1.80, 0.60, 0.4),
+    "q3": Thresholds(0.80, 2.00, 0.55, 0.5),
+    "q2": Thresholds(1.50, 3.00, 0.45, 0.7),
+    # Measured with an importance matrix, where one is needed, on the small sample: .007, .04 and .13.
+    "iq4": Thresholds(0.30, 1.40, 0.70, 0.4),
+    "iq3": Thresholds(1.00, 2.20, 0.50, 0.5),
+    "iq2": Thresholds(2.00, 4.00, 0.35, 0.8),
+    # Ternary levels destroy a model that was not trained for them (.8 and up; 6 times the perplexity).
+    "tq1": Thresholds(4.00, 30.0, 0.10, 1.2),
+    "tq2": Thresholds(4.00, 30.0, 0.10, 1.2),
+    "mxfp4": Thresholds(0.70, 1.80, 0.60, 0.4),
+    "gptq8": Thresholds(0.005, 1.01, 0.95, 0.04),
+    "gptq4": Thresholds(0.70, 1.80, 0.60, 0.4),
+    "gptq3": Thresholds(1.50, 3.00, 0.45, 0.7),
+    "gptq2": Thresholds(4.00, 30.0, 0.10, 1.0),
+    "exl2_8": Thresholds(0.005, 1.01, 0.95, 0.04),
+    "exl2_6": Thresholds(0.05, 1.05, 0.88, 0.1),
+    "exl2_5": Thresholds(0.20, 1.25, 0.75, 0.25),
+    "exl2_4": Thresholds(0.70, 1.80, 0.60, 0.4),
+    "exl2_3": Thresholds(1.50, 3.00, 0.45, 0.7),
+    "exl2_2": Thresholds(4.00, 30.0, 0.10, 1.0),
+}
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """How near a real runtime must come to what its own arithmetic predicts of the file.
+
+    `ppl` bounds |PPL(engine)/PPL(predicted) - 1| beyond three standard errors. Rounding is chaotic: the last
+    bit of a sum decides which way the next value goes, so two runs of the same arithmetic are as far apart as
+    two roundings. `spread` bounds KL(predicted || engine) in multiples of what rounding itself does,
+    KL(weights || predicted), and `least` nats are always allowed.
+    """
+
+    ppl: float = 0.003
+    spread: float = 4.0
+    least: float = 1e-5
+
+
+ENGINE_LIMITS = EngineLimits()
+
+# The least signal to noise in dB of a tensor stored in a type: about 7 dB below the least that was measured
+# (q8_0 43.7, q6_k 34.7, q5_0 25.1, q4_0 19.1, q3_k 16.4, q2_k 10.5, bf16 55). Weights in the wrong place
+# give -3 dB and zeroed ones 0 dB, whatever the type.
+SNR_FLOOR: dict[str, float] = {
+    "f32": 100.0,
+    "f16": 40.0,
+    "bf16": 45.0,
+    "q8_0": 36.0,
+    "q6_k": 28.0,
+    "q5": 18.0,
+    "q4": 12.0,
+    "q3": 9.0,
+    "q2": 4.0,
+    # Less room for what only a grid holds: few columns with large weights alone cost it 4 to 7 dB (measured
+    # on the sample and on random rows of five shapes: iq4 18.1, mxfp4 15.4, iq3_s 10.8, iq3_xxs 9.3,
+    # iq2_s 4.3, iq2_xxs 2.1, tq 1.6).
+    "iq4": 12.0,
+    "mxfp4": 9.0,
+    "iq3": 5.0,
+    "iq2": 1.0,
+    "tq1": 0.5,
+    "tq2": 0.5,
+    # GPTQ trades error of weights for error of outputs: measured 38.6, 15.6, 7.3 and 1.7 dB at the least.
+    "gptq8": 30.0,
+    "gptq4": 8.5,
+    "gptq3": 3.5,
+    "gptq2": 0.5,
+    # As GPTQ, by the average width of a tensor's codes; 5 and 6 bits between, 6 dB a bit.
+    "exl2_8": 30.0,
+    "exl2_6": 19.0,
+    "exl2_5": 13.5,
+    "exl2_4": 8.5,
+    "exl2_3": 3.5,
+    "exl2_2": 0.5,
+}
+ANY_FLOOR = 3.0
+_BITS = re.compile(r"(q|iq|tq)\d|mxfp4")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether every check held, and the sentence of each that did not."""
+
+    passed: bool
+    reasons: tuple[str, ...]
+    checks: tuple[Check, ...]
+
+
+def thresholds_for(
+    quant: str,
+    *,
+    max_kld: float | None = None,
+    max_ppl_ratio: float | None = None,
+    min_top1: float | None = None,
+) -> Thresholds:
+    """The limits of a type or mixture ("q4_k_m"), each replaced by the one given.
+
+    Raises UsageError for an unknown type unless all three are given.
+    """
+    given = {"max_kld": max_kld, "max_ppl_ratio": max_ppl_ratio, "min_top1": min_top1}
+    changes = {name: value for name, value in given.items() if value is not None}
+    base = _row(LIMITS, quant)
+    if base is None:
+        if len(changes) < len(given):
+            raise UsageError(
+                f"there are no thresholds for {quant!r}",
+                why=f"known: {', '.join(LIMITS)} and their mixtures",
+                hint="Give --max-kld, --max-ppl-ratio and --min-top1",
+            )
+        return Thresholds(**changes)
+    return replace(base, **changes)
+
+
+def snr_floor(tensor_type: str) -> float:
+    """The least signal to noise in dB that a tensor of this type must have."""
+    floor = _row(SNR_FLOOR, tensor_type)
+    return ANY_FLOOR if floor is None else floor
+
+
+def _row(table: dict[str, Row], name: str) -> Row | None:
+    """The row of `name`, or of its number of bits: q4_k_m -> q4, iq3_xs -> iq3."""
+    name = name.lower()
+    bits = _BITS.match(name)
+    return table.get(name, table.get(bits[0] if bits else name))
+
+
+def judge_figures(figures: Figures, limits: Thresholds) -> list[Check]:
+    """The three checks of the whole model's output."""
+    kld, ratio, top = figures.kld.value, figures.ppl_ratio.value, figures.same_top.value
+    return [
+        Check("mean KLD", kld <= limits.max_kld, f"mean KLD {kld:.3g}, limit {limits.max_kld:g}", kld),
+        Check(
+            "PPL ratio",
+            ratio <= limits.max_ppl_ratio,
+            f"PPL(Q)/PPL(base) {ratio:.5g}, limit {limits.max_ppl_ratio:g}",
+            ratio,
+        ),
+        Check(
+            "same top p",
+            top >= limits.min_top1,
+            f"same top token for {top:.2%} of tokens, limit {limits.min_top1:.2%}",
+            top,
+        ),
+    ]
+
+
+def judge_blocks(blocks: tuple[BlockError, ...], limits: Thresholds) -> list[Check]:
+    """One check per block that ran on the reference's own input and is wrong, or one for all of them."""
+    ran = {block.index: block.update for block in blocks if block.update is not None}
+    limit = f"limit {limits.max_update:g}"
+    checks = [
+        Check(f"block {i}", False, f"block {i}: error of its output {update:.3g}, {limit}", update)
+        for i, update in ran.items()
+        if not update <= limits.max_update
+    ]
+    if ran and not checks:
+        worst = max(ran, key=lambda i: ran[i])
+        count = "1 block" if len(ran) == 1 else f"{len(ran)} blocks"
+        detail = f"{count}; largest error of an output {ran[worst]:.3g} (block {worst}), {limit}"
+        checks.append(Check("blocks", True, detail, ran[worst]))
+    return checks
+
+
+def judge_tensors(tensors: tuple[TensorError, ...]) -> list[Check]:
+    """One check per tensor below its type's floor or with a wrong row, or one that says that none is.
+
+    None without tensors. The rows of a tensor that is wrong in most of them are not told one by one.
+    """
+    if not tensors:
+        return []
+    bad = [t for t in tensors if not t.snr >= snr_floor(t.type)]  # a NaN is below every floor
+    wrong = [t for t in tensors if t.faults and not (t in bad and 2 * len(t.faults) > t.rows)]
+    if not bad and not wrong:
+        worst = min(tensors, key=lambda t: t.snr - snr_floor(t.type))
+        rows = f"{sum(t.rows for t in tensors):,} rows each on its own"
+        nearest = f"nearest to it: {worst.name}, {_decibel(worst.snr)} ({worst.type})"
+        detail = f"{len(tensors)} tensors above their type's floor, {rows}; {nearest}"
+        return [Check("weights", True, detail, worst.snr)]
+    rows_wrong = [Check("weights", False, f"{t.name}: {told(t.faults)}", float(len(t.faults))) for t in wrong]
+    return rows_wrong + [
+        Check(
+            "weights",
+            False,
+            f"{t.name}: signal to noise {_decibel(t.snr)}, {t.type} should reach {snr_floor(t.type):g} dB",
+            t.snr,
+        )
+        for t in sorted(bad, key=lambda t: (not math.isnan(t.snr), t.snr))
+    ]
+
+
+def _decibel(value: float) -> str:
+    return "not a number (non-finite values)" if math.isnan(value) else f"{value:.1f} dB"
+
+
+def verdict(checks: list[Check]) -> Verdict:
+    """Passed when every check held, and there was at least one."""
+    reasons = tuple(check.detail for check in checks if not check.passed)
+    return Verdict(bool(checks) and not reasons, reasons, tuple(checks))

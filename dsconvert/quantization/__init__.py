@@ -1,0 +1,1 @@
+"""What the block-wise formats share."""

@@ -1,0 +1,219 @@
+"""Quantizes a decoder block by block, each on what the quantized ones before it give; resumable."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from dsconvert.checkpoints.safetensors_reader import Stored
+from dsconvert.checkpoints.safetensors_writer import Piece, from_bytes, from_stored
+from dsconvert.decoder import linear_inputs
+from dsconvert.decoder import torch_decoder as st
+from dsconvert.errors import ConversionError
+from dsconvert.events import Event, Step, TensorDone
+from dsconvert.machine import give_back
+from dsconvert.quantization.ranks import ALONE, Ranks
+from dsconvert.quantization.run_state import State
+
+if TYPE_CHECKING:
+    import torch
+
+# A linear quantized: the output's tensors, a record of it, and the weights [N, K] that they stand for.
+Solution = tuple[dict[str, Piece], dict[str, Any], "torch.Tensor"]
+Known = tuple[dict[str, Piece], dict[str, Any], "torch.Tensor | None"]
+# Quantizes the linear of this name, given its weight [N, K] in float32 and its Hessian [K, K].
+Solve = Callable[[str, "torch.Tensor", "torch.Tensor"], Generator[Event, None, Solution]]
+# The weights [N, K] that a finished block's tensors stand for, of the linear of this name: to the bit what
+# `Solve` gave for them.
+Restore = Callable[[str, Mapping[str, Stored]], "torch.Tensor"]
+
+
+def quantize_blocks(
+    decoder: st.Decoder,
+    tokens: st.IntArray,
+    state: State,
+    solve: Solve,
+    restore: Restore,
+    head: bool = False,
+    ranks: Ranks = ALONE,
+) -> Generator[Event, None, None]:
+    """Quantize every block that `state` does not hold yet and save it there; then the head, if asked.
+
+    `tokens` int64 [n, length] are the calibration windows. The head counts as a block after the last; it is
+    called lm_head.weight, also where the embedding serves for it. Of several `ranks` each takes a share of
+    the windows and of a group's linears; the first saves. Raises what `solve` raises, with the linear's
+    name, and QuantizationError where the inputs of a linear are not finite.
+    """
+    layers, finished = decoder.config.layers, 0
+    with ranks.together():
+        own = tokens[ranks.share(len(tokens))]
+        finished = len(state.records()) if ranks.first else 0
+    finished = ranks.shared(finished)
+    if finished:
+        yield Step(f"going on: {finished} of {layers + head} blocks are finished")
+    if finished == layers + head:
+        return
+    with ranks.together():
+        hidden = linear_inputs.embed(decoder, own)
+    for index in range(layers):
+        if index < finished:
+            with ranks.together():
+                _pass_finished(decoder, index, hidden, state, restore)
+        else:
+            yield from _quantize_block(decoder, index, hidden, state, solve, ranks)
+    if head:
+        yield from _quantize_head(decoder, hidden, state, solve, ranks)
+
+
+def _pass_finished(
+    decoder: st.Decoder, index: int, hidden: torch.Tensor, state: State, restore: Restore
+) -> None:
+    """Take the states through a block that is finished."""
+    block, stored = st.load_block(decoder, index), state.tensors(index)
+    for name in (name for group in linear_inputs.groups(decoder, index) for name in group):
+        _put(decoder, block, name, restore(name, stored))
+    linear_inputs.advance(decoder, block, hidden)
+
+
+def _quantize_block(
+    decoder: st.Decoder, index: int, hidden: torch.Tensor, state: State, solve: Solve, ranks: Ranks
+) -> Generator[Event, None, None]:
+    started = time.monotonic()
+    with ranks.together():
+        block = st.load_block(decoder, index)
+    pieces: dict[str, Piece] = {}
+    linears: list[dict[str, Any]] = []
+    for names, moment in measured(linear_inputs.walk(decoder, block, hidden), ranks):
+        for name, owner, solution in (yield from _solve_group(decoder, names, moment, solve, ranks)):
+            found, record, weight = solution
+            if weight is not None:
+                _put(decoder, block, name, weight)
+            ranks.send(_weight(block, name), owner)
+            pieces |= found
+            linears.append(record)
+    with ranks.together():
+        if ranks.first:
+            state.save(index, pieces, {"linears": linears})
+    yield Step(summary(f"block {index + 1} of {decoder.config.layers}", linears, time.monotonic() - started))
+
+
+def measured(
+    groups: Iterator[linear_inputs.Group], ranks: Ranks
+) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
+    """The names and the Hessian of each group: of all windows, where each of `ranks` has seen its share."""
+    while True:
+        with ranks.together():
+            group = next(groups, None)
+        if group is None:
+            return
+        yield group.names, ranks.mean(group.moment, group.rows)
+
+
+def _solve_group(
+    decoder: st.Decoder, names: tuple[str, ...], moment: torch.Tensor, solve: Solve, ranks: Ranks
+) -> Generator[Event, None, list[tuple[str, int, Known]]]:
+    """The linears of a group with who solved them; weights are None where another process did."""
+    own: dict[str, tuple[Solution, list[Event]]] = {}
+    with ranks.together():
+        for index, name in enumerate(names):
+            if ranks.owner(index) == ranks.rank:
+                give_back()
+                own[name] = yield from _noted(_named(name, solve(name, st.read(decoder, name), moment)))
+    found: list[tuple[str, int, Known]] = []
+    for index, name in enumerate(names):
+        owner = ranks.owner(index)
+        if ranks.count == 1:
+            found.append((name, owner, own[name][0]))
+            continue
+        pieces, record, events = ranks.shared(_told(*own[name]) if name in own else ({}, {}, []), owner)
+        if name not in own:
+            yield from events
+        weight = own[name][0][2] if name in own else None
+        found.append((name, owner, ({n: from_bytes(*piece) for n, piece in pieces.items()}, record, weight)))
+    return found
+
+
+def _told(solution: Solution, events: list[Event]) -> tuple[dict[str, Any], dict[str, Any], list[Event]]:
+    """What the other processes are told of a solution: all but the weights, as it can be pickled."""
+    pieces = {n: (piece.dtype, piece.shape, b"".join(piece.chunks())) for n, piece in solution[0].items()}
+    return pieces, solution[1], events
+
+
+def _quantize_head(
+    decoder: st.Decoder, hidden: torch.Tensor, state: State, solve: Solve, ranks: Ranks
+) -> Generator[Event, None, None]:
+    started = time.monotonic()
+    with ranks.together():
+        norm = st.read(decoder, st.NORM).to(decoder.dtype)
+        own = linear_inputs.measure_head(decoder, hidden, norm)
+    moment = ranks.mean(own.moment, own.rows)
+    with ranks.together():
+        if ranks.first:
+            solving = solve(st.HEAD, st.read(decoder, decoder.head), moment)
+            pieces, record, _ = yield from _named(st.HEAD, solving)
+            state.save(decoder.config.layers, pieces, {"linears": [record]})
+            yield Step(summary("head", [record], time.monotonic() - started))
+
+
+def _noted(
+    solving: Generator[Event, None, Solution],
+) -> Generator[Event, None, tuple[Solution, list[Event]]]:
+    """What `solving` does, and what it said on the way."""
+    said: list[Event] = []
+    while True:
+        try:
+            event = next(solving)
+        except StopIteration as stop:
+            return stop.value, said
+        said.append(event)
+        yield event
+
+
+def _named(name: str, solving: Generator[Event, None, Solution]) -> Generator[Event, None, Solution]:
+    """What `solving` does; its errors say which linear they are about."""
+    try:
+        return (yield from solving)
+    except ConversionError as error:
+        raise type(error)(error.what, where=error.where or name, why=error.why, hint=error.hint) from None
+
+
+def _put(decoder: st.Decoder, block: st.Block, name: str, weight: torch.Tensor) -> None:
+    """Put a linear's weights in their place, in torch's own alignment: equal weights give equal products."""
+    import torch
+
+    own = torch.empty(weight.shape, dtype=decoder.dtype, device=decoder.device)
+    _weight(block, name).data = own.copy_(weight)
+
+
+def _weight(block: st.Block, name: str) -> torch.Tensor:
+    """The weight that a linear computes with."""
+    weight: torch.Tensor = block.linears[name].weight  # type: ignore[assignment]
+    return weight
+
+
+def collected(state: State) -> tuple[dict[str, Piece], dict[str, str]]:
+    """The tensors of all blocks in `state`, and why a linear is rounded to nearest, by name, where one is."""
+    pieces: dict[str, Piece] = {}
+    fell_back: dict[str, str] = {}
+    for index, record in enumerate(state.records()):
+        pieces |= {name: from_stored(tensor) for name, tensor in state.tensors(index).items()}
+        try:
+            fell_back |= {str(one["name"]): one["fell_back"] for one in record["linears"] if one["fell_back"]}
+        except Exception as error:  # of any kind: the record may be anyone's by now
+            raise state.changed(f"block-{index:05d}", error) from None
+    return pieces, fell_back
+
+
+def progress(nbytes: Mapping[str, int], name: str, kind: str) -> TensorDone:
+    """How far a run is that has just finished the linear `name`, counted in bytes of the output's linears."""
+    order = list(nbytes)
+    done = sum(nbytes[other] for other in order[: order.index(name) + 1])
+    return TensorDone(name, kind, nbytes[name], done, sum(nbytes.values()))
+
+
+def summary(what: str, linears: list[dict[str, Any]], seconds: float) -> str:
+    """One line on a block or the head: what is left of round-to-nearest's loss."""
+    loss, plain = (sum(linear[key] for linear in linears) for key in ("loss", "rtn_loss"))
+    share = f"{loss / plain:.0%} of round-to-nearest's loss" if plain else "no loss"
+    return f"{what}: {share}, {seconds:.1f} s"

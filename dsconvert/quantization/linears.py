@@ -1,0 +1,149 @@
+"""What of a checkpoint is quantized: its linears, their names in the output, and what is kept as it is."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dsconvert.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from dsconvert.checkpoints.output_folder import NESTED
+from dsconvert.checkpoints.safetensors_writer import from_stored
+from dsconvert.errors import UsageError
+from dsconvert.models.architectures import find_arch
+from dsconvert.models.architectures.deepseek_vl import HYBRID, ORIGINAL, VL
+from dsconvert.models.architectures.llama import LLAMA
+from dsconvert.models.config import ModelConfig, load_config
+from dsconvert.models.language_model import language_model
+from dsconvert.models.tensor_table import SOLVE_ORDER, Spec, WeightSource, plan
+from dsconvert.vision.config import VisionConfig
+from dsconvert.vision.transformers_layout import in_transformers_layout
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The linears of a checkpoint's language model, and all the rest.
+
+    `source` is the language model under Llama's own names, `linears` what is quantized, the shapes by these
+    names, `roles` their places in the solve order; `names` gives the names in the output, `kept` what is
+    copied: checkpoint names by output names. `raw` is the output's config.json without the quantization;
+    `files` are further files that are not the source's, by name, JSON or text. `vision` is set where
+    DeepSeek-VL's original layout came in: `checkpoint` has transformers' names then, and both are still to be
+    made of it (see vl_layout).
+    """
+
+    checkpoint: Checkpoint
+    source: WeightSource
+    config: ModelConfig
+    linears: Mapping[str, tuple[int, ...]] = field(repr=False)
+    roles: Mapping[str, str] = field(repr=False)
+    names: Mapping[str, str] = field(repr=False)
+    kept: Mapping[str, str] = field(repr=False)
+    raw: Mapping[str, Any] = field(repr=False)
+    files: Mapping[str, Mapping[str, Any] | str] = field(repr=False, default_factory=dict)
+    vision: VisionConfig | None = field(repr=False, default=None)
+
+    @property
+    def kept_nbytes(self) -> int:
+        """Bytes of what is copied."""
+        stored = self.checkpoint.tensors
+        return sum(from_stored(stored[name]).nbytes for name in self.kept.values())
+
+    def stem(self, name: str) -> str:
+        """A linear's name in the output, without ".weight"."""
+        return self.names[name].removesuffix(".weight")
+
+
+def select(model: str, language_only: bool, head: bool = False) -> Selection:
+    """Open a checkpoint and match it with its table both ways; reads no weights.
+
+    With `language_only` the language model of a bigger model is taken out of it; else DeepSeek-VL comes out
+    in transformers' layout, whatever layout it has. With `head` the head is among the linears, the last of
+    them. Raises what `open_checkpoint` and `plan` raise, UsageError for a head that is the embedding.
+    """
+    checkpoint, vision = open_checkpoint(model), None
+    outer = load_config(checkpoint.folder)
+    if outer.architecture == ORIGINAL and not language_only:
+        checkpoint, outer, vision = in_transformers_layout(checkpoint, outer)
+    arch = find_arch(outer.architecture, checkpoint.folder / "config.json")
+    specs = plan(arch, outer, checkpoint.shapes())
+    checkpoint.check_readable(spec.hf for spec in specs)
+    source, config = language_model(checkpoint, outer)
+    inside = {spec.gguf: spec.hf for spec in plan(LLAMA, config, source.shapes())}
+    whole = outer.architecture in LLAMA.classes or not language_only
+    heads = [spec for spec in specs if head and spec.role == "head"]
+    if head and (not heads or config.tied):
+        raise UsageError(
+            "this model has no head of its own to be quantized",
+            where=checkpoint.folder,
+            why="It is tied to the embedding, which stays in 16 bits",
+            hint="Leave --lm-head out",
+        )
+    chosen = [*(spec for spec in specs if _is_linear(spec)), *heads]
+    rest = [spec for spec in specs if spec not in chosen]
+    return Selection(
+        checkpoint,
+        source,
+        config,
+        linears={inside[spec.gguf]: spec.shape for spec in chosen},
+        roles={inside[spec.gguf]: spec.role for spec in chosen},
+        names={inside[spec.gguf]: spec.hf if whole else inside[spec.gguf] for spec in chosen},
+        kept=_kept(checkpoint, outer, rest, inside, whole),
+        raw=_whole_config(outer, config.tied) if whole else plain_config(config),
+        vision=vision,
+    )
+
+
+def _is_linear(spec: Spec) -> bool:
+    return spec.role in SOLVE_ORDER and spec.hf.endswith(".weight")
+
+
+def _kept(
+    checkpoint: Checkpoint, config: ModelConfig, rest: list[Spec], inside: Mapping[str, str], whole: bool
+) -> dict[str, str]:
+    """What is copied: the `rest` of the language model, and of a bigger model all its other parts."""
+    if not whole:
+        return {inside[spec.gguf]: spec.hf for spec in rest}
+    language = {spec.hf: spec.hf for spec in rest}
+    if config.architecture in LLAMA.classes:
+        return language
+    known = {spec.hf for spec in plan(find_arch(config.architecture), config, checkpoint.shapes())}
+    return {name: name for name in checkpoint.tensors if name in language or name not in known}
+
+
+def _whole_config(outer: ModelConfig, tied: bool) -> dict[str, Any]:
+    """config.json of a model written as a whole: the source's."""
+    if outer.architecture not in (VL, HYBRID):
+        return outer.raw
+    # Published files say that the head is tied, or take the default that does, though a head of its own is
+    # there, which some versions of transformers then drop.
+    return {**outer.raw, "tie_word_embeddings": tied}
+
+
+def plain_config(config: ModelConfig) -> dict[str, Any]:
+    """config.json of a language model taken out of a bigger one, every number stated."""
+    raw = config.raw
+    inner: dict[str, Any] = next((raw[key] for key in NESTED if isinstance(raw.get(key), dict)), {})
+    keys = ("bos_token_id", "eos_token_id", "torch_dtype", "dtype")
+    outside: dict[str, Any] = {key: raw[key] for key in keys if key in raw}
+    rope: dict[str, Any] = {} if inner.get("rope_parameters") else {"rope_theta": config.rope_theta}
+    return {
+        **outside,
+        **inner,
+        "architectures": list(LLAMA.classes[:1]),
+        "model_type": "llama",
+        **config.llama_keys,
+        "hidden_act": "silu",
+        "tie_word_embeddings": config.tied,
+        **rope,
+    }
+
+
+def model_digest(checkpoint: Checkpoint) -> str:
+    """SHA-256 over config.json and every weight file: what --resume knows the model by."""
+    digest = hashlib.sha256()
+    for path in (checkpoint.folder / "config.json", *checkpoint.files):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

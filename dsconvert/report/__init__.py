@@ -1,0 +1,1 @@
+"""A proof's result as tables and as a page."""

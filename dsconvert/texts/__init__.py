@@ -1,0 +1,1 @@
+"""Text from any place, its token ids, and windows of them."""

@@ -1,0 +1,90 @@
+"""The vision part of a conversion: towers matched with the table, the picture's token, the chat template."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from dsconvert.checkpoints.checkpoint import Checkpoint
+from dsconvert.models.architectures.deepseek_vl import UNUSED, towers
+from dsconvert.models.config import ModelConfig
+from dsconvert.models.tensor_table import Spec, plan
+from dsconvert.vision.config import VisionConfig, has_towers, load_vision
+from dsconvert.vision.processor import CLIP_MEAN, CLIP_STD, HALF
+from tokenizer_tools import chat_template
+from tokenizer_tools.chat_template import ChatTemplates
+from tokenizer_tools.load import TokenizerData
+from tokenizer_tools.vision_template import image_token, vision_template
+
+MODEL_TEMPLATE = "model"  # the name under which the checkpoint's own template travels
+
+
+@dataclass(frozen=True)
+class Towers:
+    """A checkpoint's towers: their numbers, their tensors, and the token that marks a picture."""
+
+    vision: VisionConfig
+    specs: tuple[Spec, ...]
+    token: str
+    token_id: int
+    unused: tuple[str, ...]  # tensors that no forward pass uses, left out
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know before the conversion."""
+        return tuple(f"the processor files {found}" for found in unusual_pixels(self.vision))
+
+    @property
+    def left_out(self) -> str:
+        """One line on the unused tensors; "" when there are none."""
+        groups = Counter(re.sub(r"\.(attn_pool|head)\..*|\.(weight|bias)$", r".\1", n) for n in self.unused)
+        listed = ", ".join(f"{count} of {name.rstrip('.')}" for name, count in groups.items())
+        return f"left out, since no forward pass uses them: {listed}" if groups else ""
+
+
+def plan_towers(checkpoint: Checkpoint, config: ModelConfig, tokenizer: TokenizerData) -> Towers | None:
+    """Match the towers with their table; None for a model without them.
+
+    Raises PlanError for tensors that are missing, unknown or misshapen, CheckpointError for what config,
+    processor files and tokenizer contradict each other in.
+    """
+    if not has_towers(config):
+        return None
+    vision = load_vision(checkpoint.folder, config)
+    shapes = checkpoint.shapes()
+    arch = towers(config.architecture, vision.sam is not None, shapes)
+    specs = tuple(plan(arch, vision, shapes))
+    checkpoint.check_readable(spec.hf for spec in specs)
+    stated = config.raw.get("image_token_id")
+    token, token_id = image_token(tokenizer, vision.processor.token, stated, checkpoint.folder)
+    unused = tuple(name for name in shapes if any(re.fullmatch(pattern, name) for pattern in UNUSED))
+    return Towers(vision, specs, token, token_id, unused)
+
+
+def with_template(tokenizer: TokenizerData, found: Towers) -> TokenizerData:
+    """The tokenizer with a chat template that takes strings and pictures; the own one is kept by name."""
+    special = tokenizer.special
+    names = {f"{n}_token": tokenizer.tokens[special[n]] if n in special else "" for n in ("bos", "eos")}
+    own = chat_template.check(tokenizer.chat, **names)
+    named = dict(tokenizer.chat.named)
+    if tokenizer.chat.default:
+        named[MODEL_TEMPLATE] = tokenizer.chat.default
+    chat = ChatTemplates(vision_template(found.token), named, tokenizer.chat.notes)
+    notes = tuple(note for note in tokenizer.notes if note not in own)
+    return replace(tokenizer, chat=chat, notes=notes)
+
+
+def unusual_pixels(vision: VisionConfig) -> list[str]:
+    """Normalisations that are not those which the towers were trained with: a hint of a wrong file."""
+    found = []
+    for name, tower, usual in (
+        ("SigLIP", vision.siglip, (HALF, HALF)),
+        ("SAM", vision.sam, (CLIP_MEAN, CLIP_STD)),
+    ):
+        if tower is not None and (tower.pixels.mean, tower.pixels.std) != usual:
+            pixels = f"mean {list(tower.pixels.mean)} and std {list(tower.pixels.std)}"
+            found.append(
+                f"give {name} {pixels}; DeepSeek-VL's was trained with {list(usual[0])}, {list(usual[1])}"
+            )
+    return found

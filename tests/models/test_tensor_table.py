@@ -1,0 +1,243 @@
+"""The tables against the libraries that use them: names, shapes, the RoPE layout; the plan's errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+
+from dsconvert.errors import PlanError
+from dsconvert.models.architectures.llama import LLAMA
+from dsconvert.models.config import ModelConfig, normalise
+from dsconvert.models.tensor_table import ROPE_K, ROPE_Q, SOLVE_ORDER, Arch, Spec, T, expand, plan, prefixed
+
+TINY = tiny.Tiny()
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": tiny.tiny_config(TINY),
+    "tied": tiny.tiny_config(tiny.Tiny(tied=True)),
+    "bias": tiny.tiny_config(tiny.Tiny(bias=True)),
+    "wide heads": {**tiny.tiny_config(TINY), "head_dim": 32},
+    # deepseek-llm-7b-base and 67b-base, by their published sizes.
+    "7b": {
+        "architectures": ["LlamaForCausalLM"],
+        "num_hidden_layers": 30,
+        "vocab_size": 102400,
+        "max_position_embeddings": 4096,
+    },
+    "67b": {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 8192,
+        "intermediate_size": 22016,
+        "num_hidden_layers": 95,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 102400,
+        "max_position_embeddings": 4096,
+    },
+}
+
+
+def config_of(name: str) -> ModelConfig:
+    return normalise(SIZES[name], name)
+
+
+def shapes_of(name: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the model as transformers makes it, without memory."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**SIZES[name]))
+    tensors = model.state_dict()
+    if SIZES[name].get("tie_word_embeddings"):
+        del tensors["lm_head.weight"]
+    return {key: tuple(value.shape) for key, value in tensors.items()}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_names_and_shapes_are_those_of_transformers(name: str) -> None:
+    shapes = shapes_of(name)
+    specs = plan(LLAMA, config_of(name), shapes)
+    assert {spec.hf: spec.shape for spec in specs} == shapes
+
+
+@pytest.mark.parametrize("name", ["tiny", "bias", "67b"])
+def test_gguf_names_are_those_of_the_gguf_library(name: str) -> None:
+    import gguf
+
+    config = config_of(name)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.layers)
+    for spec in expand(LLAMA, config):
+        assert spec.gguf == names.get_name(spec.hf, try_suffixes=(".weight", ".bias"))
+
+
+def test_layers_come_in_order_with_their_roles() -> None:
+    specs = expand(LLAMA, config_of("7b"))
+    layers = [spec.layer for spec in specs if spec.layer is not None]
+    assert layers == sorted(layers)
+    assert set(layers) == set(range(30))
+    roles = {spec.hf.split(".")[-2]: spec.role for spec in specs if len(spec.shape) == 2}
+    assert [roles[name] for name in ("q_proj", "o_proj", "up_proj", "down_proj")] == list(SOLVE_ORDER)
+
+
+# --- layout transforms -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.float16, np.float32])
+@pytest.mark.parametrize("name", ["tiny", "bias", "wide heads"])
+def test_transforms_are_views_and_invert(name: str, dtype: type) -> None:
+    config = config_of(name)
+    changed = 0
+    specs = [spec for spec in expand(LLAMA, config) if not spec.row.when or name == "bias"]
+    for spec in specs:
+        source = np.arange(np.prod(spec.shape), dtype=np.int64).astype(dtype).reshape(spec.shape)
+        view = spec.forward(source, config)
+        assert np.shares_memory(view, source)
+        assert view.dtype == source.dtype
+        stored = view.reshape(spec.shape)
+        changed += not np.array_equal(stored, source)
+        assert np.array_equal(np.sort(stored, axis=None), np.sort(source, axis=None))
+        assert np.array_equal(spec.inverse(stored, config), source)
+    assert changed == config.layers * (4 if name == "bias" else 2)  # q and k, and their biases
+
+
+def rotate_adjacent(
+    x: np.ndarray[Any, Any], positions: np.ndarray[Any, Any], theta: float
+) -> np.ndarray[Any, Any]:
+    """RoPE of the RoFormer paper (equation 34), on adjacent pairs as complex numbers; x [tokens, dim]."""
+    dim = x.shape[1]
+    angles = positions[:, None] * theta ** (-np.arange(0, dim, 2) / dim)
+    turned = (x[:, 0::2] + 1j * x[:, 1::2]) * np.exp(1j * angles)
+    return np.stack([turned.real, turned.imag], -1).reshape(x.shape)
+
+
+@pytest.mark.parametrize(("transform", "count"), [(ROPE_Q, 4), (ROPE_K, 2)])
+def test_rope_on_adjacent_pairs_of_the_stored_rows_is_the_librarys_rope(transform: Any, count: int) -> None:
+    """GGUF's llama turns adjacent pairs, transformers turns halves: the same numbers in another order."""
+    import torch
+    from transformers.models.llama.configuration_llama import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+    config, dim, tokens = config_of("tiny"), 16, 9
+    rng = np.random.default_rng(0)
+    weight, x = rng.standard_normal((count * dim, 64)), rng.standard_normal((tokens, 64))
+    rotary = LlamaRotaryEmbedding(LlamaConfig(**SIZES["tiny"]))
+    cos, sin = rotary(torch.zeros(1, tokens, 64), torch.arange(tokens)[None])
+    heads = torch.from_numpy((x @ weight.T).reshape(tokens, count, dim).swapaxes(0, 1)[None]).float()
+    theirs, _ = apply_rotary_pos_emb(heads, heads, cos, sin)
+    stored = transform.forward(weight, config).reshape(weight.shape)
+    ours = (x @ stored.T).reshape(tokens, count, dim)
+    for head in range(count):
+        turned = rotate_adjacent(ours[:, head], np.arange(tokens), config.rope_theta)
+        separate = np.concatenate([turned[:, 0::2], turned[:, 1::2]], axis=1)
+        np.testing.assert_allclose(separate, theirs[0, head].numpy(), atol=2e-5)
+
+
+def test_parts_cut_a_fused_tensor() -> None:
+    row = T("qkv", "q{i}", "vision", ("d", "d"))
+    config = config_of("tiny")
+    fused = np.arange(3 * 64 * 64, dtype=np.float32).reshape(192, 64)
+    for k in range(3):
+        spec = Spec(
+            "qkv", f"part{k}", "vision", (64, 64), None, T(row.hf, row.gguf, row.role, row.shape, part=(k, 3))
+        )
+        assert np.array_equal(spec.forward(fused, config), fused[64 * k : 64 * (k + 1)])
+
+
+def test_a_table_under_a_prefix() -> None:
+    mounted = Arch("inner", (), prefixed(LLAMA.table, "language_model."))
+    shapes = {"language_model." + name: shape for name, shape in tiny.tiny_shapes(TINY).items()}
+    specs = plan(mounted, config_of("tiny"), shapes)
+    assert {spec.hf: spec.shape for spec in specs} == shapes
+    assert {spec.gguf for spec in specs} == {
+        spec.gguf for spec in plan(LLAMA, config_of("tiny"), tiny.tiny_shapes(TINY))
+    }
+    del shapes["language_model.lm_head.weight"]
+    assert len(plan(mounted, config_of("tied"), shapes)) == len(shapes)
+
+
+# --- the plan's errors -------------------------------------------------------------------------------------
+
+
+def refused(shapes: dict[str, tuple[int, ...]], name: str = "tiny") -> str:
+    with pytest.raises(PlanError) as caught:
+        plan(LLAMA, config_of(name), shapes)
+    text = str(caught.value)
+    assert text.isprintable()
+    return text
+
+
+def test_every_missing_tensor_is_noticed() -> None:
+    shapes = tiny.tiny_shapes(TINY)
+    for name in shapes:
+        text = refused({key: value for key, value in shapes.items() if key != name})
+        assert f"1 missing: {name!r}" in text
+
+
+def test_every_wrong_shape_is_noticed() -> None:
+    shapes = tiny.tiny_shapes(TINY)
+    for name, shape in shapes.items():
+        for wrong in ((shape[0] + 1, *shape[1:]), (*shape, 1), shape[:-1]):
+            text = refused({**shapes, name: wrong})
+            assert text.startswith(f"{name}: has shape {list(wrong)}")
+            assert str(list(shape)) in text
+
+
+def test_a_misspelt_tensor_is_named_with_its_nearest_row() -> None:
+    shapes = tiny.tiny_shapes(TINY)
+    shapes["model.layers.1.mlp.gate_prj.weight"] = shapes.pop("model.layers.1.mlp.gate_proj.weight")
+    text = refused(shapes)
+    missing, unknown = "'model.layers.1.mlp.gate_proj.weight'", "'model.layers.1.mlp.gate_prj.weight'"
+    assert f"1 missing: {missing} (nearest: {unknown})" in text
+    assert f"1 unknown: {unknown} (nearest: {missing})" in text
+
+
+def test_a_layer_too_many_or_too_few() -> None:
+    text = refused(tiny.tiny_shapes(tiny.Tiny(layers=3)))
+    assert "9 unknown: 'model.layers.2." in text
+    assert "and 6 more" in text
+    assert "num_hidden_layers" in text
+    assert "9 missing: 'model.layers.1." in refused(tiny.tiny_shapes(tiny.Tiny(layers=1)))
+
+
+def test_biases_only_with_their_flag() -> None:
+    assert "14 unknown" in refused(tiny.tiny_shapes(tiny.Tiny(bias=True)))
+    assert "12 missing" in refused(tiny.tiny_shapes(TINY), "bias")
+
+
+def test_a_head_may_be_absent_only_when_tied() -> None:
+    tied, untied = tiny.tiny_shapes(tiny.Tiny(tied=True)), tiny.tiny_shapes(TINY)
+    assert "lm_head.weight" in refused(tied)
+    assert "output.weight" not in {spec.gguf for spec in plan(LLAMA, config_of("tied"), tied)}
+    assert "output.weight" in {spec.gguf for spec in plan(LLAMA, config_of("tied"), untied)}
+
+
+def test_known_leftovers_are_dropped_and_look_alikes_are_not() -> None:
+    shapes = tiny.tiny_shapes(TINY)
+    expected = plan(LLAMA, config_of("tiny"), shapes)
+    assert (
+        plan(LLAMA, config_of("tiny"), {**shapes, "model.layers.0.self_attn.rotary_emb.inv_freq": (8,)})
+        == expected
+    )
+    for name in (
+        "model.layers.0.self_attn.rotary_emb.xinv_freq",
+        "model.layers.0.self_attn.rotary_emb.inv_freq2",
+    ):
+        assert "1 unknown" in refused({**shapes, name: (8,)})
+
+
+def test_hostile_names_stay_readable() -> None:
+    shapes = tiny.tiny_shapes(TINY)
+    for name in ("a\nb", "\x1b[31m", "\ud800", "n" * 100000, ""):
+        text = refused({**shapes, name: (1,)})
+        assert "1 unknown" in text
+        assert len(text) < 1000
+
+
+def test_an_empty_checkpoint_and_a_strange_one() -> None:
+    assert "21 missing" in refused({})
+    text = refused({"transformer.wte.weight": (50257, 768), "transformer.wpe.weight": (1024, 768)})
+    assert "21 missing" in text
+    assert "2 unknown" in text
