@@ -57,10 +57,12 @@ ROUNDINGS: dict[str, Rounding] = {
     "f32": exact,
     "f16": to_float16,
     "bf16": to_bfloat16,
-    **dict.fromkeys(("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "mxfp4"), blocks_of_32),
+    **dict.fromkeys(
+        ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "mxfp4", "nvfp4", "q1_0"), blocks_of_32
+    ),
     **dict.fromkeys(("q2_k", "q3_k", "q4_k", "q5_k", "q6_k"), blocks_of_256),
     **dict.fromkeys(("iq4_xs", "iq3_s", "iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs"), blocks_of_256),
-    **dict.fromkeys(("tq1_0", "tq2_0"), blocks_of_256),
+    **dict.fromkeys(("tq1_0", "tq2_0", "iq1_s", "iq1_m"), blocks_of_256),
 }
 
 
