@@ -100,10 +100,16 @@ def test_each_limit_can_fail_the_build(files: dict[str, Path], option: str, valu
 
 def test_what_cannot_be_compared_is_an_error(files: dict[str, Path], tmp_path: Path) -> None:
     other = tiny.tiny_checkpoint(tmp_path / "other", layers=1, d=64, ff=128)
-    exl2 = tmp_path / "exl2"
-    shutil.copytree(other, exl2)
-    config = json.loads((exl2 / "config.json").read_text())
-    (exl2 / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "odd"}}))
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    odd = tmp_path / "odd"
+    shutil.copytree(other, odd)
+    config = json.loads((odd / "config.json").read_text())
+    (odd / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "odd"}}))
+    weights = load_file(odd / "model.safetensors")
+    packed = weights.pop("model.layers.0.mlp.up_proj.weight").view(torch.int32)
+    save_file({**weights, "model.layers.0.mlp.up_proj.qweight": packed}, odd / "model.safetensors")
     (tmp_path / "short.txt").write_text("Too short.")
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(files["q8_0"].read_bytes()[:-100])
@@ -111,7 +117,7 @@ def test_what_cannot_be_compared_is_an_error(files: dict[str, Path], tmp_path: P
         ((tmp_path / "none.gguf", "--against", "sample:"), "no such file or folder"),
         ((files["q8_0"], "--against", other), "not the same model"),
         ((files["q8_0"], "--against", tmp_path / "nothing"), "does not exist"),
-        ((exl2, "--against", other), "'odd'"),
+        ((odd, "--against", other), "'odd'"),
         ((cut, "--against", "sample:"), "cut short or damaged"),
         ((other, "--against", other, "--engine", "llama.cpp"), "runs GGUF files"),
         ((files["q8_0"], "--against", "sample:", "--text", tmp_path / "short.txt"), "tokens"),
