@@ -25,7 +25,7 @@ from converters.gguf.file_types import MIXTURES
 from converters.gguf.mixtures import needs_importance
 from converters.gguf.output import Options
 from converters.gguf.parse import open_gguf
-from dsconvert.calibration.request import Wanted
+from dsconvert.calibration.request import CalibrationRequest
 from dsconvert.commands.imatrix import make
 
 QUANTIZE = Path(__file__).with_name("llama_quantize.py")
@@ -50,7 +50,7 @@ def compare(first: Path, second: Path) -> tuple[int, list[str]]:
 
 def measured(model: str, text: str, out: Path) -> Path:
     """The importance matrix of a model on a calibration text."""
-    for _ in make(model, outfile=out, wanted=Wanted(text, SAMPLES, LENGTH), force=True):
+    for _ in make(model, outfile=out, wanted=CalibrationRequest(text, SAMPLES, LENGTH), force=True):
         pass
     return out
 

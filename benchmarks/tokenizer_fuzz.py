@@ -135,7 +135,7 @@ def main() -> None:
         k: v for k, (_, v) in keys.items() if k not in ("tokenizer.huggingface.json", "tokenizer.ggml.pre")
     }
     start = time.monotonic()
-    result = parity.compare(own, parity.encoder(rebuild(alone)), texts(data, options.seed, options.count))
+    result = parity.compare_ids(own, parity.encoder(rebuild(alone)), texts(data, options.seed, options.count))
     report("rebuilt from the GGUF keys", result, time.monotonic() - start)
     if options.llamacpp:
         with tempfile.TemporaryDirectory() as folder:
@@ -150,12 +150,12 @@ def against_llamacpp(
 ) -> None:
     worker = Worker(path)
     start = time.monotonic()
-    result = parity.compare(own, worker, texts(data, options.seed, options.count))
+    result = parity.compare_ids(own, worker, texts(data, options.seed, options.count))
     report("llama.cpp on random texts", result, time.monotonic() - start)
     for file in options.text:
         lines = file.read_text("utf-8").splitlines(keepends=True)
         start = time.monotonic()
-        report(f"llama.cpp on {file.name}", parity.compare(own, worker, lines), time.monotonic() - start)
+        report(f"llama.cpp on {file.name}", parity.compare_ids(own, worker, lines), time.monotonic() - start)
     print(f"llama.cpp crashed on {len(worker.crashes)} texts")
     worker.close()
 

@@ -24,7 +24,7 @@ __all__ = [
     "Comparison",
     "Encoder",
     "classify",
-    "compare",
+    "compare_ids",
     "encoder",
     "one_by_one",
     "random_texts",
@@ -69,7 +69,7 @@ def one_by_one(encode: Callable[[str], Sequence[int]]) -> Encoder:
     return lambda texts: [encode(text) for text in texts]
 
 
-def compare(
+def compare_ids(
     first: Encoder, second: Encoder, texts: Iterable[str], *, batch: int = 4096, examples: int = 3
 ) -> Comparison:
     """Both tokenizers over all texts; each difference is shrunk to its smallest part and classified.

@@ -15,11 +15,11 @@ from converters.exl2.output import Choice, write
 from converters.exl2.plan import Job, Options, prepare
 from converters.exl2.proof import evaluation, prove
 from converters.exl2.settings import Group, groups_for, named
-from converters.exl2.shapes import HEAD
+from converters.exl2.shapes import HEAD_WEIGHT
 from converters.exl2.solver import Solved, solve
 from dsconvert import __version__
 from dsconvert.calibration.record import Calibration
-from dsconvert.calibration.request import Wanted, calibrate
+from dsconvert.calibration.request import CalibrationRequest, calibrate
 from dsconvert.checkpoints.safetensors_reader import Stored, values
 from dsconvert.checkpoints.safetensors_writer import from_array
 from dsconvert.checkpoints.source_files import check_unchanged
@@ -62,7 +62,7 @@ def convert(options: Options) -> Iterator[Event]:
     decoder = open_decoder(job)
     yield Step(f"calibrating on {calibration.report.tokens:,} tokens of {calibration.report.text}")
     with open_state(job.out, identity(job, calibration, decoder), options.resume) as state:
-        measured = yield from measure(job, decoder, calibration, state)
+        measured = yield from measured_options(job, decoder, calibration, state)
         choice = choose(job, measured)
         yield from describe(job, choice)
         yield from solve_blocks(job, decoder, calibration, choice, state)
@@ -75,7 +75,7 @@ def convert(options: Options) -> Iterator[Event]:
 def draw(job: Job) -> Generator[Event, None, Calibration]:
     """The calibration windows; a chat file goes through the model's own template."""
     options, data = job.options, job.tokenizer
-    wanted = Wanted(
+    wanted = CalibrationRequest(
         options.calib,
         options.calib_samples,
         options.calib_len,
@@ -112,7 +112,7 @@ def identity(job: Job, calibration: Calibration, decoder: st.Decoder) -> dict[st
     }
 
 
-def measure(
+def measured_options(
     job: Job, decoder: st.Decoder, calibration: Calibration, state: State
 ) -> Generator[Event, None, Measured]:
     """What every setting of every linear costs: as the file given says, or measured now."""
@@ -141,7 +141,7 @@ def choose(job: Job, measured: Measured) -> Choice:
         groups={
             name: groups_for(job.shape(name)[1], named(option.setting)) for name, option in options.items()
         }
-        | ({HEAD: job.head_groups()} if job.head else {}),
+        | ({HEAD_WEIGHT: job.head_groups()} if job.head else {}),
         bpw=found.bits / job.weights,
         expected=found.error,
     )

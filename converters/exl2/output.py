@@ -13,7 +13,7 @@ from converters.exl2 import measure as measuring
 from converters.exl2.measure import Measured
 from converters.exl2.plan import Job, raw_config
 from converters.exl2.settings import Group
-from converters.exl2.shapes import HEAD
+from converters.exl2.shapes import HEAD_WEIGHT
 from dsconvert import __version__
 from dsconvert.calibration.record import Calibration
 from dsconvert.checkpoints.checkpoint import Checkpoint
@@ -46,7 +46,7 @@ class Choice:
 
     def stem(self, job: Job, name: str) -> str:
         """A linear's name in the output, without ".weight"."""
-        return HEAD.removesuffix(".weight") if name == HEAD else job.model.stem(name)
+        return HEAD_WEIGHT.removesuffix(".weight") if name == HEAD_WEIGHT else job.model.stem(name)
 
 
 def write(job: Job, calibration: Calibration, measured: Measured, choice: Choice, state: State) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 from converters.exl2 import measure
 from converters.exl2.measure import Measured
 from converters.exl2.settings import HEADS, Group, bits_of, groups_for, settings_for
-from converters.exl2.shapes import HEAD, check_shapes
+from converters.exl2.shapes import HEAD_WEIGHT, check_shapes
 from dsconvert.calibration.request import check_chat, files_of
 from dsconvert.checkpoints.marked_folders import check_folder
 from dsconvert.checkpoints.output_plan import REPLACED, check_distinct, check_files, check_place, look
@@ -85,7 +85,7 @@ class Job:
     @property
     def kept(self) -> dict[str, str]:
         """What stays in 16 bits: checkpoint names by output names."""
-        return {out: name for out, name in self.model.kept.items() if not (self.head and out == HEAD)}
+        return {out: name for out, name in self.model.kept.items() if not (self.head and out == HEAD_WEIGHT)}
 
     @property
     def vision(self) -> list[str]:
@@ -99,7 +99,7 @@ class Job:
         """The shape [outputs, inputs] of a linear, or of the head."""
         return (
             (self.model.config.vocab_size, self.model.config.hidden_size)
-            if name == HEAD
+            if name == HEAD_WEIGHT
             else (self.model.linears[name])
         )
 
@@ -129,7 +129,7 @@ class Job:
     @property
     def most_nbytes(self) -> int:
         """Bytes of all tensors of the output, at the most."""
-        head = self.nbytes(HEAD, self.head_groups()) if self.head else 0
+        head = self.nbytes(HEAD_WEIGHT, self.head_groups()) if self.head else 0
         return self.budget // 8 + head + self.kept_nbytes
 
 
@@ -148,7 +148,7 @@ def prepare(options: Options) -> Job:
     if options.measurement is not None and look(options.measurement) is not None:
         known = measure.load(options.measurement, model.linears)
     job = Job(options, model, tokenizer, known, out)
-    head = {HEAD: job.shape(HEAD)} if job.head else {}
+    head = {HEAD_WEIGHT: job.shape(HEAD_WEIGHT)} if job.head else {}
     check_shapes({**model.linears, **head}, job.kept)
     _check_budget(job)
     if options.measurement is not None and known is None:

@@ -22,7 +22,7 @@ from dsconvert.models.tensor_table import expand
 
 STORED_AS = {"q_weight": "i32", "q_scale": "i32", "q_scale_max": "f16", "q_groups": "i16", "q_invperm": "i32"}
 DIMENSIONS = {"q_weight": 2, "q_scale": 2, "q_scale_max": 1, "q_groups": 1, "q_invperm": 1}
-HEAD = "lm_head"
+HEAD_LINEAR = "lm_head"
 # Which width's thresholds hold from how many bits per weight on.
 LIMITS = ((7.5, 8), (5.8, 6), (4.8, 5), (3.8, 4), (2.8, 3), (0.0, 2))
 
@@ -66,12 +66,12 @@ class EXL2Model:
     @property
     def bits(self) -> float:
         """Bits per weight of the decoder's quantized linears, without the head."""
-        return self._per_weight([linear for name, linear in self.linears.items() if name != HEAD])
+        return self._per_weight([linear for name, linear in self.linears.items() if name != HEAD_LINEAR])
 
     @property
     def head_bits(self) -> float:
         """Bits per weight of the head; 16 where it is not quantized."""
-        return self._per_weight([self.linears[HEAD]]) if HEAD in self.linears else 16.0
+        return self._per_weight([self.linears[HEAD_LINEAR]]) if HEAD_LINEAR in self.linears else 16.0
 
     @property
     def limits(self) -> str:

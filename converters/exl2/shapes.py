@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from converters.exl2.settings import COLUMNS
 from dsconvert.errors import QuantizationError
 
-HEAD = "lm_head.weight"
+HEAD_WEIGHT = "lm_head.weight"
 # What a block runs as one kernel, by the last part of names.
 WHOLE = {
     "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -56,7 +56,7 @@ def check_shapes(linears: Mapping[str, tuple[int, ...]], others: Collection[str]
             where=name,
             why=f"It has {outputs} outputs and {inputs} inputs",
             hint="Leave the head in 16 bits with --head-bits 16"
-            if name == HEAD
+            if name == HEAD_WEIGHT
             else "exllamav2 cannot run this model in EXL2; use dsconvert gguf",
         )
     _check_whole(linears, others)
@@ -66,7 +66,7 @@ def broken_rules(linears: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[Rule,
     """Every rule that a linear breaks, with the linear's name, by rule."""
     for rule in RULES:
         for name, (outputs, inputs) in linears.items():
-            if (rule.for_head or name != HEAD) and not rule.holds(outputs, inputs):
+            if (rule.for_head or name != HEAD_WEIGHT) and not rule.holds(outputs, inputs):
                 yield rule, name
 
 

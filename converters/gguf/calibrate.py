@@ -13,7 +13,7 @@ from converters.gguf.importance import Floats, ImportanceMatrix
 from converters.gguf.layout import KeyValues
 from converters.gguf.plan import Job, with_keys
 from dsconvert.calibration.record import Calibration, CalibrationReport
-from dsconvert.calibration.request import Wanted, calibrate
+from dsconvert.calibration.request import CalibrationRequest, calibrate
 from dsconvert.events import Event, Step, Warn
 from dsconvert.models.config import ModelConfig
 from dsconvert.models.language_model import language_model
@@ -24,7 +24,9 @@ from tokenizer_tools.load import TokenizerData
 EVALUATION = 20_000  # characters of the text that results are judged on, for the report on overlap
 
 
-def draw(wanted: Wanted, tokenizer: TokenizerData, context: int) -> Generator[Event, None, Calibration]:
+def draw_windows(
+    wanted: CalibrationRequest, tokenizer: TokenizerData, context: int
+) -> Generator[Event, None, Calibration]:
     """The calibration windows of a model that takes `context` tokens; raises what `calibrate` raises."""
     (held,) = tokenizer.encode([evaluation_page(EVALUATION)])
     wanted = replace(wanted, bos=tokenizer.first_id)
@@ -32,7 +34,7 @@ def draw(wanted: Wanted, tokenizer: TokenizerData, context: int) -> Generator[Ev
     return (yield from calibrate(wanted, tokenizer.encode, context, windows, tokenizer.render))
 
 
-def measure(
+def measure_inputs(
     source: WeightSource, config: ModelConfig, drawn: Calibration, device: str = "auto"
 ) -> Generator[Event, None, dict[str, Floats]]:
     """The tensors of an imatrix file: `source` is a Llama decoder that runs over the windows drawn."""
@@ -41,7 +43,7 @@ def measure(
 
     place = st.pick_device(device)
     decoder = st.open_decoder(source, config, place, st.pick_dtype(None, place))
-    found = yield from input_importance.measure(decoder, drawn.tokens)
+    found = yield from input_importance.measure_importance(decoder, drawn.tokens)
     return input_importance.tensors(found, decoder)
 
 
@@ -68,7 +70,7 @@ def plan_measured(job: Job) -> Generator[Event, None, tuple[Job, Calibration | N
     """Draw the text that the conversion asks for, and plan anew with the keys that tell of it.
 
     None where there is nothing to measure for. Raises UsageError where a mixture needs more than a
-    measurement can give, and what `draw` raises.
+    measurement can give, and what `draw_windows` raises.
     """
     wanted = job.options.calibration
     if wanted is None:
@@ -80,7 +82,7 @@ def plan_measured(job: Job) -> Generator[Event, None, tuple[Job, Calibration | N
     for output in job.outputs:
         lacking = {n: t.qtype.name for n, t in output.tensors.items() if n not in linears}
         mixtures.check_importance(output.quant, lacking)
-    drawn = yield from draw(wanted, job.tokenizer, job.config.context_length)
+    drawn = yield from draw_windows(wanted, job.tokenizer, job.config.context_length)
     # The entries of a measurement are its linears, so what is written of it is known before it is made.
     keys = _matrix(drawn, {}, dict.fromkeys(linears, "")).keys
     return with_keys(job, keys), drawn
@@ -92,7 +94,7 @@ def weighed(job: Job, drawn: Calibration | None) -> Generator[Event, None, Job]:
         return job
     yield Step(f"measuring on {drawn.report.tokens:,} tokens of {drawn.report.text}")
     source, config = language_model(job.checkpoint, job.config)
-    tensors = yield from measure(source, config, drawn, job.options.device)
+    tensors = yield from measure_inputs(source, config, drawn, job.options.device)
     weights, unweighted = importance.weigh(_matrix(drawn, *importance.quotients(tensors)), job.outputs)
     for note in unweighted:
         yield Warn(note)

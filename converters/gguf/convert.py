@@ -27,7 +27,7 @@ def convert(options: Options) -> Iterator[Event]:
     if options.dry_run or options.calibration is None:
         yield from describe(job)
     else:
-        job = yield from measure(job)
+        job = yield from measure_weights(job)
     if options.dry_run:
         return
     sizes = [layout.nbytes for layout in job.layouts]
@@ -42,7 +42,7 @@ def convert(options: Options) -> Iterator[Event]:
         yield Warn(CANNOT)
 
 
-def measure(job: Job) -> Generator[Event, None, Job]:
+def measure_weights(job: Job) -> Generator[Event, None, Job]:
     """Describe the job and give it the importance matrix that is made on the way."""
     from converters.gguf.calibrate import plan_measured, weighed  # what calibrates is not loaded for others
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from converters.gguf.layout import Layout, Tensor
 
 if TYPE_CHECKING:
-    from dsconvert.calibration.request import Wanted
+    from dsconvert.calibration.request import CalibrationRequest
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Options:
     device: str = "auto"  # of a calibration and of a full proof; the conversion itself is the CPU's
     imatrix: Path | None = None
     add_bos: bool | None = None
-    calibration: Wanted | None = None  # the text to measure an importance matrix on, on the way
+    calibration: CalibrationRequest | None = None  # the text to measure an importance matrix on, on the way
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from converters.gptq.shapes import HEAD_RULE, refusing_runtimes
 from converters.gptq.solver import Solved, solve
 from dsconvert import __version__
 from dsconvert.calibration.record import Calibration
-from dsconvert.calibration.request import Wanted, calibrate
+from dsconvert.calibration.request import CalibrationRequest, calibrate
 from dsconvert.checkpoints.output_folder import write_folder
 from dsconvert.checkpoints.safetensors_reader import Stored, values
 from dsconvert.checkpoints.safetensors_writer import from_array, from_stored
@@ -107,7 +107,7 @@ def describe(job: Job) -> Iterator[Event]:
 def draw(job: Job) -> Generator[Event, None, Calibration]:
     """The calibration windows; a chat file goes through the model's own template."""
     options, data = job.options, job.tokenizer
-    wanted = Wanted(
+    wanted = CalibrationRequest(
         options.calib,
         options.calib_samples,
         options.calib_len,

@@ -10,7 +10,7 @@ from typing import Any
 from converters.gptq.grid import Scheme
 from converters.gptq.pack import stored_shapes
 from converters.gptq.shapes import Layout, check_shapes
-from converters.gptq.solver import Options as SolverOptions
+from converters.gptq.solver import SolverOptions
 from dsconvert.calibration.request import check_chat, files_of
 from dsconvert.checkpoints.marked_folders import check_folder
 from dsconvert.checkpoints.output_plan import REPLACED, check_place

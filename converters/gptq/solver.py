@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Options:
+class SolverOptions:
     """How to solve. `damp` is a fraction of the mean of H's diagonal, added to it.
 
     With `act_order` the columns of largest diagonal go first; groups stay runs of original columns with
@@ -76,7 +76,7 @@ class _Order:
     starts: dict[int, int]
 
 
-def solve(W: torch.Tensor, H: torch.Tensor, options: Options) -> Solved:
+def solve(W: torch.Tensor, H: torch.Tensor, options: SolverOptions) -> Solved:
     """Quantize W [N, K] so that tr((W-Q) H (W-Q)^T) is small, for H [K, K] = 2/n X^T X of its inputs.
 
     Both on one device and in one floating-point type, float32 as a rule; neither is changed. Inputs that
@@ -106,7 +106,7 @@ def solve(W: torch.Tensor, H: torch.Tensor, options: Options) -> Solved:
     return replace(solved, rtn_loss=rtn_loss)
 
 
-def round_to_nearest(W: torch.Tensor, options: Options, cost: torch.Tensor | None = None) -> Solved:
+def round_to_nearest(W: torch.Tensor, options: SolverOptions, cost: torch.Tensor | None = None) -> Solved:
     """Quantize W [N, K] without feedback: each weight to its nearest code, groups of original columns.
 
     `cost` [K] is what a squared error of each input costs; without it, one is as bad as another. The losses
@@ -126,7 +126,7 @@ def round_to_nearest(W: torch.Tensor, options: Options, cost: torch.Tensor | Non
     )
 
 
-def _check(W: torch.Tensor, H: torch.Tensor | None, options: Options) -> None:
+def _check(W: torch.Tensor, H: torch.Tensor | None, options: SolverOptions) -> None:
     if W.ndim != 2 or not W.is_floating_point() or not W.numel():
         raise UsageError(f"a linear's weight is no {W.dtype} tensor of shape {list(W.shape)}")
     if H is not None and (H.shape != (W.shape[1],) * 2 or H.dtype != W.dtype or H.device != W.device):
@@ -147,7 +147,7 @@ def _plain(rounded: Solved, loss: float, why: str) -> Solved:
     return replace(rounded, loss=loss, rtn_loss=loss, fell_back=why)
 
 
-def _order(diagonal: torch.Tensor, options: Options) -> _Order:
+def _order(diagonal: torch.Tensor, options: SolverOptions) -> _Order:
     import torch
 
     inputs, device = diagonal.shape[0], diagonal.device
@@ -167,7 +167,7 @@ def _runs(inputs: int, scheme: Scheme) -> list[slice]:
 
 
 def _static_grids(
-    W: torch.Tensor, options: Options, cost: torch.Tensor | None = None
+    W: torch.Tensor, options: SolverOptions, cost: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Grids of the runs of original columns: two tensors [G, N]."""
     import torch
@@ -182,7 +182,7 @@ def _static_grids(
 
 
 def _walk(
-    W: torch.Tensor, factor: error_feedback.Factor, order: _Order, options: Options, rounded: Solved
+    W: torch.Tensor, factor: error_feedback.Factor, order: _Order, options: SolverOptions, rounded: Solved
 ) -> Solved:
     """The columns in order, on grids by what the walk's roundings cost: each D times its square."""
     import torch

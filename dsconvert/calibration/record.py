@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dsconvert.calibration.sampling import Ask, Drawn, draw, joined
+from dsconvert.calibration.sampling import Drawn, SampleRequest, draw, joined
 from dsconvert.errors import UsageError
 from dsconvert.events import Warn
 from dsconvert.texts.encode_long import Encode, IntArray, encode_long
@@ -76,13 +76,13 @@ class Calibration:
     report: CalibrationReport
 
 
-def sample(text: TextSet, encode: Encode, ask: Ask | None = None) -> Calibration:
+def sample(text: TextSet, encode: Encode, ask: SampleRequest | None = None) -> Calibration:
     """Draw calibration windows from `text`: 128 of 2048 tokens where `ask` says nothing else.
 
     `encode` turns texts into ids without special tokens. The same text, tokenizer and `ask` give the same
     windows everywhere. Raises UsageError where the text is too short, or nearly one token only.
     """
-    ask = ask or Ask()
+    ask = ask or SampleRequest()
     drawn = draw(text, encode, ask)
     unique = np.unique(drawn.windows).size
     if unique < min(8, drawn.windows.size // 2):
@@ -93,7 +93,7 @@ def sample(text: TextSet, encode: Encode, ask: Ask | None = None) -> Calibration
     return Calibration(drawn.windows, _report(text, ask, drawn, unique))
 
 
-def _report(text: TextSet, ask: Ask, drawn: Drawn, unique: int) -> CalibrationReport:
+def _report(text: TextSet, ask: SampleRequest, drawn: Drawn, unique: int) -> CalibrationReport:
     used = {hashlib.sha256(text.documents[i].encode()).digest() for i in drawn.documents}
     distinct = {window.tobytes() for window in drawn.windows}
     return CalibrationReport(
@@ -195,7 +195,7 @@ def evaluation_windows(
     Raises UsageError where the text is too short.
     """
     if text.method == "documents":
-        ask = Ask(count or EVALUATION_WINDOWS, length, seed, bos)
+        ask = SampleRequest(count or EVALUATION_WINDOWS, length, seed, bos)
         return whole(draw(text, encode, ask).windows)
     ids = encode_long(encode, joined(text))
     windows = strided(ids, length, min(stride, length), bos)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsconvert.calibration.record import Calibration, held_against, sample, warnings
-from dsconvert.calibration.sampling import Ask
+from dsconvert.calibration.sampling import SampleRequest
 from dsconvert.errors import UsageError
 from dsconvert.events import Event, Step, Warn
 from dsconvert.texts.conversations import Message
@@ -17,7 +17,7 @@ from dsconvert.texts.sets import NAMES, chats, load_text
 
 
 @dataclass(frozen=True)
-class Wanted:
+class CalibrationRequest:
     """Which text, how much of it: `samples` windows of `length` tokens; `bos` begins documents if given.
 
     `chat` is a file of conversations, taken in the text's stead; `column` the one of its rows, or of the
@@ -46,7 +46,7 @@ def files_of(text: str | None, chat: Path | None) -> list[Path]:
 
 
 def calibrate(
-    wanted: Wanted,
+    wanted: CalibrationRequest,
     encode: Encode,
     context: int,
     evaluation: IntArray,
@@ -68,7 +68,7 @@ def calibrate(
     if length < wanted.length:
         yield Warn(f"the model takes {context} tokens at once: calibration windows are as long")
     yield Step(f"drawing {wanted.samples} windows of {length} tokens from {text.name}")
-    drawn = sample(text, encode, Ask(wanted.samples, length, wanted.seed, bos))
+    drawn = sample(text, encode, SampleRequest(wanted.samples, length, wanted.seed, bos))
     drawn = held_against(drawn, evaluation, "builtin")
     yield from warnings(drawn.report)
     return drawn

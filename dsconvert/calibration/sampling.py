@@ -22,7 +22,7 @@ BATCH = 32  # documents that are encoded at once
 
 
 @dataclass(frozen=True)
-class Ask:
+class SampleRequest:
     """What to draw: `samples` windows of `length` tokens by `seed`; `bos` begins each document if given."""
 
     samples: int = 128
@@ -49,7 +49,7 @@ class Drawn:
     left_out: int
 
 
-def draw(text: TextSet, encode: Encode, ask: Ask) -> Drawn:
+def draw(text: TextSet, encode: Encode, ask: SampleRequest) -> Drawn:
     """Draw windows as the text's method says; `encode` gives ids without special tokens.
 
     Raises UsageError where the text is too short.
@@ -58,7 +58,7 @@ def draw(text: TextSet, encode: Encode, ask: Ask) -> Drawn:
     return methods[text.method](text, encode, ask)
 
 
-def _documents(text: TextSet, encode: Encode, ask: Ask) -> Drawn:
+def _documents(text: TextSet, encode: Encode, ask: SampleRequest) -> Drawn:
     """One random window from each of `samples` random documents that are longer than `length` tokens.
 
     A document of exactly `length` tokens, at which the reference stops with an exception, is passed over.
@@ -78,7 +78,7 @@ def _documents(text: TextSet, encode: Encode, ask: Ask) -> Drawn:
 class _LongDocuments:
     """Random documents longer than `length`; knows when there can be none, so that it always ends."""
 
-    def __init__(self, text: TextSet, encode: Encode, ask: Ask) -> None:
+    def __init__(self, text: TextSet, encode: Encode, ask: SampleRequest) -> None:
         self.text, self.encode, self.ask = text, encode, ask
         self.ids: dict[int, IntArray] = {}
         self.short: set[int] = set()
@@ -129,7 +129,7 @@ def _covered(starts: Sequence[int], length: int) -> int:
     return covered
 
 
-def _stream(text: TextSet, encode: Encode, ask: Ask) -> Drawn:
+def _stream(text: TextSet, encode: Encode, ask: SampleRequest) -> Drawn:
     """Random windows of the whole text, joined; they may overlap."""
     ids = _ids(encode, joined(text), ask.bos)
     if len(ids) < ask.samples * ask.length:
@@ -146,7 +146,7 @@ def joined(text: TextSet) -> str:
     return text.separator.join(text.documents[i] for i in range(len(text.documents)))
 
 
-def _packed(text: TextSet, encode: Encode, ask: Ask) -> Drawn:
+def _packed(text: TextSet, encode: Encode, ask: SampleRequest) -> Drawn:
     """Documents in random order, end to end, cut into windows without overlap; kinds take equal shares."""
     need, total = ask.samples * ask.length, 0
     runs: list[IntArray] = []
@@ -166,7 +166,7 @@ def _packed(text: TextSet, encode: Encode, ask: Ask) -> Drawn:
     raise _too_short(text, total, ask)
 
 
-def _too_short(text: TextSet, tokens: int, ask: Ask) -> UsageError:
+def _too_short(text: TextSet, tokens: int, ask: SampleRequest) -> UsageError:
     need, fit = ask.samples * ask.length, tokens // ask.length
     less = f"--calib-samples {fit}" if fit else f"--calib-samples 1 --calib-len {tokens}"
     return UsageError(

@@ -15,7 +15,7 @@ from dsconvert.errors import CheckpointError, quoted
 from dsconvert.models.architectures import ARCHS
 from dsconvert.models.architectures.deepseek_vl import tower_tables
 from dsconvert.models.architectures.llama import DROP
-from dsconvert.models.tensor_table import Arch, T
+from dsconvert.models.tensor_table import Arch, Row
 
 # Parts of a name that a wrapper puts anywhere into it: torch.compile, FSDP, checkpointing, DeepSpeed, DDP.
 WRAPPERS = frozenset(
@@ -121,7 +121,7 @@ def _tie(tensors: dict[str, Stored], arch: Arch) -> list[str]:
     A head beside the embedding counts, also as transformers has it, unless both are the same bytes of the
     file, as they are in every pytorch_model.bin of a tied model.
     """
-    row: T = next(row for row in arch.table if row.tied_to)
+    row: Row = next(row for row in arch.table if row.tied_to)
     head, embedding = tensors.get(row.hf), tensors.get(row.tied_to)
     if head is None:
         return []

@@ -11,7 +11,7 @@ import click
 from dsconvert.commands.given import refuse
 
 if TYPE_CHECKING:
-    from dsconvert.calibration.request import Wanted
+    from dsconvert.calibration.request import CalibrationRequest
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 NAMES = ("calib", "calib_chat", "calib_column", "calib_samples", "calib_len", "seed", "offline")
@@ -83,16 +83,16 @@ def check_calibration(asked: Mapping[str, Any]) -> None:
         refuse("calib", where="beside --calib-chat", hint="Give one of them")
 
 
-def wanted_of(asked: dict[str, Any]) -> Wanted | None:
+def wanted_of(asked: dict[str, Any]) -> CalibrationRequest | None:
     """Take the options out of `asked` and give what they mean: None without a text.
 
     Raises UsageError where an option says how to draw from a text that is not there.
     """
-    from dsconvert.calibration.request import Wanted
+    from dsconvert.calibration.request import CalibrationRequest
 
     check_calibration(asked)
     text, chat, column, samples, length, seed, offline = (asked.pop(name) for name in NAMES)
     if text is None and chat is None:
         refuse(*NAMES, where="without a calibration text", hint="Give --calib c4, or --calib-chat FILE")
         return None
-    return Wanted(text or "", samples, length, seed, None, chat, offline, column)
+    return CalibrationRequest(text or "", samples, length, seed, None, chat, offline, column)

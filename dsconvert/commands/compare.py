@@ -35,7 +35,7 @@ def compare(
         from converters.outputs import open_output, open_reference
         from dsconvert import console
         from dsconvert.proof import result as reports
-        from dsconvert.proof.prove import Asked, prove
+        from dsconvert.proof.prove import ProofOptions, prove
         from dsconvert.report import page
 
         page_and_json = (report, None if machine or json_file is None else Path(json_file))
@@ -46,7 +46,7 @@ def compare(
             if not (quiet or machine):
                 console.say(f"{path}:")
             proofs.append(
-                console.follow(prove(open_output(path), reference, Asked(**asked)), quiet or machine)
+                console.follow(prove(open_output(path), reference, ProofOptions(**asked)), quiet or machine)
             )
         outcomes = [outcome(proof) for proof in proofs]
         title = f"Outputs of {reference.folder.resolve().name}"

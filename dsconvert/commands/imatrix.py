@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from converters.gguf.layout import KeyValues
-    from dsconvert.calibration.request import Wanted
+    from dsconvert.calibration.request import CalibrationRequest
     from dsconvert.events import Event
 
 
@@ -57,7 +57,7 @@ def make(
     model: str,
     *,
     outfile: Path,
-    wanted: Wanted,
+    wanted: CalibrationRequest,
     add_bos: bool | None = None,
     force: bool = False,
     device: str = "auto",
@@ -86,8 +86,8 @@ def make(
     # Conversations go through the template that a GGUF file gets: of a model with a tower it is another one.
     chat = replace(reference.tokenizer.chat, default=reference.templates[-1])
     tokenizer = replace(reference.tokenizer, chat=chat)
-    drawn = yield from calibrate.draw(wanted, tokenizer, reference.config.context_length)
-    tensors = yield from calibrate.measure(reference.source, reference.config, drawn, device)
+    drawn = yield from calibrate.draw_windows(wanted, tokenizer, reference.config.context_length)
+    tensors = yield from calibrate.measure_inputs(reference.source, reference.config, drawn, device)
     check_unchanged(reference.seen)
     nbytes = save(outfile, calibrate.file_keys(drawn.report), tensors, force, inputs)
     yield Finished(str(outfile), nbytes, time.monotonic() - started)

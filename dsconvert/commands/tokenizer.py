@@ -96,4 +96,4 @@ def _compared(
 
     lines = read_text(text_file).splitlines() if text_file else []
     texts = chain(parity.PROBES, lines, parity.random_texts(seed, strings))
-    return asdict(parity.compare(parity.encoder(first), parity.encoder(second), texts))
+    return asdict(parity.compare_ids(parity.encoder(first), parity.encoder(second), texts))

@@ -175,7 +175,7 @@ def verify(output: Path, against: str, json_file: str | None, report: Path | Non
         from converters.outputs import open_output, open_reference
         from dsconvert import console
         from dsconvert.proof import result as reports
-        from dsconvert.proof.prove import Asked, Companion, prove
+        from dsconvert.proof.prove import Companion, ProofOptions, prove
         from dsconvert.report import page
 
         page_and_json = (report, None if machine or json_file is None else Path(json_file))
@@ -194,7 +194,7 @@ def verify(output: Path, against: str, json_file: str | None, report: Path | Non
         if mmproj is not None:
             pair = open_pair(opened, mmproj, reference, asked["max_kld"])
             companion = Companion(pair.said, partial(check_pair, pair))
-        found = console.follow(prove(opened, reference, Asked(**asked), companion), quiet or machine)
+        found = console.follow(prove(opened, reference, ProofOptions(**asked), companion), quiet or machine)
         if machine:
             console.say_json(reports.as_dict(found.report))
         else:  # before it is saved: what took long to find is not lost with a full disk

@@ -27,7 +27,7 @@ class Importance:
     rows: int
 
 
-def measure(decoder: st.Decoder, windows: st.IntArray) -> Generator[Event, None, Importance]:
+def measure_importance(decoder: st.Decoder, windows: st.IntArray) -> Generator[Event, None, Importance]:
     """Run the windows [n, length] through the decoder and sum the squares of every linear's inputs.
 
     Raises QuantizationError for inputs that are not finite, UsageError for ids outside the vocabulary.

@@ -118,7 +118,7 @@ def rope_factors(config: ModelConfig) -> dict[str, npt.NDArray[np.float32]]:
 
 
 @dataclass(frozen=True)
-class T:
+class Row:
     """A row: Hugging Face name, GGUF name, role, shape in the letters of `ModelConfig.dims`.
 
     `{i}` in a name stands for the layer, counted by the dimension `depth`; a dimension "letter.layer" goes
@@ -151,7 +151,7 @@ class Arch:
 
     name: str
     classes: tuple[str, ...]
-    table: tuple[T, ...]
+    table: tuple[Row, ...]
     drop: tuple[str, ...] = ()
     derived: Callable[[ModelConfig], dict[str, npt.NDArray[np.float32]]] = lambda config: {}
 
@@ -168,7 +168,7 @@ class Spec:
     role: Role
     shape: tuple[int, ...]
     layer: int | None
-    row: T
+    row: Row
     source: tuple[int, ...] = ()
 
     def forward(self, source: Array, config: Sizes) -> Array:
@@ -182,12 +182,12 @@ class Spec:
         return self.row.transform.inverse(stored, config).reshape(stored.shape)
 
 
-def prefixed(table: Iterable[T], prefix: str) -> tuple[T, ...]:
+def prefixed(table: Iterable[Row], prefix: str) -> tuple[Row, ...]:
     """The table mounted under `prefix` inside a bigger model."""
     return renamed(table, lambda name: prefix + name)
 
 
-def renamed(table: Iterable[T], name: Callable[[str], str]) -> tuple[T, ...]:
+def renamed(table: Iterable[Row], name: Callable[[str], str]) -> tuple[Row, ...]:
     """The table with other names for the same tensors."""
     return tuple(replace(row, hf=name(row.hf), tied_to=row.tied_to and name(row.tied_to)) for row in table)
 
@@ -203,7 +203,7 @@ def expand(arch: Arch, config: Sizes) -> list[Spec]:
     return specs
 
 
-def _spec(row: T, dims: Mapping[str, int], layer: int | None) -> Spec:
+def _spec(row: Row, dims: Mapping[str, int], layer: int | None) -> Spec:
     def size(letter: str) -> int:
         return int(dims.get(f"{letter}.{layer}", dims.get(letter, letter)))
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     import torch
 
-Floats = npt.NDArray[np.float64]
+Doubles = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 PERCENTILES = (90.0, 95.0, 99.0, 99.9)
 TOP = 5
@@ -44,15 +44,15 @@ class TokenFigures:
     window: IntArray
     position: IntArray
     target: IntArray
-    nll_base: Floats
-    nll: Floats
-    kld: Floats
+    nll_base: Doubles
+    nll: Doubles
+    kld: Doubles
     top_base: IntArray
     top: IntArray
-    overlap: Floats
+    overlap: Doubles
 
     @property
-    def p_diff(self) -> Floats:
+    def p_diff(self) -> Doubles:
         """p_Q(target) - p_base(target)."""
         return np.exp(-self.nll) - np.exp(-self.nll_base)
 
@@ -181,7 +181,7 @@ def summary(tokens: TokenFigures, token_bytes: IntArray | None = None) -> Figure
     )
 
 
-def mean(values: Floats) -> Estimate:
+def mean(values: Doubles) -> Estimate:
     """The mean and its standard error, sqrt((<x^2> - <x>^2) / (n - 1))."""
     n = len(values)
     return Estimate(float(values.mean()), float(values.std() / math.sqrt(n - 1)) if n > 1 else 0.0)

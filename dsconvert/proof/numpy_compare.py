@@ -87,7 +87,7 @@ def check(
             f"verifying blocks for about {max(seconds, 0):.1f} s, at least {least} of {config.layers}, on "
             f"{chosen.windows.length} tokens, each on the reference's input; --verify full runs all of it"
         )
-    comparison = yield from compare(reference, candidate, config, chosen, candidate_config, threads)
+    comparison = yield from compare_in_numpy(reference, candidate, config, chosen, candidate_config, threads)
     if chosen.blocks is not None:
         ran = ", ".join(str(block.index) for block in comparison.blocks)
         blocks = "block" if len(comparison.blocks) == 1 else "blocks"
@@ -111,7 +111,7 @@ def _with_torch(
     return comparison
 
 
-def compare(
+def compare_in_numpy(
     reference: WeightSource,
     candidate: WeightSource,
     config: ModelConfig,

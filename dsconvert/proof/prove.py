@@ -41,7 +41,7 @@ RUNTIME_LENGTH = 512  # tokens: the window of llama.cpp's perplexity tool
 
 
 @dataclass(frozen=True)
-class Asked:
+class ProofOptions:
     """How an output is to be verified; `length` 0 stands for 2048, or llama.cpp's own window."""
 
     text: str = BUILTIN
@@ -86,7 +86,7 @@ class Proof:
 
 
 def prove(
-    opened: Opened, reference: Reference, asked: Asked, companion: Companion | None = None
+    opened: Opened, reference: Reference, asked: ProofOptions, companion: Companion | None = None
 ) -> Generator[Event, None, Proof]:
     """Verify one output: yields steps and Checks, returns the report with the verdict over all of them.
 
@@ -108,7 +108,7 @@ def prove(
     yield from checks
     dtype = asked.dtype or ("float32" if asked.engine else None)  # the runtime computes in float32
     where: dict[str, Any] = {"device": asked.device, "dtype": dtype}
-    comparison = yield from compare(opened, reference, chosen_text, asked, where)
+    comparison = yield from compare_output(opened, reference, chosen_text, asked, where)
     found = list(comparing.judge(comparison, limits).checks)
     yield from found
     engine = None
@@ -134,7 +134,7 @@ def prove(
     return Proof(opened, report)
 
 
-def choose_text(reference: Reference, asked: Asked) -> Generator[Event, None, Text]:
+def choose_text(reference: Reference, asked: ProofOptions) -> Generator[Event, None, Text]:
     """The windows to score, cut as asked from the text that is named; raises UsageError, CheckpointError."""
     tokenizer, bos = reference.tokenizer.tokenizer, reference.tokenizer.first_id
     runtime = asked.kld_base is not None or asked.engine is not None
@@ -230,11 +230,11 @@ def run_engine(
     return found, [*checks, *judged]
 
 
-def compare(
+def compare_output(
     opened: Opened,
     reference: Reference,
     chosen_text: Text,
-    asked: Asked,
+    asked: ProofOptions,
     where: dict[str, Any],
 ) -> Generator[Event, None, Comparison]:
     """Both models over the windows, or the output against a file of the base's log-probabilities."""

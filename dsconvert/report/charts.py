@@ -12,7 +12,7 @@ from html import escape
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
+Doubles = npt.NDArray[np.float64]
 WIDTH, HEIGHT = 720, 220
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 34
 NAMES = 150  # where the cells of a heat map begin
@@ -43,7 +43,7 @@ def line(values: Sequence[float], x_label: str, y_label: str, limit: float | Non
     return _svg(parts, HEIGHT, f"{y_label} by {x_label}")
 
 
-def log_histogram(values: Floats, x_label: str, marks: Mapping[str, float], bins: int = 48) -> str:
+def log_histogram(values: Doubles, x_label: str, marks: Mapping[str, float], bins: int = 48) -> str:
     """Counts of positive values in bins of equal ratio; `marks` are named lines; zeros are counted below."""
     endless = int((~np.isfinite(values)).sum())
     positive = values[(values > 0) & np.isfinite(values)]

@@ -20,7 +20,7 @@ from dsconvert.calibration.record import (
     sample,
     warnings,
 )
-from dsconvert.calibration.sampling import PAGE, Ask, draw
+from dsconvert.calibration.sampling import PAGE, SampleRequest, draw
 from dsconvert.errors import UsageError
 from dsconvert.texts.files import pack
 from dsconvert.texts.sets import Method, TextSet, builtin, chats
@@ -60,40 +60,42 @@ def sample_tokens() -> Callable[[Sequence[str]], list[list[int]]]:
 
 
 def test_documents_are_drawn_as_optimum_draws_c4() -> None:
-    got = sample(text_set(numbers(), "documents"), words, Ask(12, 40, seed=3))
+    got = sample(text_set(numbers(), "documents"), words, SampleRequest(12, 40, seed=3))
     assert got.report.fingerprint == "941e338580260a1b6564783d89cdbef66c52e6e00a09c86a31243e88c954469a"
     assert got.report.documents_used == 11  # one was drawn twice
 
 
 def test_a_stream_is_drawn_as_optimum_draws_wikitext2() -> None:
-    got = sample(text_set(["".join(numbers()[:200])], "stream"), characters, Ask(5, 40, seed=3))
+    got = sample(text_set(["".join(numbers()[:200])], "stream"), characters, SampleRequest(5, 40, seed=3))
     assert got.report.fingerprint == "8e45563cc1944295da641dde5cddbf411f34e6b3c6cf789ed3483e51fdc8c193"
 
 
 def test_a_stream_joins_with_blank_lines() -> None:
     text = text_set(["abcdefgh" * 10, "", "ijklmnop" * 10], "stream")
     whole = "abcdefgh" * 10 + "\n\n\n\n" + "ijklmnop" * 10
-    got = sample(text, characters, Ask(2, 60))
+    got = sample(text, characters, SampleRequest(2, 60))
     assert all(bytes(window.tolist()).decode() in whole for window in got.tokens)
 
 
 def test_every_window_lies_in_one_document() -> None:
     documents = numbers()
-    got = sample(text_set(documents, "documents"), words, Ask(30, 40))
+    got = sample(text_set(documents, "documents"), words, SampleRequest(30, 40))
     for window in got.tokens:
         assert any(" ".join(map(str, window)) in document for document in documents)
 
 
 def test_seeds_decide(sample_tokens: Callable[[Sequence[str]], list[list[int]]]) -> None:
     text = builtin("calibration")
-    first, again, other = (sample(text, sample_tokens, Ask(4, 512, seed)).tokens for seed in (1, 1, 2))
+    first, again, other = (
+        sample(text, sample_tokens, SampleRequest(4, 512, seed)).tokens for seed in (1, 1, 2)
+    )
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
 
 
 def test_documents_of_just_the_length_are_passed_over() -> None:
     exact, longer = (" ".join(str(1000 + i) for i in range(n)) for n in (40, 41))
-    got = sample(text_set([exact] * 50 + [longer], "documents"), words, Ask(3, 40))
+    got = sample(text_set([exact] * 50 + [longer], "documents"), words, SampleRequest(3, 40))
     assert got.report.documents_used == 1
     assert got.tokens[:, 0].tolist() == [1000] * 3  # the reference never takes the last place
     assert got.report.tokens_left_out == 1
@@ -103,31 +105,31 @@ def test_documents_of_just_the_length_are_passed_over() -> None:
 def test_no_long_document_is_an_error_and_no_endless_loop(size: int) -> None:
     document = " ".join(["1234"] * size)
     with pytest.raises(UsageError, match=r"no document of a text is longer than 40 tokens.*--calib-len"):
-        sample(text_set([document] * 20, "documents"), words, Ask(2, 40))
+        sample(text_set([document] * 20, "documents"), words, SampleRequest(2, 40))
 
 
 def test_a_rare_long_document_is_found() -> None:
     documents = [*numbers(2000, 40), " ".join(str(i) for i in range(1000, 1100))]
-    got = sample(text_set(documents, "documents"), words, Ask(4, 60))
+    got = sample(text_set(documents, "documents"), words, SampleRequest(4, 60))
     assert got.report.documents_used == 1
     assert [w.text for w in warnings(got.report) if "1 documents longer than 60 tokens" in w.text]
 
 
 def test_packed_windows_share_nothing_and_lose_nothing() -> None:
     documents = [f"{i} {i} {i} {i} {i}" for i in range(1000, 1080)]
-    got = sample(text_set(documents), words, Ask(8, 50))
+    got = sample(text_set(documents), words, SampleRequest(8, 50))
     assert np.unique(got.tokens, return_counts=True)[1].tolist() == [5] * 80
     assert got.report.tokens_left_out == got.report.documents_cut == 0
-    got = sample(text_set(documents), words, Ask(1, 52))
+    got = sample(text_set(documents), words, SampleRequest(1, 52))
     assert (got.report.documents_used, got.report.documents_cut, got.report.tokens_left_out) == (11, 1, 3)
 
 
 def test_packed_pages_meet_all_of_a_long_document() -> None:
     lines = [f"{i:06d}\n" for i in range(100_000, 100_000 + PAGE)]
-    got = draw(text_set(["".join(lines)]), words, Ask(16, 256))
+    got = draw(text_set(["".join(lines)]), words, SampleRequest(16, 256))
     assert np.ptp(got.windows) > PAGE * 0.5
     assert got.cut == 1
-    everything = draw(text_set(["".join(lines)]), words, Ask(16, PAGE // 16))
+    everything = draw(text_set(["".join(lines)]), words, SampleRequest(16, PAGE // 16))
     assert sorted(everything.windows.ravel().tolist()) == list(range(100_000, 100_000 + PAGE))
     assert everything.cut == 0
 
@@ -135,17 +137,17 @@ def test_packed_pages_meet_all_of_a_long_document() -> None:
 def test_kinds_take_equal_shares() -> None:
     documents = ["a" * 1000] * 50 + ["b" * 500] * 50
     text = replace(text_set(documents), kinds=("prose",) * 50 + ("code",) * 50, separator="\n")
-    got = draw(text, characters, Ask(10, 1000))
+    got = draw(text, characters, SampleRequest(10, 1000))
     assert abs(np.count_nonzero(got.windows == ord("a")) - np.count_nonzero(got.windows == ord("b"))) < 1600
 
 
 @pytest.mark.parametrize("method", ["packed", "documents", "stream"])
 def test_bos_begins_documents_once(method: Method) -> None:
     text = text_set(["1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20"], method)
-    got = draw(text, words, Ask(1, 19, bos=7777))
+    got = draw(text, words, SampleRequest(1, 19, bos=7777))
     assert np.count_nonzero(got.windows == 7777) == (got.windows[0, 0] == 7777)
     again = draw(text_set(["7777 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20"], method), words,
-                 Ask(1, 19, bos=7777))  # fmt: skip
+                 SampleRequest(1, 19, bos=7777))  # fmt: skip
     assert np.array_equal(got.windows, again.windows)
 
 
@@ -153,10 +155,10 @@ def test_bos_begins_documents_once(method: Method) -> None:
 def test_fewer_tokens_than_asked(method: Method) -> None:
     documents = ["\n".join(str(i) for i in range(1000, 1100))]
     with pytest.raises(UsageError, match=r"has 100 tokens, 3 windows of 40 need 120.*--calib-samples 2"):
-        sample(text_set(documents, method), words, Ask(3, 40))
+        sample(text_set(documents, method), words, SampleRequest(3, 40))
     with pytest.raises(UsageError, match=r"--calib-samples 1 --calib-len 100"):
-        sample(text_set(documents, method), words, Ask(3, 2048))
-    assert sample(text_set(documents, method), words, Ask(1, 100)).tokens.shape == (1, 100)
+        sample(text_set(documents, method), words, SampleRequest(3, 2048))
+    assert sample(text_set(documents, method), words, SampleRequest(1, 100)).tokens.shape == (1, 100)
 
 
 def test_a_text_of_one_byte() -> None:
@@ -166,25 +168,25 @@ def test_a_text_of_one_byte() -> None:
 
 def test_a_text_that_repeats_one_byte() -> None:
     with pytest.raises(UsageError, match="gives 400 tokens of 1 kinds: nothing can be learnt"):
-        sample(text_set(["x" * 500]), characters, Ask(4, 100))
+        sample(text_set(["x" * 500]), characters, SampleRequest(4, 100))
 
 
 @pytest.mark.parametrize("ask", [(0, 2048), (128, 1)])
 def test_senseless_numbers(ask: tuple[int, int]) -> None:
     with pytest.raises(UsageError, match="make no sense"):
-        Ask(*ask)
+        SampleRequest(*ask)
 
 
 def test_the_report_counts_duplicates() -> None:
     once = "\n".join(str(i) for i in range(1000, 1050)) + "\n"
-    got = sample(text_set([once] * 6), words, Ask(6, 50)).report
+    got = sample(text_set([once] * 6), words, SampleRequest(6, 50)).report
     assert (got.duplicate_windows, got.duplicate_documents, got.unique_tokens) == (5, 5, 50)
     assert [w.text for w in warnings(got) if w.text.startswith("5 of 6 calibration windows repeat")]
 
 
 def calibrated(tokens: np.ndarray) -> Calibration:
     documents = [" ".join(map(str, row)) for row in tokens]
-    return sample(text_set(documents), words, Ask(*tokens.shape))
+    return sample(text_set(documents), words, SampleRequest(*tokens.shape))
 
 
 def test_overlap_counts_shared_runs_exactly() -> None:
@@ -255,7 +257,7 @@ def test_evaluation_on_c4_takes_256_random_windows() -> None:
     windows = evaluation_windows(text, words, length=40)
     assert windows.tokens.shape == (256, 40)
     assert windows.scored == 256 * 39
-    assert np.array_equal(windows.tokens[:5], draw(text, words, Ask(5, 40)).windows)
+    assert np.array_equal(windows.tokens[:5], draw(text, words, SampleRequest(5, 40)).windows)
     with pytest.raises(UsageError, match="Ask for shorter windows, or"):
         evaluation_windows(text, words, length=4000)
 
@@ -265,7 +267,7 @@ def test_chats_are_rendered_whole(tmp_path: Path) -> None:
     rows = [{"messages": [{"role": "user", "content": f"{i} {i + 1}"}]} for i in range(1000, 1030)]
     file.write_text("\n".join(map(json.dumps, rows)), "utf-8")
     text = chats(file, lambda messages: f"1 {messages[0]['content']} 2 ")
-    got = sample(text, words, Ask(6, 20))
+    got = sample(text, words, SampleRequest(6, 20))
     for row in got.tokens.reshape(-1, 4):
         assert (row[0], row[2], row[3]) == (1, row[1] + 1, 2)
 

@@ -19,7 +19,7 @@ from converters.gptq.pack import pack
 from converters.gptq.reader import open_model
 from converters.gptq.settings import quantization_settings
 from converters.gptq.shapes import Layout
-from converters.gptq.solver import Options, Solved, solve
+from converters.gptq.solver import Solved, SolverOptions, solve
 from dsconvert.checkpoints import marked_folders as folder_module
 from dsconvert.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from dsconvert.checkpoints.output_folder import quantized_config, with_both_ropes, write_folder
@@ -32,7 +32,7 @@ from dsconvert.models.config import load_config, load_json
 LAYOUT = Layout(Scheme(4, 32))
 
 
-def quantized(checkpoint: Checkpoint, options: Options) -> tuple[dict[str, Piece], dict[str, Solved]]:
+def quantized(checkpoint: Checkpoint, options: SolverOptions) -> tuple[dict[str, Piece], dict[str, Solved]]:
     """Every linear of the blocks solved for random inputs; the output's pieces, and the solutions."""
     generator = torch.Generator().manual_seed(0)
     pieces: dict[str, Piece] = {}
@@ -69,14 +69,14 @@ def written(out: Path, source: Path, pieces: Mapping[str, Piece] | None = None, 
 @pytest.mark.parametrize(
     "options",
     [
-        Options(Scheme(4, 32)),
-        Options(Scheme(3, 128), act_order=True),
-        Options(Scheme(2, 64, False), act_order=True, dynamic_groups=True),
-        Options(Scheme(8, -1), mse=False),
+        SolverOptions(Scheme(4, 32)),
+        SolverOptions(Scheme(3, 128), act_order=True),
+        SolverOptions(Scheme(2, 64, False), act_order=True, dynamic_groups=True),
+        SolverOptions(Scheme(8, -1), mse=False),
     ],
     ids=["4bit", "3bit-act", "2bit-dynamic", "8bit"],
 )
-def test_a_model_is_read_back_as_it_was_solved(tmp_path: Path, source: Path, options: Options) -> None:
+def test_a_model_is_read_back_as_it_was_solved(tmp_path: Path, source: Path, options: SolverOptions) -> None:
     checkpoint = open_checkpoint(source)
     pieces, solutions = quantized(checkpoint, options)
     out = tmp_path / "out"

@@ -121,7 +121,7 @@ def test_verify_and_imatrix_look_again_too(
         return changed
 
     monkeypatch.setattr(time_budget, "run", after(time_budget.run))
-    monkeypatch.setattr(calibrate, "measure", after(calibrate.measure))
+    monkeypatch.setattr(calibrate, "measure_inputs", after(calibrate.measure_inputs))
     asked = ["verify", str(out), "--against", str(model), "--windows", "1", "--length", "64"]
     matrix = tmp_path / "i.gguf"
     small = ["--calib", "builtin", "--calib-samples", "2", "--calib-len", "64"]

@@ -22,7 +22,7 @@ from dsconvert.proof.compare import result
 
 def test_the_sums_are_those_of_the_squared_inputs() -> None:
     model, decoder, windows = opened(num_key_value_heads=2)
-    found = result(importance.measure(decoder, windows))
+    found = result(importance.measure_importance(decoder, windows))
     expected = inputs_of(model, windows)
     expected.pop("lm_head.weight")
     assert found.sums.keys() == expected.keys()
@@ -35,7 +35,7 @@ def test_tensors_have_the_names_of_a_gguf_model() -> None:
     _, source, config = random_llama.make()
     decoder = st.open_decoder(source, config, CPU, torch.float32)
     found = importance.tensors(
-        result(importance.measure(decoder, random_llama.tokens(config, 2, 16))), decoder
+        result(importance.measure_importance(decoder, random_llama.tokens(config, 2, 16))), decoder
     )
     assert list(found) == sorted(found, key=lambda name: (name.rsplit(".", 1)[0], name.endswith("counts")))
     assert found["blk.0.ffn_down.weight.in_sum2"].shape == (1, config.intermediate_size)

@@ -20,7 +20,7 @@ from converters.exl2.settings import (
     padded,
     settings_for,
 )
-from converters.exl2.shapes import HEAD, RULES, WHOLE, broken_rules, check_shapes
+from converters.exl2.shapes import HEAD_WEIGHT, RULES, WHOLE, broken_rules, check_shapes
 from dsconvert.errors import QuantizationError, UsageError
 
 PEERS = Path(__file__).parents[3] / "shared" / "data" / "peers"
@@ -35,7 +35,7 @@ RUNNABLE += ((8192, 22016), (2048, 2048), (5632, 2048), (2048, 5632), (576, 576)
 
 def test_every_deepseek_runs() -> None:
     linears: dict[str, tuple[int, ...]] = {f"model.layers.{i}.x.weight": s for i, s in enumerate(RUNNABLE)}
-    linears[HEAD] = (102400, 4096)
+    linears[HEAD_WEIGHT] = (102400, 4096)
     assert not list(broken_rules(linears))
     check_shapes(linears)
 
@@ -59,10 +59,10 @@ def test_each_rule_is_refused_by_name(shape: tuple[int, int], words: str) -> Non
 
 
 def test_the_head_is_padded_and_may_stay() -> None:
-    check_shapes({HEAD: (1001, 64)})
+    check_shapes({HEAD_WEIGHT: (1001, 64)})
     with pytest.raises(QuantizationError, match="--head-bits 16"):
-        check_shapes({HEAD: (1001, 48)})
-    check_shapes({NAME: (64, 64)}, others=[HEAD])
+        check_shapes({HEAD_WEIGHT: (1001, 48)})
+    check_shapes({NAME: (64, 64)}, others=[HEAD_WEIGHT])
     assert len(RULES) == 3
 
 

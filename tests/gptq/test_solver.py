@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from converters.gptq.grid import Scheme, find_grid, to_codes
-from converters.gptq.solver import Options, round_to_nearest, solve
+from converters.gptq.solver import SolverOptions, round_to_nearest, solve
 from dsconvert.errors import QuantizationError, UsageError
 
 F64 = npt.NDArray[np.float64]
@@ -62,7 +62,7 @@ def eliminated(inverse: F64, k: int) -> F64:
     return inverse - np.outer(inverse[k], inverse[k]) / inverse[k, k]
 
 
-def naive_gptq(weights: F64, hessian: F64, options: Options) -> tuple[F64, F64, F64, F64]:
+def naive_gptq(weights: F64, hessian: F64, options: SolverOptions) -> tuple[F64, F64, F64, F64]:
     """Codes [N, K], scales and zeros [G, N], group of each column, by the OBQ formula of the paper.
 
     One column at a time: the error over the diagonal of the inverse goes to every column left, and the
@@ -107,7 +107,7 @@ def naive_gptq(weights: F64, hessian: F64, options: Options) -> tuple[F64, F64, 
 
 ORDERS = ({}, {"act_order": True}, {"act_order": True, "dynamic_groups": True})
 CASES = [
-    Options(Scheme(bits, group, sym), mse=mse, **order)
+    SolverOptions(Scheme(bits, group, sym), mse=mse, **order)
     for bits, group, sym, order, mse in itertools.product(
         (2, 3, 4, 8), (32, 64, 128, -1), (True, False), ORDERS, (True, False)
     )
@@ -115,7 +115,7 @@ CASES = [
 ]
 
 
-def label(options: Options) -> str:
+def label(options: SolverOptions) -> str:
     s = options.scheme
     words = [name for name in ("act_order", "dynamic_groups") if getattr(options, name)]
     words += ["minmax"] * (not options.mse)
@@ -123,7 +123,7 @@ def label(options: Options) -> str:
 
 
 @pytest.mark.parametrize("options", CASES, ids=label)
-def test_codes_are_those_of_the_naive_formula(options: Options) -> None:
+def test_codes_are_those_of_the_naive_formula(options: SolverOptions) -> None:
     W, H = problem(6, 224, seed=CASES.index(options))  # blocks and groups with a short one at the end
     solved = solve(W, H, options)
     codes, scales, zeros, group_of = naive_gptq(W.numpy(), H.numpy(), options)
@@ -141,7 +141,7 @@ def test_damping_and_dead_columns_are_those_of_the_naive_formula(damp: float) ->
     dead = [0, 33, 159]
     H[dead] = 0
     H[:, dead] = 0
-    options = Options(Scheme(4, 32), act_order=True, damp=damp)
+    options = SolverOptions(Scheme(4, 32), act_order=True, damp=damp)
     solved = solve(W, H, options)
     codes = naive_gptq(W.numpy(), H.numpy(), options)[0]
     np.testing.assert_array_equal(solved.codes.numpy().T, codes)
@@ -165,7 +165,7 @@ def test_an_enormous_input_spoils_no_output(sign: int, order: dict[str, bool], g
     """On a min-max grid, making up for its rounding moves the other weights of row 2 out of their grids."""
     W, H = massive(6, 256, seed=group)
     W[2] *= sign
-    options = Options(Scheme(3, group), **order)
+    options = SolverOptions(Scheme(3, group), **order)
     solved, plain = solve(W, H, options), solve(W, H, dataclasses.replace(options, mse=False))
     lost = [direct_loss((W - s.dequantized())[2:3], H) for s in (solved, plain)]
     assert lost[0] < 0.1 * lost[1]
@@ -176,8 +176,10 @@ def direct_loss(error: torch.Tensor, H: torch.Tensor) -> float:
     return float(torch.einsum("nk,kl,nl->", e, H.double(), e))
 
 
-@pytest.mark.parametrize("options", [Options(), Options(Scheme(3, 64, False), act_order=True)], ids=label)
-def test_losses_are_what_they_say(options: Options) -> None:
+@pytest.mark.parametrize(
+    "options", [SolverOptions(), SolverOptions(Scheme(3, 64, False), act_order=True)], ids=label
+)
+def test_losses_are_what_they_say(options: SolverOptions) -> None:
     W, H = problem(32, 256, seed=1, dtype=torch.float32)
     before = W.clone(), H.clone()
     solved = solve(W, H, options)
@@ -194,7 +196,7 @@ def test_losses_hold_where_damping_is_most_of_them(damp: float) -> None:
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(6, 256, generator=generator)  # far fewer tokens than inputs: errors vanish in H
     W, H = torch.randn(16, 256, generator=generator), 2 / 6 * x.T @ x
-    solved = solve(W, H, Options(Scheme(8, 64), damp=damp))
+    solved = solve(W, H, SolverOptions(Scheme(8, 64), damp=damp))
     error = W - solved.dequantized()
     damping = solved.damp * float(H.diagonal().mean() * error.square().sum())
     assert solved.loss == pytest.approx(direct_loss(error, H), rel=1e-3)
@@ -205,14 +207,14 @@ def test_losses_hold_where_damping_is_most_of_them(damp: float) -> None:
 @pytest.mark.parametrize("order", ORDERS, ids=["natural", "static", "dynamic"])
 def test_clearly_better_than_rounding_on_correlated_inputs(bits: int, order: dict[str, bool]) -> None:
     W, H = problem(64, 256, seed=bits, dtype=torch.float32)
-    solved = solve(W, H, Options(Scheme(bits, 64), **order))
+    solved = solve(W, H, SolverOptions(Scheme(bits, 64), **order))
     assert solved.fell_back is None
     assert solved.loss < 0.5 * solved.rtn_loss
 
 
 def test_float32_finds_what_float64_finds() -> None:
     W, H = problem(64, 384, seed=9)
-    for options in (Options(), Options(Scheme(2, 32, False), act_order=True)):
+    for options in (SolverOptions(), SolverOptions(Scheme(2, 32, False), act_order=True)):
         exact, single = solve(W, H, options), solve(W.float(), H.float(), options)
         assert single.loss == pytest.approx(exact.loss, rel=0.02)
         assert (single.codes == exact.codes).float().mean() > 0.95
@@ -227,7 +229,7 @@ def test_never_below_the_optimum_and_near_it(inputs: int, sym: bool) -> None:
         x = torch.randn(8, inputs, generator=generator, dtype=torch.float64)
         x += 2 * torch.randn(8, 1, generator=generator, dtype=torch.float64)
         W, H = torch.randn(1, inputs, generator=generator, dtype=torch.float64), x.T @ x
-        solved = solve(W, H, Options(Scheme(2, -1, sym), damp=0.0))
+        solved = solve(W, H, SolverOptions(Scheme(2, -1, sym), damp=0.0))
         scale, zero = float(solved.scales[0, 0]), int(solved.zeros[0, 0])
         grid = itertools.product(range(4), repeat=inputs)
         losses = [direct_loss(W - (torch.tensor([c], dtype=torch.float64) - zero) * scale, H) for c in grid]
@@ -246,13 +248,13 @@ def test_damping_climbs_the_ladder_where_it_must() -> None:
     W, H = problem(8, 64, seed=2)
     values, vectors = torch.linalg.eigh(H)
     values[0] = -0.05 * H.diagonal().mean()
-    solved = solve(W, vectors @ torch.diag(values) @ vectors.T, Options(Scheme(4, 32), damp=0.01))
+    solved = solve(W, vectors @ torch.diag(values) @ vectors.T, SolverOptions(Scheme(4, 32), damp=0.01))
     assert (solved.damp, solved.fell_back) == (0.1, None)
 
 
 def test_falls_back_by_name() -> None:
     W, H = problem(8, 64, seed=2, dtype=torch.float32)
-    options = Options(Scheme(4, 32))
+    options = SolverOptions(Scheme(4, 32))
     rounded = round_to_nearest(W, options)
     bad = H.clone()
     bad[3, 5] = math.nan
@@ -268,7 +270,7 @@ def test_falls_back_by_name() -> None:
 def test_groups_are_runs_of_columns_unless_asked_otherwise() -> None:
     W, H = problem(8, 128, seed=4)
     runs = torch.arange(128, dtype=torch.int32) // 32
-    static = Options(Scheme(4, 32), act_order=True)
+    static = SolverOptions(Scheme(4, 32), act_order=True)
     dynamic = dataclasses.replace(static, dynamic_groups=True)
     assert torch.equal(solve(W, H, static).g_idx, runs)
     moved = solve(W, H, dynamic).g_idx
@@ -277,12 +279,12 @@ def test_groups_are_runs_of_columns_unless_asked_otherwise() -> None:
     first = H.diagonal().argsort(descending=True)[:32]
     assert not moved[first].any()
     assert (static.desc_act, dynamic.desc_act) == (False, True)
-    assert not Options(Scheme(4, -1), act_order=True, dynamic_groups=True).desc_act
+    assert not SolverOptions(Scheme(4, -1), act_order=True, dynamic_groups=True).desc_act
 
 
 def test_a_run_repeats() -> None:
     W, H = problem(16, 128, seed=6, dtype=torch.float32)
-    first, second = (solve(W, H, Options(act_order=True)) for _ in range(2))
+    first, second = (solve(W, H, SolverOptions(act_order=True)) for _ in range(2))
     assert torch.equal(first.codes, second.codes)
     assert first.loss == second.loss
 
@@ -349,19 +351,19 @@ def test_refuses_what_has_no_faithful_value() -> None:
         broken = W.clone()
         broken[1, 1] = value
         with pytest.raises(QuantizationError):
-            solve(broken, H, Options())
+            solve(broken, H, SolverOptions())
         with pytest.raises(QuantizationError):
-            round_to_nearest(broken, Options())
+            round_to_nearest(broken, SolverOptions())
 
 
 def test_refuses_what_makes_no_sense() -> None:
     W, H = problem(4, 64, seed=0, dtype=torch.float32)
     for w, h in ((W[0], H), (W, H[:32]), (W, H.double()), (W.to(torch.int8), H), (W[:, :0], H[:0, :0])):
         with pytest.raises(UsageError):
-            solve(w, h, Options())
+            solve(w, h, SolverOptions())
     for damp in (-0.1, math.nan, math.inf):
         with pytest.raises(UsageError):
-            solve(W, H, Options(damp=damp))
+            solve(W, H, SolverOptions(damp=damp))
 
 
 @pytest.mark.cuda
@@ -369,7 +371,7 @@ def test_cuda_finds_what_the_cpu_finds() -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     W, H = problem(256, 1024, seed=7, dtype=torch.float32)
-    for options in (Options(), Options(Scheme(3, 64, False), act_order=True)):
+    for options in (SolverOptions(), SolverOptions(Scheme(3, 64, False), act_order=True)):
         here, there = solve(W, H, options), solve(W.cuda(), H.cuda(), options)
         assert there.codes.device.type == "cuda"
         assert there.loss == pytest.approx(here.loss, rel=0.02)

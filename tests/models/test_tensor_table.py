@@ -11,7 +11,7 @@ import tiny
 from dsconvert.errors import PlanError
 from dsconvert.models.architectures.llama import LLAMA
 from dsconvert.models.config import ModelConfig, normalise
-from dsconvert.models.tensor_table import ROPE_K, ROPE_Q, SOLVE_ORDER, Arch, Spec, T, expand, plan, prefixed
+from dsconvert.models.tensor_table import ROPE_K, ROPE_Q, SOLVE_ORDER, Arch, Row, Spec, expand, plan, prefixed
 
 TINY = tiny.Tiny()
 SIZES: dict[str, dict[str, Any]] = {
@@ -136,12 +136,17 @@ def test_rope_on_adjacent_pairs_of_the_stored_rows_is_the_librarys_rope(transfor
 
 
 def test_parts_cut_a_fused_tensor() -> None:
-    row = T("qkv", "q{i}", "vision", ("d", "d"))
+    row = Row("qkv", "q{i}", "vision", ("d", "d"))
     config = config_of("tiny")
     fused = np.arange(3 * 64 * 64, dtype=np.float32).reshape(192, 64)
     for k in range(3):
         spec = Spec(
-            "qkv", f"part{k}", "vision", (64, 64), None, T(row.hf, row.gguf, row.role, row.shape, part=(k, 3))
+            "qkv",
+            f"part{k}",
+            "vision",
+            (64, 64),
+            None,
+            Row(row.hf, row.gguf, row.role, row.shape, part=(k, 3)),
         )
         assert np.array_equal(spec.forward(fused, config), fused[64 * k : 64 * (k + 1)])
 

@@ -52,7 +52,7 @@ def same_errors(found: compare.Comparison, expected: compare.Comparison) -> None
 def test_all_of_a_model_is_what_torch_finds(keys: str) -> None:
     _, source, config = make(**CONFIGS[keys])
     candidate, text = noisy(source, 0.02), windows.strided(tokens(config, 1, 96)[0], 32, 16)
-    found = compare.result(numpy_compare.compare(source, candidate, config, effort(text)))
+    found = compare.result(numpy_compare.compare_in_numpy(source, candidate, config, effort(text)))
     expected = compare.result(compare.compare(source, candidate, config, text, device="cpu"))
     same_errors(found, expected)
     assert found.tokens is not None
@@ -71,7 +71,9 @@ def test_a_sample_is_what_torch_finds(keys: str, chunk: int, monkeypatch: pytest
     _, source, config = make(**CONFIGS[keys])
     candidate, text = noisy(source, 0.02), windows.whole(tokens(config, 1, 64))
     for blocks in ((0, 1), (0, 1, 2)):
-        found = compare.result(numpy_compare.compare(source, candidate, config, effort(text, blocks)))
+        found = compare.result(
+            numpy_compare.compare_in_numpy(source, candidate, config, effort(text, blocks))
+        )
         expected = compare.result(compare_blocks(source, candidate, config, text, blocks, device="cpu"))
         same_errors(found, expected)
         assert found.figures is None
@@ -82,7 +84,9 @@ def test_a_sample_is_what_torch_finds(keys: str, chunk: int, monkeypatch: pytest
 def test_planted_defects_are_found(plant: Any, blocks: tuple[int, ...] | None) -> None:
     _, source, config = make()
     text = windows.whole(tokens(config, 2, 64))
-    comparison = compare.result(numpy_compare.compare(source, plant(source), config, effort(text, blocks)))
+    comparison = compare.result(
+        numpy_compare.compare_in_numpy(source, plant(source), config, effort(text, blocks))
+    )
     reasons = compare.judge(comparison, thresholds_for("q8_0")).reasons
     assert any(L in reason for reason in reasons)
     assert any("mean KLD" in r or "error of its output" in r for r in reasons)
@@ -92,7 +96,7 @@ def test_a_wrong_rope_base_and_a_broken_block_are_named() -> None:
     _, source, config = make()
     text = windows.whole(tokens(config, 1, 64))
     other = stored(config, rope_theta=100.0)
-    found = compare.result(numpy_compare.compare(source, source, config, effort(text), other))
+    found = compare.result(numpy_compare.compare_in_numpy(source, source, config, effort(text), other))
     assert found.config == ("rope_theta is 100.0, the reference has 10000.0",)
     assert found.figures is not None
     assert found.figures.kld.value > 1e-3
@@ -100,13 +104,15 @@ def test_a_wrong_rope_base_and_a_broken_block_are_named() -> None:
     bad[:] = np.inf
     broken = Memory({**source.tensors, L + "mlp.up_proj.weight": bad})
     for blocks in (None, (0, 1)):
-        found = compare.result(numpy_compare.compare(source, broken, config, effort(text, blocks)))
+        found = compare.result(numpy_compare.compare_in_numpy(source, broken, config, effort(text, blocks)))
         assert found.broken == "the candidate gives non-finite values after block 1"
     with pytest.raises(ConversionError, match="not the same model"):
         smaller = dataclasses.replace(config, vocab_size=5)
-        compare.result(numpy_compare.compare(source, source, config, effort(text), smaller))
+        compare.result(numpy_compare.compare_in_numpy(source, source, config, effort(text), smaller))
     with pytest.raises(UsageError, match="tokenizer is not this model's"):
-        compare.result(numpy_compare.compare(source, source, config, effort(windows.whole(text.tokens + 97))))
+        compare.result(
+            numpy_compare.compare_in_numpy(source, source, config, effort(windows.whole(text.tokens + 97)))
+        )
 
 
 def test_a_sample_is_spread_and_ends_with_its_time() -> None:
@@ -118,7 +124,7 @@ def test_a_sample_is_spread_and_ends_with_its_time() -> None:
     text = windows.whole(tokens(config, 1, 32))
     for seconds, count in ((0.0, 1), (-1.0, 1), (600.0, 9)):
         chosen = Effort(text, numpy_compare.spread(9), seconds, "")
-        found = compare.result(numpy_compare.compare(source, source, config, chosen))
+        found = compare.result(numpy_compare.compare_in_numpy(source, source, config, chosen))
         assert [block.index for block in found.blocks] == list(numpy_compare.spread(9)[:count])
 
 

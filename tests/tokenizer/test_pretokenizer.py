@@ -211,7 +211,7 @@ def test_ignore_merges_decides_between_llama_bpe_and_dbrx(tmp_path: Path) -> Non
 
 def same(first: Any, second: Any, contents: list[str]) -> None:
     texts = [*parity.PROBES, *parity.random_texts(11, 3000, contents)]
-    comparison = parity.compare(parity.encoder(first), parity.encoder(second), texts)
+    comparison = parity.compare_ids(parity.encoder(first), parity.encoder(second), texts)
     assert comparison.different == 0, comparison.examples
     assert comparison.texts == len(texts)
 
@@ -316,7 +316,7 @@ def test_comparison_shrinks_and_classifies() -> None:
         return [[ord(char) for char in text.replace("\u3000 ", "X").replace("\u1b4e", "Y")] for text in texts]
 
     texts = ["plain", "a long \u3000 text", "more\u1b4e", "1\u3000 2 \u3000 "]
-    result = parity.compare(first, second, texts)
+    result = parity.compare_ids(first, second, texts)
     assert (result.texts, result.different) == (4, 3)
     assert result.classes == {"Unicode whitespace": 2, "characters new in Unicode 16": 1}
     assert {example[1] for example in result.examples} == {"\u3000 ", "\u1b4e"}

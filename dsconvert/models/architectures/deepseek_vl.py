@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from dsconvert.models.architectures.llama import DROP, LLAMA
-from dsconvert.models.tensor_table import SQUEEZE, Arch, T, prefixed, renamed, rope_factors
+from dsconvert.models.tensor_table import SQUEEZE, Arch, Row, prefixed, renamed, rope_factors
 
 ORIGINAL, VL, HYBRID = (
     "MultiModalityCausalLM",
@@ -22,19 +22,21 @@ ORIGINAL, VL, HYBRID = (
 )
 
 
-def _pair(hf: str, gguf: str, *shape: str, part: tuple[int, int] = (0, 1), depth: str = "") -> tuple[T, ...]:
+def _pair(
+    hf: str, gguf: str, *shape: str, part: tuple[int, int] = (0, 1), depth: str = ""
+) -> tuple[Row, ...]:
     """The rows of a weight and its bias."""
     return tuple(
-        T(f"{hf}.{kind}", f"{gguf}.{kind}", "vision", size, part=part, depth=depth)
+        Row(f"{hf}.{kind}", f"{gguf}.{kind}", "vision", size, part=part, depth=depth)
         for kind, size in (("weight", shape), ("bias", shape[:1]))
     )
 
 
-def _one(hf: str, gguf: str, *shape: str, depth: str = "") -> T:
-    return T(hf, gguf, "vision", shape, depth=depth)
+def _one(hf: str, gguf: str, *shape: str, depth: str = "") -> Row:
+    return Row(hf, gguf, "vision", shape, depth=depth)
 
 
-def _siglip(at: str, names: dict[str, str], fused: bool) -> tuple[T, ...]:
+def _siglip(at: str, names: dict[str, str], fused: bool) -> tuple[Row, ...]:
     """A SigLIP tower under `at`; `names` are the layout's words."""
     layer, deep = at + names["layer"], "siglip"
     rows = [
@@ -59,9 +61,9 @@ def _siglip(at: str, names: dict[str, str], fused: bool) -> tuple[T, ...]:
     return (_position(at + names["position"], fused), *rows)
 
 
-def _position(hf: str, leading: bool) -> T:
+def _position(hf: str, leading: bool) -> Row:
     """The position table; the original has a leading axis of one."""
-    row = T(hf, "v.position_embd.weight", "vision", ("n", "c"))
+    row = Row(hf, "v.position_embd.weight", "vision", ("n", "c"))
     return replace(row, transform=SQUEEZE, source=("1", "n", "c")) if leading else row
 
 
@@ -83,7 +85,7 @@ TRANSFORMERS_SIGLIP = {
 }
 
 
-def _sam(at: str, patch: str, layer: str, ln: str) -> tuple[T, ...]:
+def _sam(at: str, patch: str, layer: str, ln: str) -> tuple[Row, ...]:
     """The blocks of SAM's image encoder under `at`, whose names hardly differ."""
     layer, deep = at + layer, "sam"
     rows = [
@@ -102,7 +104,7 @@ def _sam(at: str, patch: str, layer: str, ln: str) -> tuple[T, ...]:
     return tuple(rows)
 
 
-def _neck(hf: str, gguf: str, words: tuple[str, str, str, str]) -> tuple[T, ...]:
+def _neck(hf: str, gguf: str, words: tuple[str, str, str, str]) -> tuple[Row, ...]:
     return (
         _one(f"{hf}.{words[0]}.weight", f"{gguf}.0.weight", "a", "s", "1", "1"),
         *_pair(f"{hf}.{words[1]}", f"{gguf}.1", "a"),
@@ -111,7 +113,7 @@ def _neck(hf: str, gguf: str, words: tuple[str, str, str, str]) -> tuple[T, ...]
     )
 
 
-def _downsampling(first: str, second: str, alpha: str) -> tuple[T, ...]:
+def _downsampling(first: str, second: str, alpha: str) -> tuple[Row, ...]:
     return (
         _one(first + ".weight", "v.sam.net_2.weight", "b", "a", "3", "3"),
         _one(second + ".weight", "v.sam.net_3.weight", "e", "b", "3", "3"),
@@ -119,11 +121,11 @@ def _downsampling(first: str, second: str, alpha: str) -> tuple[T, ...]:
     )
 
 
-def _aligner(first: str, second: str) -> tuple[T, ...]:
+def _aligner(first: str, second: str) -> tuple[Row, ...]:
     return (*_pair(first, "mm.0", "d", "c"), *_pair(second, "mm.1", "d", "d"))
 
 
-def _hybrid_aligner(high: str, low: str, last: str) -> tuple[T, ...]:
+def _hybrid_aligner(high: str, low: str, last: str) -> tuple[Row, ...]:
     return (
         *_pair(high, "mm.high", "h", "e"),
         *_pair(low, "mm.low", "h", "c"),
@@ -163,7 +165,7 @@ HYBRID_TABLE = (
 # What the original repositories carry and no forward pass uses.
 POOLING = (r"vision_model\.(vision_tower_low\.)?vision_tower\.attn_pool\..*",)
 LAYER_NORMS = (r"vision_model\.(high|low)_layer_norm\.(weight|bias)",)
-HEAD = (r"model\.vision_model\.(vision_model\.)?head\..*",)
+UNUSED_HEAD = (r"model\.vision_model\.(vision_model\.)?head\..*",)
 # Each of the two plans leaves the other's part of the checkpoint to it.
 _LANGUAGE_PART = {ORIGINAL: r"language_model\..*", VL: r"model\.language_model\..*|lm_head\.weight"}
 _VISION_PART = {
@@ -196,10 +198,10 @@ TOWERS: dict[tuple[str, bool], Arch] = {
     (ORIGINAL, True): Arch(
         "clip", (), ORIGINAL_HYBRID_TABLE, (*POOLING, *LAYER_NORMS, _LANGUAGE_PART[ORIGINAL])
     ),
-    (VL, False): Arch("clip", (), VL_TABLE, (*HEAD, _LANGUAGE_PART[VL])),
-    (HYBRID, True): Arch("clip", (), HYBRID_TABLE, (*HEAD, _LANGUAGE_PART[VL])),
+    (VL, False): Arch("clip", (), VL_TABLE, (*UNUSED_HEAD, _LANGUAGE_PART[VL])),
+    (HYBRID, True): Arch("clip", (), HYBRID_TABLE, (*UNUSED_HEAD, _LANGUAGE_PART[VL])),
 }
-UNUSED = (*POOLING, *LAYER_NORMS, *HEAD)
+UNUSED = (*POOLING, *LAYER_NORMS, *UNUSED_HEAD)
 _SPELLED = "model.vision_model.vision_model."  # as transformers 4 saved the tower
 
 
@@ -214,11 +216,11 @@ def towers(architecture: str, hybrid: bool, names: Iterable[str]) -> Arch:
     return replace(arch, table=_respelled(arch.table))
 
 
-def _respelled(table: tuple[T, ...]) -> tuple[T, ...]:
+def _respelled(table: tuple[Row, ...]) -> tuple[Row, ...]:
     return renamed(table, lambda name: name.replace("model.vision_model.", _SPELLED, 1))
 
 
-def tower_tables(architecture: str) -> list[tuple[T, ...]]:
+def tower_tables(architecture: str) -> list[tuple[Row, ...]]:
     """The tables that the towers of a class may have, in every spelling; none for a class without any."""
     tables = [arch.table for (name, _), arch in TOWERS.items() if name == architecture]
     return [*tables, *map(_respelled, tables)]
