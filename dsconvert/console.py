@@ -300,7 +300,7 @@ def show_steps(spec: Mapping[str, Any], runtime: str | None) -> None:
 
 def show_tokenizer(found: Mapping[str, Any]) -> None:
     """What `tokenizer` found: the steps, encoded texts, a comparison by class with examples."""
-    say(found["file"])
+    say(f"{found['file']}: {found['kind']}")
     if "pre_tokenizer" in found:
         show_steps(found["pre_tokenizer"], found["runtime"])
     for encoded in found["encoded"]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dsconvert.errors import TokenizerError
+from tokenizer_tools import spm
+from tokenizer_tools.kinds import KINDS, SENTENCEPIECE
 from tokenizer_tools.library import ids
 from tokenizer_tools.load import TokenizerData
 from tokenizer_tools.raw import added_ids, end_ids
@@ -16,18 +18,14 @@ from tokenizer_tools.stops import ENDS_BY_NAME, STOP_KEYS, carried_stops
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-# Pre-tokenizer names under which llama.cpp puts BOS before a text unless the file says otherwise
-# (src/llama-vocab.cpp); under every other name of this kind it does not.
-BOS_BY_DEFAULT = frozenset(
-    ["llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"]
-)
-
 
 @dataclass(frozen=True)
 class TextHandling:
     """A tokenizer with what surrounds it; `template` is "" where there is none.
 
     `stops` are the ids that end a generation, `stated` the added tokens that the files of a folder state.
+    Of a SentencePiece-like BPE `scores` has one for each token, `order` the tokens that merges make in the
+    order of those merges (a folder's only), and `spaces` says how a space comes before a text (spm.py).
     """
 
     tokenizer: Tokenizer = field(repr=False, compare=False)
@@ -37,6 +35,9 @@ class TextHandling:
     template: str = field(repr=False)
     stops: frozenset[int] = frozenset()
     stated: Mapping[str, int] = field(default_factory=dict, repr=False)
+    scores: Sequence[float] = field(default=(), repr=False)
+    order: Sequence[int] = field(default=(), repr=False)
+    spaces: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,18 +55,23 @@ def of_data(data: TokenizerData) -> TextHandling:
     folder = data.source.parent
     stated = added_ids(folder, len(data.tokens))
     ends = carried_stops(data.tokens, (*data.stops, *end_ids(folder, stated)), data.eos_id)
+    order = spm.merge_order(data.tokens, data.types, len(data.merges), data.scores) if data.scores else ()
     return TextHandling(
-        data.tokenizer, data.special, data.add_bos, data.add_eos, data.chat.default, ends, stated
-    )
+        data.tokenizer, data.special, data.add_bos, data.add_eos, data.chat.default, ends, stated,
+        data.scores, order, data.spaces,
+    )  # fmt: skip
 
 
 def of_metadata(keys: Mapping[str, Any], where: object = "") -> TextHandling:
     """What a GGUF file's keys alone make a runtime do; raises TokenizerError."""
-    special = {name: int(keys[key]) for name, key in ID_KEYS.items() if isinstance(keys.get(key), int)}
-    by_default = str(keys.get(GGML + "pre")) in BOS_BY_DEFAULT
-    template = keys.get("tokenizer.chat_template", "")
     tokenizer = rebuild(keys, where)
-    ends = {keys[key] for key in (ID_KEYS["eos"], *STOP_KEYS) if isinstance(keys.get(key), int)}
+    kind = KINDS[str(keys[GGML + "model"])]
+    stated = {name: int(keys[key]) for name, key in ID_KEYS.items() if isinstance(keys.get(key), int)}
+    special = {**kind.ids, **stated}
+    by_default = kind.adds_bos(str(keys.get(GGML + "pre")))
+    template = keys.get("tokenizer.chat_template", "")
+    ends = {special["eos"]} if "eos" in special else set()
+    ends |= {keys[key] for key in STOP_KEYS if isinstance(keys.get(key), int)}
     tokens = keys.get(GGML + "tokens")
     named = enumerate(tokens) if isinstance(tokens, list) else ()
     ends |= {i for i, token in named if isinstance(token, str) and token in ENDS_BY_NAME}
@@ -76,6 +82,7 @@ def of_metadata(keys: Mapping[str, Any], where: object = "") -> TextHandling:
         bool(keys.get(GGML + "add_eos_token", False)),
         template if isinstance(template, str) else "",
         frozenset(ends),
+        scores=keys[GGML + "scores"] if kind is SENTENCEPIECE else (),
     )
 
 
@@ -97,7 +104,11 @@ def same_ids(reference: TextHandling, other: TextHandling, texts: Sequence[str])
     if wrong:
         shortest = min(wrong, key=len)
         detail = f"token ids differ on {len(wrong)} of {len(texts)} texts, for example {shortest[:40]!a}"
-    return Finding("token ids", not wrong, detail, len(wrong))
+    # Texts cannot try every score, and tokens that are merged in the same order give the same ids on all.
+    moved = spm.out_of_order(reference.order, other.scores) if other.scores else []
+    if moved:
+        detail += f"; {len(moved)} tokens are merged in another order than the checkpoint's, first {moved[0]}"
+    return Finding("token ids", not wrong and not moved, detail, len(wrong) + len(moved))
 
 
 def same_added(reference: TextHandling, other: TextHandling) -> Finding:
@@ -143,8 +154,14 @@ def same_template(reference: TextHandling, other: TextHandling) -> Finding:
     return Finding("chat template", False, detail, 1)
 
 
+def comparable(reference: TextHandling, texts: Sequence[str]) -> list[str]:
+    """The texts before which llama.cpp puts a space just where the checkpoint's tokenizer does."""
+    return [text for text in texts if not spm.foreseen(reference.spaces, text)]
+
+
 def same_runtime(reference: TextHandling, keys: Mapping[str, Any], texts: Sequence[str]) -> Finding:
     """What llama.cpp does under the name in `tokenizer.ggml.pre`, whatever else the file carries."""
+    texts = comparable(reference, texts)
     standard = {key: value for key, value in keys.items() if key.startswith((GGML, "tokenizer.chat"))}
     name = str(keys.get(GGML + "pre"))
     try:

@@ -69,7 +69,8 @@ def open_json(text: str, where: object) -> tuple[dict[str, Any], Tokenizer]:
         for key in ("vocab", "merges"):
             _check_size(model.get(key), f"model's {key} have", where)
     _check_size(raw.get("added_tokens"), "added_tokens have", where)
-    for entry in raw.get("added_tokens") or ():
+    added = raw.get("added_tokens")
+    for entry in added if isinstance(added, list) else ():
         if isinstance(entry, dict):
             check_length(entry.get("content"), where)
     return raw, open_tokenizer(text, where)
@@ -86,7 +87,7 @@ def check_length(content: object, where: object) -> None:
     """Raise TokenizerError for the text of an added token that is longer than any is."""
     if isinstance(content, str) and len(content) > LONGEST:
         raise TokenizerError(
-            f"the added token {content[:40]!r}... has {len(content):,} characters",
+            f"the token {content[:40]!r}... has {len(content):,} characters",
             where=where,
             why=f"No tokenizer has one of over {LONGEST:,}",
         )
@@ -95,14 +96,15 @@ def check_length(content: object, where: object) -> None:
 def build_tokenizer(
     around: Mapping[str, Any],
     vocab: Mapping[str, int],
-    merges: Sequence[Any],
-    ignore_merges: bool,
+    merges: Sequence[tuple[str, str]],
+    model: Mapping[str, Any],
     added: Sequence[Mapping[str, Any]],
     where: object = "",
 ) -> Tokenizer:
-    """The byte-level BPE tokenizer of its parts: what `open_tokenizer` makes of their JSON, in half the time.
+    """The BPE tokenizer of its parts: what `open_tokenizer` makes of their JSON, in half the time.
 
-    `around` is what a tokenizer.json says around the model, a merge is its two tokens with a space between.
+    `around` is what a tokenizer.json says around the model, `model` what it says in it besides vocabulary
+    and merges.
     Raises TokenizerError when the library does not take it.
     """
     from tokenizers import AddedToken, Tokenizer
@@ -111,11 +113,10 @@ def build_tokenizer(
     for token in added:
         check_length(token["content"], where)
     with guarded("read the tokenizer", where):
-        pairs = [tuple(merge.split(" ")) for merge in merges]
         tokenizer = Tokenizer.from_str(
             json.dumps({"version": "1.0", "model": EMPTY_BPE, **_NOTHING, **around})
         )
-        tokenizer.model = BPE(dict(vocab), pairs, ignore_merges=ignore_merges)
+        tokenizer.model = BPE(dict(vocab), list(merges), **model)
         tokenizer.add_tokens([AddedToken(**token) for token in added])
         return tokenizer
 

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsconvert.errors import TokenizerError, UsageError
-from tokenizer_tools import chat_template, rendering
+from tokenizer_tools import chat_template, kinds, rendering, sentencepiece_model
 from tokenizer_tools.added import add, beside, flag_notes, with_added, without_rows
 from tokenizer_tools.chat_template import ChatTemplates
+from tokenizer_tools.kinds import Kind, kind_of
 from tokenizer_tools.library import ids, open_json, open_tokenizer, parse_object, read_object, read_text
 from tokenizer_tools.rendering import Unrendered
-from tokenizer_tools.special import additions, check_bytes, lost_bos, normalizer, special_ids
-from tokenizer_tools.steps import PreTokenizer, extract
+from tokenizer_tools.special import additions, lost_bos, special_ids
+from tokenizer_tools.steps import PreTokenizer
 from tokenizer_tools.stops import lost_stops, stop_ids
 from tokenizer_tools.vocabulary import (
     GPT2_CLASSES,
@@ -27,7 +28,6 @@ from tokenizer_tools.vocabulary import (
     AddedToken,
     added_tokens,
     gpt2_json,
-    read_merges,
     read_vocab,
     rows_of,
 )
@@ -38,10 +38,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TokenizerData:
-    """A byte-level BPE tokenizer in a GGUF file's terms.
+    """A tokenizer in a GGUF file's terms.
 
+    `kind` is its `tokenizer.ggml.model`: gpt2 (byte-level BPE) or llama (SentencePiece-like BPE).
     `tokens` and `types` have one entry per embedding row, of which the first `used` may be tokens; `merges`
     are "left right"; `stops` are the ids that end a generation, EOS first; `normalizer` is "" or "nfc".
+    `scores` (one for each token) and `spaces` (how a space comes before a text, see spm.py) are llama's,
+    `spec` is gpt2's.
     `json` is the text of tokenizer.json, as read where no other file adds to it, `tokenizer` the library's
     object made of it (never print that: its repr can panic). `notes` are for the user.
     """
@@ -63,6 +66,14 @@ class TokenizerData:
     source: Path
     used: int
     notes: tuple[str, ...] = ()
+    kind: str = "gpt2"
+    scores: tuple[float, ...] = field(default=(), repr=False)
+    spaces: str = ""
+
+    @property
+    def token_bytes(self) -> list[int]:
+        """The length in bytes of the text of every token."""
+        return kinds.token_bytes(self.kind, self.tokens, self.types)
 
     @property
     def bos_id(self) -> int | None:
@@ -107,6 +118,7 @@ class Tokens:
     path: Path
     text: str
     raw: dict[str, Any]
+    kind: Kind
     library: Tokenizer
     vocab: dict[str, int]
     added: dict[int, AddedToken]
@@ -122,7 +134,8 @@ def read_tokens(folder: Path, config: Mapping[str, Any], rows: int) -> Tokens:
     rendering.start()
     text = read_text(path) if os.path.isfile(path) else _from_vocabulary(folder, config)
     raw, library = open_json(text, path)
-    vocab = read_vocab(_model(raw, path), path)
+    kind = kind_of(raw, path)
+    vocab = read_vocab(raw["model"], path)
     own = added_tokens(raw, library, vocab, path)
     kept, stated, notes = without_rows(own, beside(folder, config), rows)
     if kept != own:
@@ -133,11 +146,11 @@ def read_tokens(folder: Path, config: Mapping[str, Any], rows: int) -> Tokens:
     added, told = add(library, kept, stated, rows, folder)
     if added != kept:
         text = with_added(raw, added)
-    return Tokens(path, text, raw, library, vocab, added, (*notes, *told))
+    return Tokens(path, text, raw, kind, library, vocab, added, (*notes, *told))
 
 
 def _from_vocabulary(folder: Path, config: Mapping[str, Any]) -> str:
-    """The tokenizer.json of GPT-2's own class, from vocab.json and merges.txt, as transformers makes it."""
+    """The tokenizer.json of GPT-2's own class, from vocab.json and merges.txt, or of a tokenizer.model."""
     files = [folder / name for name in ("vocab.json", "merges.txt")]
     kind, there = str(config.get("tokenizer_class")), all(os.path.isfile(path) for path in files)
     if there and kind in GPT2_CLASSES:
@@ -145,10 +158,9 @@ def _from_vocabulary(folder: Path, config: Mapping[str, Any]) -> str:
         return gpt2_json(
             parse_object(read_text(files[0]), files[0]), merges, config.get("add_prefix_space") is True
         )
-    spm = os.path.isfile(folder / "tokenizer.model")
-    why = "tokenizer.model is a SentencePiece tokenizer, which is not supported" if spm else ""
-    if there:
-        why = f"vocab.json and merges.txt do not say how {kind[:40]!r} splits a text"
+    if os.path.isfile(folder / "tokenizer.model"):
+        return sentencepiece_model.to_json(folder / "tokenizer.model")
+    why = f"vocab.json and merges.txt do not say how {kind[:40]!r} splits a text" if there else ""
     made = f"A.from_pretrained({str(folder)!r}).backend_tokenizer.save({str(folder / 'tokenizer.json')!r})"
     command = f'python -c "from transformers import AutoTokenizer as A; {made}"'
     raise TokenizerError(
@@ -164,19 +176,19 @@ def load_tokenizer(folder: Path, rows: int, add_bos: bool | None = None) -> Toke
 
     `add_bos` says whether BOS goes before a text, whatever the files say; None leaves it to them.
     Raises TokenizerError when the files are missing, damaged or contradict each other, when the tokenizer
-    is no byte-level BPE, and when it does something that no GGUF key can state.
+    is of no kind that a GGUF file can state, and when it does something that no GGUF key can state.
     """
     config = read_object(folder / "tokenizer_config.json")
     found = read_tokens(folder, config, rows)
     path, raw, library, added = found.path, found.raw, found.library, found.added
     model, vocab, notes = raw["model"], found.vocab, list(found.notes)
     tokens, types, used = rows_of(vocab, added, rows, path)
+    parts = found.kind.parts(raw, kinds.Tokens(tokens, types, vocab), path)
     known = {token: i for i, token in enumerate(tokens[:used]) if types[i] != UNUSED}
     control = [token.id for token in added.values() if token.special]
     named, named_notes = special_ids(folder, config, known, control)
     special = _with_unk(named, known, model)
     notes += named_notes
-    notes += check_bytes(vocab, model.get("unk_token"), path)
     chat = chat_template.collect(folder)
     names = {f"{name}_token": tokens[special[name]] if name in special else "" for name in ("bos", "eos")}
     notes += [*chat.notes, *chat_template.check(chat, **names)]
@@ -186,26 +198,28 @@ def load_tokenizer(folder: Path, rows: int, add_bos: bool | None = None) -> Toke
     (adds_bos, adds_eos), added_notes = additions(library, config, special, path, add_bos)
     if add_bos is None and not adds_bos and names["bos_token"]:
         notes += lost_bos(config, names["bos_token"], chat.default)
-    kept, kept_notes = normalizer(raw.get("normalizer"), path)
-    notes += [*added_notes, *kept_notes, *flag_notes(added)]
+    notes += [*added_notes, *parts.notes, *flag_notes(added)]
     return TokenizerData(
         tokens=tokens,
-        types=types,
-        merges=read_merges(model, path),
+        types=parts.types,
+        merges=parts.merges,
         added=tuple(added.values()),
         special=special,
         stops=stops,
         add_bos=adds_bos,
         add_eos=adds_eos,
-        ignore_merges=model.get("ignore_merges") is True,
-        normalizer=kept,
-        spec=extract(raw.get("pre_tokenizer"), path),
+        ignore_merges=parts.ignore_merges,
+        normalizer=parts.normalizer,
+        spec=parts.spec,
         chat=chat,
         json=found.text,
         tokenizer=library,
         source=path,
         used=used,
         notes=tuple(notes),
+        kind=found.kind.model,
+        scores=parts.scores,
+        spaces=parts.spaces,
     )
 
 
@@ -213,39 +227,3 @@ def _with_unk(special: dict[str, int], known: Mapping[str, int], model: Mapping[
     """Adds the model's own unk_token where the configs name none."""
     unk = model.get("unk_token")
     return {"unk": known[unk], **special} if isinstance(unk, str) and unk in known else special
-
-
-def _model(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The BPE model object; refuses what is not a plain byte-level BPE, with the reason."""
-    model = raw.get("model")
-    if not isinstance(model, dict):
-        raise TokenizerError("has no model", where=path, hint="Fetch the file again")
-    kind = model.get("type", "BPE")
-    found = ""
-    if kind != "BPE":
-        found = f"a {str(kind)[:40]} model"
-    elif model.get("byte_fallback"):
-        found = "a BPE with byte_fallback (SentencePiece, as Llama 2 has it)"
-    elif not _has_byte_level(raw.get("pre_tokenizer")):
-        found = "a BPE without a ByteLevel pre-tokenizer (SentencePiece style)"
-    elif model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
-        found = "a BPE with subword prefixes or suffixes"
-    elif model.get("dropout"):
-        found = f"a BPE with dropout {model['dropout']}, which gives random ids"
-    if found:
-        raise TokenizerError(
-            f"is {found}; only byte-level BPE is supported",
-            where=path,
-            hint="llama.cpp's own converter handles SentencePiece tokenizers",
-        )
-    return model
-
-
-def _has_byte_level(raw: object, depth: int = 0) -> bool:
-    if not isinstance(raw, Mapping) or depth > 16:
-        return False
-    inner = raw.get("pretokenizers")
-    if isinstance(inner, list):
-        return any(_has_byte_level(item, depth + 1) for item in inner)
-    # A step of an unknown kind is left to `extract`, which names it.
-    return raw.get("type") not in (None, "Metaspace", "Whitespace", "WhitespaceSplit", "BertPreTokenizer")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from dsconvert.errors import TokenizerError
 from tokenizer_tools import parity
+from tokenizer_tools.kinds import BYTE_LEVEL, SENTENCEPIECE
 from tokenizer_tools.library import ids, same_pieces, splitter
 from tokenizer_tools.load import TokenizerData
 from tokenizer_tools.rebuild import gguf_keys, rebuild
+from tokenizer_tools.resolution import Difference, Resolution, first_difference
 from tokenizer_tools.runtimes import RUNTIMES, Runtime, by_name
+from tokenizer_tools.score_proof import resolve_scores
 from tokenizer_tools.special import byte_alphabet
 from tokenizer_tools.steps import PreTokenizer, Step, extract, from_gguf, to_gguf
 from tokenizer_tools.vocabulary import NORMAL, SPACE
@@ -28,33 +30,6 @@ __all__ = [
     "to_gguf",
 ]
 
-SHOWN = 12  # ids in an error message
-
-
-@dataclass(frozen=True)
-class Resolution:
-    """The value of `tokenizer.ggml.pre`, whether it is proven, on what evidence, and notes for the user."""
-
-    name: str
-    proven: bool
-    evidence: str
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Difference:
-    """The first text on which a runtime gives other ids, both ids, and how many texts there were."""
-
-    text: str
-    own: list[int]
-    other: list[int]
-    count: int
-    total: int
-
-    def __str__(self) -> str:
-        own, other = (f"{x[:SHOWN]}{' ...' if len(x) > SHOWN else ''}" for x in (self.own, self.other))
-        return f"on {self.text[:60]!r} the tokenizer gives {own}, the runtime {other}"
-
 
 class _Proof:
     """What the runtimes' steps give on the probe texts and on the texts of the model's tokens."""
@@ -69,11 +44,7 @@ class _Proof:
         own = ids(self.data.tokenizer, texts, self.data.source)
         with behaving_as(row, self.data):
             other = ids(self.data.tokenizer, texts, self.data.source)
-        wrong = [n for n in range(len(texts)) if own[n] != other[n]]
-        if not wrong:
-            return None
-        n = wrong[0]
-        return Difference(texts[n], own[n], other[n], len(wrong), len(texts))
+        return first_difference(texts, own, other)
 
     def undecided(self, row: Runtime) -> Sequence[str]:
         """The tokens' texts that the runtime may split or merge differently.
@@ -133,7 +104,16 @@ def token_texts(data: TokenizerData) -> list[str]:
 
 
 def resolve(data: TokenizerData, override: str | None = None) -> Resolution:
-    """The name to write as `tokenizer.ggml.pre`, by fingerprint of the steps and by proof.
+    """The name to write as `tokenizer.ggml.pre`, by proof that the runtime gives the tokenizer's ids.
+
+    `override` is a name for a byte-level BPE's pre-tokenizer. Raises TokenizerError when nothing fits, with
+    the first text that differs.
+    """
+    return RESOLVERS[data.kind](data, override)
+
+
+def resolve_steps(data: TokenizerData, override: str | None) -> Resolution:
+    """A byte-level BPE's, by fingerprint of the steps and by proof.
 
     The proof: the regexes that the runtime runs under that name, run here on this model's vocabulary and
     merges, give the same ids as the model's own steps on the probe texts and on the text of every token.
@@ -160,6 +140,12 @@ def resolve(data: TokenizerData, override: str | None = None) -> Resolution:
         )
         return Resolution(name, True, evidence, (note,))
     raise _unresolved(fitting, matching, proof)
+
+
+RESOLVERS: dict[str, Callable[[TokenizerData, str | None], Resolution]] = {
+    BYTE_LEVEL.model: resolve_steps,
+    SENTENCEPIECE.model: resolve_scores,
+}
 
 
 def _overridden(name: str, proof: _Proof) -> Resolution:

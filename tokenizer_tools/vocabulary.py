@@ -1,4 +1,4 @@
-"""The vocabulary of a byte-level BPE: tokens, types, added tokens and merges, checked for contradictions."""
+"""The vocabulary of a BPE: tokens, types, added tokens and merges, checked for contradictions."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tokenizer_tools.library import guarded
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-# llama.cpp's token types (llama.h, llama_token_type); 2 is unknown, 6 a byte of a SentencePiece model.
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+# llama.cpp's token types (llama.h, llama_token_type); UNKNOWN and BYTE are a SentencePiece model's.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 SPACE = "\u0120"  # how a byte-level vocabulary spells a space
 # The classes whose tokenizer is told by vocab.json and merges.txt alone.
 GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast")
@@ -55,14 +55,31 @@ def read_vocab(model: Mapping[str, Any], path: Path) -> dict[str, int]:
 def read_merges(model: Mapping[str, Any], path: Path) -> tuple[str, ...]:
     """The merges as "left right"; both forms of the file; a space inside a part becomes U+0120."""
     entries = model.get("merges") or ()
-    kinds = set(map(type, entries))
-    if kinds <= {str}:
+    if not _are_pairs(entries):
+        return _merge_lines(entries, path)
+    pairs = tuple(f"{left} {right}" for left, right in entries)
+    if "".join(pairs).count(" ") == len(pairs):
+        return pairs
+    return tuple(f"{left.replace(' ', SPACE)} {right.replace(' ', SPACE)}" for left, right in entries)
+
+
+def read_pairs(model: Mapping[str, Any], path: Path) -> list[tuple[str, str]]:
+    """The merges as pairs, of both forms of the file."""
+    entries = model.get("merges") or ()
+    pairs = entries if _are_pairs(entries) else [line.split(" ") for line in _merge_lines(entries, path)]
+    if not all(len(pair) == 2 for pair in pairs):
+        raise TokenizerError("has a merge that is not a pair of texts", where=path)
+    return [(left, right) for left, right in pairs]
+
+
+def _are_pairs(entries: Any) -> bool:
+    listed = set(map(type, entries)) == {list} and set(map(len, entries)) == {2}
+    return listed and set(map(type, chain(*entries))) == {str}
+
+
+def _merge_lines(entries: Any, path: Path) -> tuple[str, ...]:
+    if set(map(type, entries)) <= {str}:
         return tuple(entry for entry in entries if not entry.startswith("#version"))
-    if kinds == {list} and set(map(len, entries)) == {2} and set(map(type, chain(*entries))) == {str}:
-        pairs = tuple(f"{left} {right}" for left, right in entries)
-        if "".join(pairs).count(" ") == len(pairs):
-            return pairs
-        return tuple(f"{left.replace(' ', SPACE)} {right.replace(' ', SPACE)}" for left, right in entries)
     raise TokenizerError("has a merge that is not a pair of texts", where=path)
 
 

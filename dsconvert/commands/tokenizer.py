@@ -37,7 +37,7 @@ from dsconvert.commands.run import run
 @click.option("--json", "as_json", is_flag=True, help="The result as one JSON object.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def tokenizer(file: Path, other: Path | None, as_json: bool, debug: bool, **asked: Any) -> None:
-    """Show the pre-tokenizer of a GGUF file or a model folder as regex steps; encode; compare.
+    """Show the tokenizer of a GGUF file or a model folder: kind, regex steps; encode; compare.
 
     With --compare the exit code is 3 when any text gives other ids; the differences are shown by class.
     """  # fmt: skip
@@ -48,7 +48,7 @@ def tokenizer(file: Path, other: Path | None, as_json: bool, debug: bool, **aske
         if other is None:
             refuse("text_file", "strings", "seed", where="without --compare", hint="Give --compare OTHER")
         opened = _open_tokenizer(file)
-        found: dict[str, Any] = {"file": str(file), "runtime": opened.runtime}
+        found: dict[str, Any] = {"file": str(file), "kind": opened.kind, "runtime": opened.runtime}
         if opened.spec:
             steps = [vars(step) for step in opened.spec.steps]
             found["pre_tokenizer"] = {"sha256": opened.spec.sha256, "flavor": "oniguruma", "steps": steps}

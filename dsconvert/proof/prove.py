@@ -21,7 +21,6 @@ from dsconvert.machine import usable_cores
 from dsconvert.proof import compare as comparing
 from dsconvert.proof import logprob_file, time_budget
 from dsconvert.proof.compare import Comparison
-from dsconvert.proof.figures import IntArray
 from dsconvert.proof.result import Report
 from dsconvert.proof.sources import Opened, Reference, limits_name
 from dsconvert.proof.thresholds import Thresholds, thresholds_for, verdict
@@ -31,7 +30,6 @@ from dsconvert.texts.windows import Windows, consecutive, strided
 from tokenizer_tools import identity, parity
 from tokenizer_tools.library import decode
 from tokenizer_tools.library import ids as encode
-from tokenizer_tools.vocabulary import NORMAL
 
 if TYPE_CHECKING:
     from dsconvert.proof.runtime import EngineFigures
@@ -214,7 +212,8 @@ def run_engine(
     from dsconvert.proof import runtime
     from dsconvert.runtimes.llamacpp import Engine
 
-    own, windows, pages = handling(reference, opened), chosen_text.windows, chosen_text.pages
+    own, windows = handling(reference, opened), chosen_text.windows
+    pages = identity.comparable(own, chosen_text.pages)
     place = st.pick_device(where["device"])
     dtype = st.pick_dtype(where["dtype"], place)
     sides = ((reference.source, reference.config), (opened.source, opened.config))
@@ -238,7 +237,11 @@ def compare_output(
     where: dict[str, Any],
 ) -> Generator[Event, None, Comparison]:
     """Both models over the windows, or the output against a file of the base's log-probabilities."""
-    config, windows, lengths = reference.config, chosen_text.windows, token_bytes(reference)
+    config, windows, lengths = (
+        reference.config,
+        chosen_text.windows,
+        np.array(reference.tokenizer.token_bytes, np.int64),
+    )
     if asked.kld_base is not None:
         if os.path.lexists(asked.kld_base):
             base = logprob_file.open_base(asked.kld_base)
@@ -260,16 +263,6 @@ def compare_output(
     yield Step("comparing some rows of every other tensor")
     others = time_budget.sample_tensors(reference.source, opened.source, found.tensors, config.head_dim)
     return replace(found, tensors=(*found.tensors, *others))
-
-
-def token_bytes(reference: Reference) -> IntArray:
-    """The length in bytes of every token: a byte-level token has a character for each byte."""
-    data = reference.tokenizer
-    lengths = [
-        len(token) if kind == NORMAL else len(token.encode())
-        for token, kind in zip(data.tokens, data.types, strict=True)
-    ]
-    return np.array(lengths, np.int64)
 
 
 def provenance(

@@ -22,7 +22,7 @@ def encode_long(encode: Encode, text: str) -> IntArray:
     """The ids of `text`, encoded in pieces; int64 [tokens].
 
     A text is cut only where, with some characters around, its two sides give the same ids together and
-    apart. Where no such place is found (a tokenizer without pre-tokenizer has none) it stays in one piece.
+    apart, be it without the space between them. Where no such place is found it stays in one piece.
     """
     runs: list[IntArray] = []
     batch: list[str] = []
@@ -40,21 +40,25 @@ def _pieces(encode: Encode, text: str) -> Iterator[str]:
     while search < len(text):
         cut = _cut(encode, text, search)
         search += PIECE
-        if cut:
-            yield text[start:cut]
-            start, search = cut, cut + PIECE
+        if cut is not None:
+            yield text[start : cut.start]
+            start, search = cut.stop, cut.stop + PIECE
     if start < len(text):
         yield text[start:]
 
 
-def _cut(encode: Encode, text: str, start: int) -> int:
-    """A place at or after `start` where the text can be cut, or 0."""
+def _cut(encode: Encode, text: str, start: int) -> slice | None:
+    """Where the text can be cut at or after `start`: what is between the two sides, or None.
+
+    Nothing is, or a space that the tokenizer puts before every text anyway, as SentencePiece does.
+    """
     for tries, found in enumerate(PLACE.finditer(text, start, start + PIECE)):
         if tries == CUTS:
             break
         at = found.start()
         left, right = text[max(at - CONTEXT, 0) : at], text[at : at + CONTEXT]
-        whole, first, second = encode([left + right, left, right])
-        if whole == first + second:
-            return at
-    return 0
+        whole, first, second, later = encode([left + right, left, right, right.removeprefix(" ")])
+        for size, rest in ((0, second), (len(right) - len(right.removeprefix(" ")), later)):
+            if whole == first + rest:
+                return slice(at, at + size)
+    return None

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_spm import CONFIG, tokenizer_json
+from tiny_tokenizer import write
 
 from dsconvert.texts import encode_long as long_texts
 from dsconvert.texts.builtin import builtin_documents
 from dsconvert.texts.encode_long import encode_long
+from tokenizer_tools.load import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared" / "data" / "tokenizers"
@@ -72,6 +75,24 @@ def test_a_tokenizer_that_joins_words_is_not_cut(monkeypatch: pytest.MonkeyPatch
     text = "ab c " * 200
     assert np.array_equal(encode_long(pairs, text), pairs([text])[0])
     assert max(asked) == len(text)
+
+
+def test_a_tokenizer_that_puts_a_space_before_a_text_is_cut_at_spaces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = load_tokenizer(write(tmp_path, tokenizer_json(), CONFIG), 2000)
+    sizes: list[int] = []
+
+    def encode(batch: Sequence[str]) -> list[list[int]]:
+        sizes.extend(map(len, batch))
+        return data.encode(batch)
+
+    monkeypatch.setattr(long_texts, "PIECE", 500)
+    for name, text in texts().items():
+        (whole,) = data.encode([text])
+        sizes.clear()
+        assert encode_long(encode, text).tolist() == whole, name
+        assert name == "chinese" or max(sizes) < 8 * 500, name  # it was cut at all
 
 
 def test_nothing_and_little() -> None:

@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
+import tiny_spm
 from tiny_tokenizer import BOS, EOS, PAD, added, rows, tokenizer_json, write
 
 from dsconvert.errors import TokenizerError
@@ -131,10 +132,19 @@ def test_the_unmutated_files_load(tmp_path: Path) -> None:
     assert attempt(tmp_path) == ""
 
 
-@pytest.mark.parametrize(("name", "count"), [("tokenizer", 200), ("tokenizer_config", 80)])
-def test_mutated_objects(name: str, count: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "count", "kind"),
+    [
+        ("tokenizer", 200, "byte-level"),
+        ("tokenizer_config", 80, "byte-level"),
+        ("tokenizer", 150, "sentencepiece"),
+    ],
+)
+def test_mutated_objects(name: str, count: int, kind: str, tmp_path: Path) -> None:
     rng = random.Random(count)
     everything = files()
+    if kind == "sentencepiece":
+        everything |= {"tokenizer": tiny_spm.tokenizer_json(size=80), "tokenizer_config": tiny_spm.CONFIG}
     messages = []
     for n in range(count):
         changed = {**everything, name: mutated(everything[name], rng)}

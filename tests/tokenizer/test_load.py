@@ -139,13 +139,13 @@ WORDPIECE = {
 REFUSED: list[tuple[Mutation, str]] = [
     (put("model", {"type": "Unigram", "unk_id": 0, "vocab": [["a", 0.0]]}), "Unigram"),
     (put("model", WORDPIECE), "WordPiece"),
-    (put("model.byte_fallback", True), "SentencePiece, as Llama 2"),
+    (put("model.byte_fallback", True), "byte-level BPE with byte_fallback"),
     (put("model.dropout", 0.5), "dropout"),
     (put("model.end_of_word_suffix", "</w>"), "prefixes or suffixes|library says"),
     (put("pre_tokenizer", None), "without a ByteLevel"),
     (
         put("pre_tokenizer", {"type": "Metaspace", "replacement": "_", "prepend_scheme": "always"}),
-        "SentencePiece",
+        "without byte_fallback",
     ),
     (put("pre_tokenizer", {"type": "Punctuation", "behavior": "Isolated"}), "step 'Punctuation'"),
     (put("pre_tokenizer", {"type": "Digits", "individual_digits": True}), "0 ByteLevel steps"),

@@ -274,8 +274,8 @@ def test_rebuild_refuses_by_name(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match="names the pre-tokenizer 'magic'"):
         rebuild(keys)
     keys["tokenizer.ggml.pre"] = "qwen2"
-    with pytest.raises(TokenizerError, match="'llama' tokenizer"):
-        rebuild({**keys, "tokenizer.ggml.model": "llama"})
+    with pytest.raises(TokenizerError, match="'bert' tokenizer"):
+        rebuild({**keys, "tokenizer.ggml.model": "bert"})
     with pytest.raises(TokenizerError, match=r"no tokenizer\.ggml\.merges"):
         rebuild({k: v for k, v in keys.items() if not k.endswith("merges")})
     with pytest.raises(TokenizerError, match="one token type for each"):
