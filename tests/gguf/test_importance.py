@@ -164,7 +164,10 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not ggml_oracle.available(), reason=ggml_oracle.MISSING)
-@pytest.mark.parametrize("quant", ["q4_0", "q5_1", "q2_k_s", "q3_k_m", "q4_k_m", "q5_k_s", "q6_k"])
+@pytest.mark.parametrize(
+    "quant",
+    ["q4_0", "q5_1", "q2_k_s", "q3_k_m", "q4_k_m", "q5_k_s", "q6_k", "iq4_nl", "iq4_xs", "iq3_xxs", "iq2_m"],
+)
 def test_every_tensor_has_the_bytes_that_ggml_gives_it(tmp_path: Path, checkpoint: Path, quant: str) -> None:
     """q and k as well, whose rows are reordered: importance belongs to columns."""
     sums = sums_of_a_model()
@@ -232,6 +235,16 @@ def test_a_matrix_of_another_model_is_refused(tmp_path: Path, checkpoint: Path) 
     other = write_gguf(tmp_path / "m.gguf", {"blk.0.attn_qkv.weight": np.ones(64, np.float32)}, {})
     with pytest.raises(UsageError, match="nothing for this model"):
         prepare(Options(str(checkpoint), ("q4_0",), tmp_path / "o.gguf", imatrix=other))
+
+
+def test_a_matrix_of_this_model_is_no_fault_where_its_layers_take_none(tmp_path: Path) -> None:
+    """Of a ternary file the embedding alone takes importance, of which no matrix has data."""
+    options = Options("sample:", ("tq1_0",), tmp_path / "o.gguf", dry_run=True)
+    layers = [t for t in prepare(options).outputs[0].tensors.values() if t.name.startswith("blk.")]
+    sums = {t.name: np.ones(t.shape[-1], np.float32) for t in layers if len(t.shape) == 2}
+    job = prepare(replace(options, imatrix=write_gguf(tmp_path / "m.gguf", sums, {})))
+    assert job.importance == {}
+    assert {t.qtype.name for t in job.outputs[0].tensors.values()} >= {"tq1_0", "q6_k"}
 
 
 def test_q2_k_s_is_refused_without_its_data(tmp_path: Path, checkpoint: Path) -> None:
