@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -132,6 +133,30 @@ def test_packages_form_no_circle() -> None:
         done |= set(ready)
         todo = {name: may for name, may in todo.items() if name not in done}
     assert not todo, f"these stand in a circle: {sorted(todo)}"
+
+
+def test_the_page_on_the_architecture_shows_the_table() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `([\w.]+)` \| .* \|(.*)\|$", page, re.MULTILINE))
+    shown = {name: {word.strip() for word in may.split(",")} - {""} for name, may in rows.items()}
+    packages = {name for name in TABLE if name.startswith(("dsconvert.", "tokenizer"))} - {*GROUND, *FACE}
+    assert shown == {
+        name: {other.removeprefix("dsconvert.") for other in TABLE[name]}
+        for name in packages - {"dsconvert.streams"}
+    }
+
+
+def test_the_page_on_the_architecture_prints_the_imports() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    code = page.split('python -c "', 1)[1].split('\n"\n', 1)[0]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    found = {line.split()[0]: set(line.split()[1:]) for line in done.stdout.splitlines()}
+    assert set(TABLE) - {"dsconvert.__version__"} <= {*found, "dsconvert.__main__"}
+    assert found["converters.outputs"] >= {"converters.gguf", "converters.gptq", "converters.exl2"}
+    excepted = {imported for _, imported in EXCEPTIONS}
+    for name, imported in found.items():
+        for other in imported:
+            assert not forbidden(name, other) or any(one.startswith(other) for one in excepted), (name, other)
 
 
 def test_the_rules_can_fail() -> None:
