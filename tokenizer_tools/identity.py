@@ -56,8 +56,10 @@ def of_data(data: TokenizerData) -> TextHandling:
     stated = added_ids(folder, len(data.tokens))
     ends = carried_stops(data.tokens, (*data.stops, *end_ids(folder, stated)), data.eos_id)
     order = spm.merge_order(data.tokens, data.types, len(data.merges), data.scores) if data.scores else ()
+    # What a checkpoint does not have a runtime takes from its defaults, and no key can forbid it.
+    special = {**KINDS[data.kind].ids, **data.special}
     return TextHandling(
-        data.tokenizer, data.special, data.add_bos, data.add_eos, data.chat.default, ends, stated,
+        data.tokenizer, special, data.add_bos, data.add_eos, data.chat.default, ends, stated,
         data.scores, order, data.spaces,
     )  # fmt: skip
 

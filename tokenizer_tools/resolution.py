@@ -30,7 +30,9 @@ class Difference:
 
     def __str__(self) -> str:
         own, other = (f"{x[:SHOWN]}{' ...' if len(x) > SHOWN else ''}" for x in (self.own, self.other))
-        return f"on {self.text[:60]!r} the tokenizer gives {own}, the runtime {other}"
+        # An error's text keeps no two spaces in a row, and they may be what differs.
+        text = repr(self.text[:60]).replace("  ", "\\x20\\x20")
+        return f"on {text} the tokenizer gives {own}, the runtime {other}"
 
 
 def first_difference(

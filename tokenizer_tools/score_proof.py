@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from dsconvert.errors import TokenizerError
 from tokenizer_tools import spm
+from tokenizer_tools.kinds import SENTENCEPIECE
 from tokenizer_tools.library import ids
 from tokenizer_tools.load import TokenizerData
 from tokenizer_tools.rebuild import GGML, gguf_keys, rebuild
@@ -41,7 +42,9 @@ def resolve_scores(data: TokenizerData, override: str | None) -> Resolution:
             hint="No GGUF file can make llama.cpp tokenize as this file does",
         )
     evidence = f"same ids on {len(texts)} probe texts and on the texts of {len(words):,} tokens"
-    return Resolution(NAME, True, evidence, tuple(_notes(differs([" a"]), differs(_around(data)))))
+    return Resolution(
+        NAME, True, evidence, (*_defaults(data), *_notes(differs([" a"]), differs(_around(data))))
+    )
 
 
 def against_scores(data: TokenizerData) -> Callable[[Sequence[str]], Difference | None]:
@@ -77,6 +80,15 @@ def token_texts(data: TokenizerData) -> list[str]:
 def _around(data: TokenizerData) -> list[str]:
     """Texts with added tokens in them."""
     return [form.replace("{}", token.content) for token in data.added[:TRIED] for form in AROUND]
+
+
+def _defaults(data: TokenizerData) -> list[str]:
+    """A note for each of BOS and EOS that the files do not name and llama.cpp takes all the same."""
+    taken = {name: i for name, i in SENTENCEPIECE.ids.items() if name != "unk" and name not in data.special}
+    return [
+        f"the files name no {name.upper()}; llama.cpp takes the token {i}, {data.tokens[i][:40]!r}"
+        for name, i in taken.items()
+    ]
 
 
 def _notes(spaced: Difference | None, added: Difference | None) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsconvert.errors import TokenizerError
+from tokenizer_tools import sentencepiece_model
 from tokenizer_tools.kinds import KINDS, kind_of
 from tokenizer_tools.library import open_json, read_object, read_text
 from tokenizer_tools.load import read_tokens
@@ -36,7 +37,7 @@ class Opened:
 
 
 def open_folder(path: Path) -> Opened:
-    """The tokenizer of a checkpoint folder, or of a tokenizer.json itself; raises TokenizerError."""
+    """The tokenizer of a checkpoint folder, a tokenizer.json or a tokenizer.model; raises TokenizerError."""
     if os.path.isdir(path):
         found = read_tokens(path, read_object(path / "tokenizer_config.json"), ANY_ROWS)
         return _opened(found.path, found.raw, found.library)
@@ -44,9 +45,9 @@ def open_folder(path: Path) -> Opened:
         raise TokenizerError(
             "there is no tokenizer here",
             where=path,
-            hint="Give a GGUF file, a model folder or a tokenizer.json",
+            hint="Give a GGUF file, a model folder, a tokenizer.json or a tokenizer.model",
         )
-    text = read_text(path)
+    text = sentencepiece_model.to_json(path) if path.suffix == ".model" else read_text(path)
     raw, library = open_json(text, path)
     return _opened(path, raw, library)
 

@@ -13,8 +13,10 @@ from tiny_tokenizer import write
 
 from dsconvert.errors import TokenizerError
 from tokenizer_tools import parity
+from tokenizer_tools.library import ids
 from tokenizer_tools.load import TokenizerData, load_tokenizer
 from tokenizer_tools.pretokenizer import resolve
+from tokenizer_tools.show import open_folder
 from tokenizer_tools.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 
 KINDS = {NORMAL: 1, UNKNOWN: 2, CONTROL: 3, USER_DEFINED: 4, BYTE: 6}
@@ -73,6 +75,9 @@ def test_the_same_tokenizer_from_either_file(data: TokenizerData, tmp_path: Path
     texts = [*parity.PROBES, *(" " * n + "x" for n in range(30)), *parity.random_texts(3, 2000)]
     assert found.encode(texts) == data.encode(texts)
     assert resolve(found).proven
+    shown = open_folder(tmp_path / "m" / "tokenizer.model")
+    assert ids(shown.tokenizer, texts) == data.encode(texts)
+    assert (shown.spec, shown.kind[:18]) == (None, "SentencePiece-like")
     never = load_tokenizer(folder(tmp_path / "n", model(data, normal={**LLAMA, 3: 0})), 2000)
     assert never.spaces == "never"
     assert never.encode([" a"]) == data.encode(["a"])

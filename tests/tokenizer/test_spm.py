@@ -172,6 +172,27 @@ def test_what_a_runtime_does_where_a_file_is_silent(tmp_path: Path) -> None:
     assert ids(found.tokenizer, ["a"]) == ids(rebuild(keys), ["a"])
 
 
+def test_a_checkpoint_without_bos_and_eos(tmp_path: Path) -> None:
+    data = load_tokenizer(write(tmp_path, tokenizer_json(), {}), 3000)
+    keys, own = plain(data), identity.of_data(data)
+    assert list(resolve(data).notes) == [
+        "the files name no BOS; llama.cpp takes the token 1, '<s>'",
+        "the files name no EOS; llama.cpp takes the token 2, '</s>'",
+    ]
+    assert "tokenizer.ggml.bos_token_id" not in keys
+    assert keys["tokenizer.ggml.add_bos_token"] is False
+    assert identity.same_special(own, identity.of_metadata(keys)).same
+    assert not identity.same_special(
+        own, identity.of_metadata({**keys, "tokenizer.ggml.eos_token_id": 9})
+    ).same
+
+
+def test_a_refusal_spells_the_spaces_of_its_text(tmp_path: Path) -> None:
+    data = load(tmp_path, random_merges(10))
+    with pytest.raises(TokenizerError, match=r"on '\\ue000a a\\x20\\x20' the tokenizer gives"):
+        resolve(data)
+
+
 def test_runs_of_one_score_grow_from_the_left_and_other_ties_are_refused(tmp_path: Path) -> None:
     """Llama's own files give all runs of spaces the score -1e9."""
     data = load(tmp_path, tokenizer_json())
