@@ -23,7 +23,7 @@ WORDS = (None, "Metaspace", "Whitespace", "WhitespaceSplit", "BertPreTokenizer")
 
 
 @dataclass(frozen=True)
-class Tokens:
+class Vocabulary:
     """A vocabulary on its way to a file: one text and one type for each row, and the model's own tokens."""
 
     texts: Sequence[str]
@@ -58,11 +58,11 @@ class Kind:
     ids: Mapping[str, int]
     adds_bos: Callable[[object], bool]
     steps: Callable[[Mapping[str, Any], Path], PreTokenizer | None]
-    parts: Callable[[Mapping[str, Any], Tokens, Path], Parts]
+    parts: Callable[[Mapping[str, Any], Vocabulary, Path], Parts]
     nbytes: Callable[[str], int]
 
 
-def _byte_level(raw: Mapping[str, Any], tokens: Tokens, path: Path) -> Parts:
+def _byte_level(raw: Mapping[str, Any], tokens: Vocabulary, path: Path) -> Parts:
     model = raw["model"]
     notes = check_bytes(tokens.vocab, model.get("unk_token"), path)
     kept, told = normalizer(raw.get("normalizer"), path)
@@ -76,7 +76,7 @@ def _byte_level(raw: Mapping[str, Any], tokens: Tokens, path: Path) -> Parts:
     )
 
 
-def _sentencepiece(raw: Mapping[str, Any], tokens: Tokens, path: Path) -> Parts:
+def _sentencepiece(raw: Mapping[str, Any], tokens: Vocabulary, path: Path) -> Parts:
     model = raw["model"]
     merges = read_pairs(model, path)
     spm.check(model, tokens.vocab, merges, path)

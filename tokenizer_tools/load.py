@@ -183,7 +183,7 @@ def load_tokenizer(folder: Path, rows: int, add_bos: bool | None = None) -> Toke
     path, raw, library, added = found.path, found.raw, found.library, found.added
     model, vocab, notes = raw["model"], found.vocab, list(found.notes)
     tokens, types, used = rows_of(vocab, added, rows, path)
-    parts = found.kind.parts(raw, kinds.Tokens(tokens, types, vocab), path)
+    parts = found.kind.parts(raw, kinds.Vocabulary(tokens, types, vocab), path)
     known = {token: i for i, token in enumerate(tokens[:used]) if types[i] != UNUSED}
     control = [token.id for token in added.values() if token.special]
     named, named_notes = special_ids(folder, config, known, control)
