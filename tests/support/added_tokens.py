@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 from click.testing import CliRunner
 
 from dsconvert.checkpoints.locate import locate
@@ -42,12 +40,3 @@ def sample(folder: Path, edit: Edit) -> Path:
 def convert(folder: Path, out: Path, *options: str) -> Any:
     command = ["gguf", str(folder), "-o", str(out), "--quant", "q8_0", *options]
     return CliRunner().invoke(cli, command)
-
-
-@pytest.fixture
-def llama() -> Any:
-    if importlib.util.find_spec("xllamacpp") is None:
-        pytest.skip("needs llama.cpp: pip install xllamacpp")
-    from dsconvert.runtimes.llamacpp import Engine
-
-    return lambda path: Engine(path, vocab_only=True)

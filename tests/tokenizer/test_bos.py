@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from added_tokens import convert, llama, sample
+from added_tokens import convert, sample
 from click.testing import CliRunner
 from tiny_tokenizer import BOS, EOS, rows, tokenizer_json, write
 
@@ -15,8 +15,6 @@ from converters.gguf.parse import open_gguf
 from dsconvert.cli import cli
 from dsconvert.errors import TokenizerError
 from tokenizer_tools.load import load_tokenizer
-
-__all__ = ["llama"]  # a fixture
 
 NAMES = {"bos_token": BOS, "eos_token": EOS}
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"

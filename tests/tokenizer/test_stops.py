@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from added_tokens import change, convert, entry, llama, sample
+from added_tokens import change, convert, entry, sample
 from tiny_tokenizer import BOS, EOS, added, rows, tokenizer_json, write
 
 from tokenizer_tools import chat_template, identity, stops
@@ -16,8 +16,6 @@ from tokenizer_tools.load import TokenizerData, load_tokenizer
 from tokenizer_tools.pretokenizer import resolve
 from tokenizer_tools.rebuild import gguf_keys
 from tokenizer_tools.rendering import Unrendered
-
-__all__ = ["llama"]  # a fixture
 
 N = rows(tokenizer_json())
 E_ID = N - 2
