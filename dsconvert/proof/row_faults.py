@@ -66,6 +66,9 @@ SPREADS = (
     6.0,
 )  # robust standard deviations of the rows' lengths, by the width: big models have many rows
 LEAST_LENGTH = 0.02  # by which a row may be longer or shorter in any case
+# One scale for 256 values, their largest, and three codes: of a model that is not ternary itself, the length
+# of a row hangs on a few of its values, and says nothing.
+ANY_LENGTH = ("tq1_0", "tq2_0")
 SUSPECT, BLUNT = 1.5, 0.03  # see `_misrounded`
 FEW = 16  # rows of which no distribution is told
 LEAST_COLUMNS = 128  # of which the lengths of rows say something
@@ -122,7 +125,7 @@ def row_faults(rows: RowSums, kind: str, again: Again | None = None, head: int =
     if own is not None:
         turned |= alive & ~(own.noises <= own.worst)
         off = np.abs(rows.length - own.length)
-        longer = alive & ~turned & ~(off <= own.limit)
+        longer = alive & ~turned & ~(off <= own.limit) & (kind not in ANY_LENGTH)
         if again is not None and kind in BLOCKS:
             clear = rows.signal > CLEAR * unseen
             longer |= _misrounded(rows, own, clear & ~turned & ~longer, BLOCKS[kind], again)
