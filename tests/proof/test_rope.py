@@ -21,6 +21,7 @@ from converters.exl2.plan import Job as Exl2Job
 from converters.gptq.convert import convert
 from converters.gptq.plan import Options
 from dsconvert.checkpoints import output_folder
+from dsconvert.checkpoints.checkpoint import open_checkpoint
 from dsconvert.cli import cli
 from dsconvert.errors import UsageError
 from dsconvert.events import Check, Event, Warn
@@ -157,7 +158,7 @@ def test_both_keys_in_a_folder_mean_what_transformers_takes(tmp_path: Path) -> N
     ],
 )
 def test_exllamav2_is_given_no_rope_that_it_does_not_see(rope: dict[str, Any], readable: bool) -> None:
-    checkpoint = SimpleNamespace(folder=Path("model"))
+    checkpoint = open_checkpoint("sample:")
     job = cast(Exl2Job, SimpleNamespace(model=SimpleNamespace(checkpoint=checkpoint, raw=rope, source=None)))
     if readable:
         assert check_readable(job) is None  # type: ignore[func-returns-value]
