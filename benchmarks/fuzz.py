@@ -128,8 +128,11 @@ def _invoke(kind: Kind, bases: Path, place: Place) -> str:
     return f"printed {odd[:100]!r}" if odd else ""
 
 
-def work(pipe: Connection, seed: int, only: str, bases: Path, root: Path) -> None:
-    """A process that takes numbers of inputs and answers what is wrong with each."""
+def work(pipe: Connection, limit: int, seed: int, only: str, bases: Path, root: Path) -> None:
+    """A process that takes numbers of inputs and answers what is wrong with each, and whether it ends itself.
+
+    It does when it has ever had more than `limit` bytes.
+    """
     for name in ("home", "cwd", "tmp"):
         (root / name).mkdir(exist_ok=True)
     os.environ |= {"HOME": str(root / "home"), "TMPDIR": str(root / "tmp"), "HF_HUB_OFFLINE": "1"}
@@ -143,10 +146,10 @@ def work(pipe: Connection, seed: int, only: str, bases: Path, root: Path) -> Non
             largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << (
                 0 if sys.platform == "darwin" else 10
             )
-            if largest > MEMORY:
-                pipe.send(said or f"took {largest / 1e9:.2f} GB")
+            ends = largest > limit
+            pipe.send((said or (f"took {largest / 1e9:.2f} GB" if ends else ""), ends))
+            if ends:
                 return
-            pipe.send(said)
 
 
 @dataclass
@@ -154,6 +157,7 @@ class Worker:
     """A process at work on an input; it is ended and replaced where the input breaks it."""
 
     asked: tuple[int, str, Path, Path]
+    limit: int = 0  # of memory: MEMORY beyond what the process is forked with
     number: int | None = None
     since: float = 0.0
     spent: float = 0.0
@@ -163,10 +167,10 @@ class Worker:
 
     def start(self) -> None:
         """Begin with a new process."""
-        seed, only, bases, root = self.asked
+        self.limit = MEMORY + _resident(os.getpid())
         self.pipe, theirs = multiprocessing.Pipe()
         fork = multiprocessing.get_context("fork")
-        self.process = fork.Process(target=work, args=(theirs, seed, only, bases, root), daemon=False)
+        self.process = fork.Process(target=work, args=(theirs, self.limit, *self.asked), daemon=False)
         self.process.start()
         theirs.close()
 
@@ -181,7 +185,7 @@ class Worker:
         used = _processor_time(self.process.pid) - self.spent
         if wall > SECONDS and (used > SECONDS or wall > ASLEEP):
             return f"took over {wall:.0f} seconds ({used:.0f} of a processor)"
-        if _resident(self.process.pid) > MEMORY:
+        if _resident(self.process.pid) > self.limit:
             return f"took over {MEMORY >> 20} MiB"
         return ""
 
@@ -224,9 +228,8 @@ def fuzz(count: int, seed: int, only: str, bases: Path, root: Path, processes: i
             said, broken = "", False
             if worker.pipe in ready:
                 try:
-                    said = worker.pipe.recv()
-                    broken = said.startswith("took")
-                except EOFError:
+                    said, broken = worker.pipe.recv()
+                except (EOFError, ConnectionError):
                     said, broken = f"ended the process with {_code(worker)}", True
             elif not (said := worker.over()):
                 continue
