@@ -17,9 +17,9 @@ from dsconvert.checkpoints.safetensors_reader import values
 from dsconvert.checkpoints.weight_files import open_weights
 from dsconvert.errors import CheckpointError, quoted
 from dsconvert.models.config import load_json
+from dsconvert.models.diagnosis import DECODER_KEYS
 from dsconvert.quantization.bit_packing import unpack_rows
 
-NESTED = ("text_config", "language_config")
 STORED_AS = {"qweight": ("i32",), "qzeros": ("i32",), "scales": ("f16", "f32"), "g_idx": ("i32",)}
 
 
@@ -127,7 +127,7 @@ def open_model(folder: Path) -> GPTQModel:
 def _settings(folder: Path) -> dict[str, Any]:
     """The quantization settings: those of config.json, else of the legacy file."""
     config = load_json(folder / "config.json")
-    for part in (config, *(config.get(key) for key in NESTED)):
+    for part in (config, *(config.get(key) for key in DECODER_KEYS)):
         value = part.get("quantization_config") if isinstance(part, dict) else None
         if isinstance(value, dict):
             return value

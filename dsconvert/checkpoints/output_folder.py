@@ -18,10 +18,10 @@ from dsconvert.checkpoints.output_files import sync_folder
 from dsconvert.checkpoints.safetensors_writer import Piece, write_safetensors
 from dsconvert.checkpoints.source_files import SourceFile, companions
 from dsconvert.models.config import LLAMA_DEFAULTS
+from dsconvert.models.diagnosis import DECODER_KEYS
 from dsconvert.models.rope import ORIGINAL, SCALINGS, kind_of, settings
 
 SHARD_BYTES = 4 << 30
-NESTED = ("text_config", "language_config")
 # The key that old readers look for in rope_scaling, by its value; both keys at once are refused by some.
 LEGACY_KEY = {"linear": "type", "yarn": "type", "dynamic": "type", "llama3": "rope_type"}
 
@@ -89,7 +89,7 @@ def quantized_config(config: Mapping[str, Any], settings: Mapping[str, Any]) -> 
     """config.json with the quantization settings and with RoPE in the new and in the old spelling."""
     out = with_both_ropes(config)
     out.pop("_name_or_path", None)
-    for key in NESTED:
+    for key in DECODER_KEYS:
         if isinstance(out.get(key), dict):
             out[key] = with_both_ropes(out[key])
     return {**out, "quantization_config": dict(settings)}

@@ -10,7 +10,7 @@ from typing import Any
 PLAIN = frozenset(("bf16", "f16", "f32", "f64"))  # the types of weights as they are
 # Methods whose 16-bit weights are quantized anew in every forward pass: without it they are another model.
 IN_FORWARD = frozenset(("bitnet",))
-NESTED = ("text_config", "language_config")
+DECODER_KEYS = ("text_config", "language_config")  # where config.json of a bigger model keeps its decoder's
 SOURCE = "Convert the 16-bit checkpoint that it was made from: each quantization loses"
 
 
@@ -103,7 +103,7 @@ def quantized_form(dtypes: Mapping[str, str]) -> tuple[str, Form] | None:
 
 def stated_method(config: Mapping[str, Any]) -> str:
     """The method of a config's quantization_config, also of a nested one; "" where none is stated."""
-    parts = [config, *(config.get(key) for key in NESTED)]
+    parts = [config, *(config.get(key) for key in DECODER_KEYS)]
     for part in parts:
         stated = part.get("quantization_config") if isinstance(part, dict) else None
         if stated:
@@ -121,7 +121,7 @@ def is_left_over(method: str, dtypes: Mapping[str, str]) -> bool:
 def unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config without what it says of quantization, which is not the weights' any more."""
     found = {k: v for k, v in config.items() if k not in ("quantization_config", "compression_config")}
-    for key in NESTED:
+    for key in DECODER_KEYS:
         if isinstance(found.get(key), dict):
             found[key] = unquantized(found[key])
     return found

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dsconvert.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from dsconvert.checkpoints.output_folder import NESTED
 from dsconvert.checkpoints.safetensors_writer import from_stored
 from dsconvert.errors import UsageError
 from dsconvert.models.architectures import find_arch
 from dsconvert.models.architectures.deepseek_vl import HYBRID, ORIGINAL, VL
 from dsconvert.models.architectures.llama import LLAMA
 from dsconvert.models.config import ModelConfig, load_config
+from dsconvert.models.diagnosis import DECODER_KEYS
 from dsconvert.models.language_model import language_model
 from dsconvert.models.tensor_table import SOLVE_ORDER, Spec, WeightSource, plan
 from dsconvert.vision.config import VisionConfig
@@ -124,7 +124,7 @@ def _whole_config(outer: ModelConfig, tied: bool) -> dict[str, Any]:
 def plain_config(config: ModelConfig) -> dict[str, Any]:
     """config.json of a language model taken out of a bigger one, every number stated."""
     raw = config.raw
-    inner: dict[str, Any] = next((raw[key] for key in NESTED if isinstance(raw.get(key), dict)), {})
+    inner: dict[str, Any] = next((raw[key] for key in DECODER_KEYS if isinstance(raw.get(key), dict)), {})
     keys = ("bos_token_id", "eos_token_id", "torch_dtype", "dtype")
     outside: dict[str, Any] = {key: raw[key] for key in keys if key in raw}
     rope: dict[str, Any] = {} if inner.get("rope_parameters") else {"rope_theta": config.rope_theta}
