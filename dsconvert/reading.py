@@ -11,7 +11,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ TOKENIZER = 128 << 20
 TEMPLATE = 1 << 20
 RECORD = 64 << 20
 DEPTH = 100  # of nested JSON; what walks it later may recurse
+CONTAINERS = (dict, list)
 
 AGAIN = "Fetch this file again from where the checkpoint came from"
 LONE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -156,14 +157,16 @@ def inside(path: Path, folder: Path) -> bool:
 def _check_depth(value: Any) -> None:
     level = [value]
     for _ in range(DEPTH):
-        level = [child for item in level for child in _children(item) if isinstance(child, dict | list)]
+        # A vocabulary has 100,000 strings beside a few containers: the test of each is kept short.
+        level = [child for item in level for child in _children(item) if isinstance(child, CONTAINERS)]
         if not level:
             return
     raise ValueError(f"it is nested more than {DEPTH} deep")
 
 
-def _children(value: Any) -> Iterator[Any]:
-    yield from value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+def _children(value: Any) -> Iterable[Any]:
+    """The values in a container; nothing for what is none."""
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def _check_surrogates(value: Any, place: str = "the value") -> None:
