@@ -32,10 +32,10 @@ from converters.gguf import convert as gguf
 from converters.gguf import output
 from converters.gptq import convert as gptq
 from converters.gptq import plan as gptq_job
-from converters.gptq.solver import round_to_nearest
 from converters.outputs import open_output
 from dsconvert.events import Finished, Step
 from dsconvert.proof import compare
+from dsconvert.quantization.gptq_solver import round_to_nearest
 
 
 def kld(job: Job, out: Path) -> tuple[float, float, float]:

@@ -40,10 +40,10 @@ from converters.gptq.convert import convert, draw
 from converters.gptq.plan import Job, Options, prepare
 from converters.gptq.proof import evaluation
 from converters.gptq.reader import open_model
-from converters.gptq.solver import round_to_nearest
 from dsconvert.models.config import load_config
 from dsconvert.models.language_model import language_model
 from dsconvert.proof import compare
+from dsconvert.quantization.gptq_solver import round_to_nearest
 
 Floats = npt.NDArray[np.float64]
 

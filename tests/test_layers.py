@@ -169,7 +169,7 @@ def test_the_rules_can_fail() -> None:
     assert forbidden("dsconvert.somewhere_new", "dsconvert.models.config")
     assert forbidden("converters.gguf.convert", "dsconvert.commands.verify")
     assert forbidden("converters.gguf.convert", "dsconvert.report.page")
-    assert forbidden("converters.gguf.convert", "converters.gptq.solver")
+    assert forbidden("converters.gguf.convert", "converters.gptq.pack")
     assert forbidden("converters.gguf.convert", "converters.outputs")
     assert forbidden("tokenizer_tools.load", "dsconvert.checkpoints.checkpoint")
     assert forbidden("tokenizer_tools.load", "dsconvert.machine")

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from converters.exl2 import measure as measuring
 from converters.exl2 import pack as packing
-from converters.exl2.allocate import Option, allocate
 from converters.exl2.measure import Measured
 from converters.exl2.output import Choice, write
 from converters.exl2.plan import Job, Options, prepare
@@ -25,6 +24,7 @@ from dsconvert.checkpoints.safetensors_writer import from_array
 from dsconvert.checkpoints.source_files import check_unchanged
 from dsconvert.decoder import torch_decoder as st
 from dsconvert.events import Event, Finished, Planned, Step, TensorPlan, Warn
+from dsconvert.quantization.allocate import Option, allocate
 from dsconvert.quantization.blocks import Solution, progress, quantize_blocks
 from dsconvert.quantization.linears import model_digest
 from dsconvert.quantization.run_state import State, open_state

@@ -13,7 +13,6 @@ from converters.gptq.plan import Job, Options, prepare
 from converters.gptq.proof import evaluation, prove
 from converters.gptq.settings import quantization_settings
 from converters.gptq.shapes import HEAD_RULE, refusing_runtimes
-from converters.gptq.solver import Solved, solve
 from dsconvert import __version__
 from dsconvert.calibration.record import Calibration
 from dsconvert.calibration.request import CalibrationRequest, calibrate
@@ -24,6 +23,7 @@ from dsconvert.checkpoints.source_files import check_unchanged
 from dsconvert.decoder import torch_decoder as st
 from dsconvert.events import Event, Finished, Planned, Step, TensorPlan, Warn
 from dsconvert.quantization.blocks import Solution, collected, progress, quantize_blocks
+from dsconvert.quantization.gptq_solver import Solved, solve
 from dsconvert.quantization.linears import model_digest
 from dsconvert.quantization.ranks import ALONE, Ranks
 from dsconvert.quantization.run_state import State, open_state, state_folder

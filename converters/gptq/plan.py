@@ -7,16 +7,16 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from converters.gptq.grid import Scheme
 from converters.gptq.pack import stored_shapes
 from converters.gptq.shapes import Layout, check_shapes
-from converters.gptq.solver import SolverOptions
 from dsconvert.calibration.request import check_chat, files_of
 from dsconvert.checkpoints.marked_folders import check_folder
 from dsconvert.checkpoints.output_plan import REPLACED, check_place
 from dsconvert.checkpoints.source_files import check_companions
 from dsconvert.errors import UsageError
 from dsconvert.models.provenance import origin
+from dsconvert.quantization.gptq_grid import Scheme
+from dsconvert.quantization.gptq_solver import SolverOptions
 from dsconvert.quantization.linears import Selection, plain_config, select
 from dsconvert.quantization.run_state import check_state, state_folder
 from dsconvert.vision.config import VisionConfig

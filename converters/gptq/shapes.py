@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
-from converters.gptq.grid import Scheme
 from dsconvert.errors import QuantizationError, UsageError
+from dsconvert.quantization.gptq_grid import Scheme
 
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (32, 64, 128, -1)

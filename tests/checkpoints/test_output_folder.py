@@ -14,12 +14,10 @@ import pytest
 import torch
 from tiny import Tiny, decode, tiny_checkpoint, tiny_config, tiny_tensors, write_json
 
-from converters.gptq.grid import Scheme
 from converters.gptq.pack import pack
 from converters.gptq.reader import open_model
 from converters.gptq.settings import quantization_settings
 from converters.gptq.shapes import Layout
-from converters.gptq.solver import Solved, SolverOptions, solve
 from dsconvert.checkpoints import marked_folders as folder_module
 from dsconvert.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from dsconvert.checkpoints.output_folder import quantized_config, with_both_ropes, write_folder
@@ -28,6 +26,8 @@ from dsconvert.checkpoints.safetensors_writer import Piece, from_array, from_sto
 from dsconvert.checkpoints.source_files import companions
 from dsconvert.errors import OutputError
 from dsconvert.models.config import load_config, load_json
+from dsconvert.quantization.gptq_grid import Scheme
+from dsconvert.quantization.gptq_solver import Solved, SolverOptions, solve
 
 LAYOUT = Layout(Scheme(4, 32))
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from converters.gptq.grid import Scheme
 from converters.gptq.pack import (
     PARTS,
     Packed,
@@ -20,6 +19,7 @@ from converters.gptq.pack import (
 from converters.gptq.shapes import Layout, broken_rules, check_shapes, refusing_runtimes
 from dsconvert.errors import QuantizationError, UsageError
 from dsconvert.quantization.bit_packing import pack_rows, unpack_rows
+from dsconvert.quantization.gptq_grid import Scheme
 
 PEERS = Path(__file__).parents[3] / "shared" / "data" / "peers"
 PEER_FILES = ("gptq_gptqmodel_4b_g128", "gptq_autoround_4b_g128")

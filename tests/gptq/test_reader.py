@@ -11,7 +11,6 @@ import pytest
 from peer_models import needs, perplexity_of
 from tiny import tiny_checkpoint, write_json
 
-from converters.gptq.grid import Scheme
 from converters.gptq.pack import Packed, dequantize, pack
 from converters.gptq.reader import open_model
 from converters.gptq.settings import quantization_settings
@@ -23,6 +22,7 @@ from dsconvert.errors import CheckpointError
 from dsconvert.models.architectures import ARCHS
 from dsconvert.models.config import load_config, load_json
 from dsconvert.models.tensor_table import plan
+from dsconvert.quantization.gptq_grid import Scheme
 
 LINEAR = "model.layers.0.self_attn.q_proj"
 

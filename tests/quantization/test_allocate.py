@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from converters.exl2 import allocate as allocate_module
-from converters.exl2.allocate import Allocation, Option, allocate
 from converters.exl2.settings import bits_of, groups_for, settings_for
 from dsconvert.errors import QuantizationError, UsageError
+from dsconvert.quantization import allocate as allocate_module
+from dsconvert.quantization.allocate import Allocation, Option, allocate
 
 Slots = list[list[Option]]
 CLOSE = 1e-9

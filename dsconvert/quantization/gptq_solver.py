@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from converters.gptq.grid import Scheme, find_grid, to_codes
 from dsconvert.errors import QuantizationError, UsageError
 from dsconvert.quantization import error_feedback
+from dsconvert.quantization.gptq_grid import Scheme, find_grid, to_codes
 
 if TYPE_CHECKING:
     import torch

@@ -12,9 +12,9 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from converters.gptq.grid import Scheme, find_grid, to_codes
-from converters.gptq.solver import SolverOptions, round_to_nearest, solve
 from dsconvert.errors import QuantizationError, UsageError
+from dsconvert.quantization.gptq_grid import Scheme, find_grid, to_codes
+from dsconvert.quantization.gptq_solver import SolverOptions, round_to_nearest, solve
 
 F64 = npt.NDArray[np.float64]
 
