@@ -23,6 +23,9 @@ from typing import Any
 from unittest import mock
 
 sys.path.pop(0)  # this folder has a gguf.py, which is not the library
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
+
+import calibrated
 
 from converters.exl2.convert import convert
 from converters.exl2.plan import Job, Options, prepare
@@ -87,7 +90,7 @@ def main() -> None:
             "verify": "off", "force": True,
         }  # fmt: skip
         for bpw in map(float, given.bpw.split(",")):
-            options = Options(
+            options = calibrated.exl2_options(
                 given.model, bpw=bpw, damp=given.damp, out=work / f"{bpw}",
                 measurement=work / "measurement.json", **asked,
             )  # fmt: skip
@@ -102,12 +105,12 @@ def main() -> None:
             gguf.convert(output.Options(given.model, outfile=out, quants=("q4_0",), verify="off", force=True))
         )
         line("gguf --quant q4_0", 4.5, job, out, seconds)
-        plain = gptq_job.Options(given.model, bits=4, group_size=128, out=work / "gptq", **asked)
+        plain = calibrated.gptq_options(given.model, bits=4, group_size=128, out=work / "gptq", **asked)
         job_of = gptq_job.prepare(plain)
         bits = 8 * sum(map(job_of.nbytes, job_of.model.linears)) / job.weights
         seconds, _ = run(gptq.convert(plain))
         line("gptq --bits 4", bits, job, work / "gptq", seconds)
-        plain = replace(plain, mse=False, out=work / "rtn")
+        plain = replace(plain, mse=False, run=replace(plain.run, out=work / "rtn"))
         with mock.patch.object(gptq, "solve", lambda W, H, options: round_to_nearest(W, options)):
             seconds, _ = run(gptq.convert(plain))
         line("4 bits, to nearest", bits, job, work / "rtn", seconds)

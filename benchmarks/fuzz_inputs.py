@@ -194,21 +194,21 @@ def _converted(root: Path) -> None:
 
 def _quantized(root: Path) -> None:
     """GPTQ and EXL2 folders, the measurement of the latter, the state of a run that has not ended."""
+    import calibrated
+
     import converters.exl2.convert as exl2
-    import converters.exl2.plan as exl2_job
     import converters.gptq.convert as gptq
-    import converters.gptq.plan as gptq_job
     from dsconvert.checkpoints.checkpoint import open_checkpoint
     from dsconvert.checkpoints.safetensors_writer import from_stored
     from dsconvert.quantization.run_state import State
 
     small: dict[str, Any] = {"calib": "builtin", "calib_samples": 2, "calib_len": 64, "verify": "off"}
     model = str(root / "model")
-    list(gptq.convert(gptq_job.Options(model, group_size=32, out=root / "gptq", **small)))
+    list(gptq.convert(calibrated.gptq_options(model, group_size=32, out=root / "gptq", **small)))
     for folder in ("measurement", "state"):
         (root / folder).mkdir()
     measured = root / "measurement" / "measurement.json"
-    list(exl2.convert(exl2_job.Options(model, out=root / "exl2", measurement=measured, **small)))
+    list(exl2.convert(calibrated.exl2_options(model, out=root / "exl2", measurement=measured, **small)))
     state = State(root / "state")
     pieces = {name: from_stored(tensor) for name, tensor in list(open_checkpoint(model).tensors.items())[:3]}
     state.begin({"tool": "gptq", "model": "abc", "options": {"bits": 4}})

@@ -20,7 +20,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,48 +28,38 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "support"))
+
+import peak_memory  # noqa: E402
+
 MB = 1e6
-
-
-def anonymous() -> int:
-    """Private memory of this process in bytes."""
-    for line in Path("/proc/self/status").read_text("ascii").splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
-    raise SystemExit("peak memory is read from Linux' /proc/self/status")
 
 
 @contextmanager
 def measured(found: dict[str, float]) -> Iterator[None]:
     """Put seconds, processor seconds and the growth of private memory into `found`."""
-    before, peak, stop = anonymous(), [0], threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(0.005):
-            peak[0] = max(peak[0], anonymous())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    started, used = time.monotonic(), time.process_time()
-    yield
-    found |= {"seconds": time.monotonic() - started, "cpu": time.process_time() - used}
-    stop.set()
-    watcher.join()
+    before = peak_memory.anonymous()
+    with peak_memory.sampled(0.005) as peak:
+        started, used = time.monotonic(), time.process_time()
+        yield
+        found |= {"seconds": time.monotonic() - started, "cpu": time.process_time() - used}
     found["memory"] = peak[0] - before
 
 
 def child(asked: dict[str, Any]) -> None:
     """Quantize once with the tool named, print one JSON line."""
+    import calibrated
     import gptq_peer
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401  not counted
 
-    from converters.gptq.convert import convert, draw
-    from converters.gptq.plan import Options, prepare
+    from converters.gptq.convert import convert
+    from converters.gptq.plan import prepare
+    from converters.gptq.proof import evaluation
     from dsconvert.proof import compare
+    from dsconvert.quantization.run import draw
 
     out = Path(asked["out"])
-    options = Options(
+    options = calibrated.gptq_options(
         asked["model"], out=out, calib="builtin", calib_samples=asked["samples"],
         calib_len=asked["length"], verify="off", force=True, device="cpu",
     )  # fmt: skip
@@ -82,7 +71,7 @@ def child(asked: dict[str, Any]) -> None:
                 pass
     else:
         job = prepare(options)
-        tokens = compare.result(draw(job)).tokens
+        tokens = compare.result(draw(job, evaluation(job).tokens)).tokens
         gptq_peer.load()
         with measured(found):
             gptq_peer.quantize(

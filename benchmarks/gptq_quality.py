@@ -31,12 +31,15 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
+
+import calibrated
 import gptq_peer
 import numpy as np
 import numpy.typing as npt
 
 from converters.gptq import convert as flow
-from converters.gptq.convert import convert, draw
+from converters.gptq.convert import convert
 from converters.gptq.plan import Job, Options, prepare
 from converters.gptq.proof import evaluation
 from converters.gptq.reader import open_model
@@ -44,6 +47,7 @@ from dsconvert.models.config import load_config
 from dsconvert.models.language_model import language_model
 from dsconvert.proof import compare
 from dsconvert.quantization.gptq_solver import round_to_nearest
+from dsconvert.quantization.run import draw
 
 Floats = npt.NDArray[np.float64]
 
@@ -77,8 +81,8 @@ def run(options: Options, windows: int) -> Floats:
     """Convert and compare what stands in the folder."""
     for _ in convert(options):
         pass
-    assert options.out is not None
-    return kld(prepare(options), options.out, windows)
+    assert options.run.out is not None
+    return kld(prepare(options), options.run.out, windows)
 
 
 def setting(given: argparse.Namespace, model: str, scheme: dict[str, int], folder: Path) -> int:
@@ -89,13 +93,13 @@ def setting(given: argparse.Namespace, model: str, scheme: dict[str, int], folde
     }  # fmt: skip
     head = f"{Path(model).name:<12} {scheme['bits']} bits g{scheme['group_size']:<4}"
     with rounding():
-        plain = run(Options(model, act_order=False, **shared), given.windows)
+        plain = run(calibrated.gptq_options(model, act_order=False, **shared), given.windows)
     print(f"{head} round to nearest {estimate(plain)[0]:.5f} +- {estimate(plain)[1]:.5f}", flush=True)
     worse = 0
     for order in given.orders.split(","):
         ours, theirs = [], []
         for seed in map(int, given.seeds.split(",")):
-            options = Options(model, seed=seed, **gptq_peer.ORDERS[order][0], **shared)
+            options = calibrated.gptq_options(model, seed=seed, **gptq_peer.ORDERS[order][0], **shared)
             ours.append(run(options, given.windows))
             if not given.no_peer:
                 theirs.append(peer(options, folder / f"peer-{order}-{seed}", order, given))
@@ -114,8 +118,9 @@ def setting(given: argparse.Namespace, model: str, scheme: dict[str, int], folde
 def peer(options: Options, out: Path, order: str, given: argparse.Namespace) -> Floats:
     """gptqmodel's result with the same tokens and settings."""
     job = prepare(options)
+    tokens = compare.result(draw(job, evaluation(job).tokens)).tokens
     gptq_peer.quantize(
-        job.model.checkpoint.folder, compare.result(draw(job)).tokens, out, order, bits=options.bits,
+        job.model.checkpoint.folder, tokens, out, order, bits=options.bits,
         group_size=options.group_size, damp_percent=options.damp, mse=given.peer_mse,
     )  # fmt: skip
     return kld(job, out, given.windows)

@@ -43,8 +43,8 @@ def convert(options: Options) -> Iterator[Event]:
     out, work = job.out, work_folder(job.out)
     yield Step(f"running {MODULE}, whose work folder is {work}")
     with (
-        kept_folder(work, "work", options.resume),
-        model_folder(out, job.most_nbytes, options.force, job.inputs) as part,
+        kept_folder(work, "work", options.run.resume),
+        model_folder(out, job.most_nbytes, options.run.force, job.inputs) as part,
     ):
         made = run(job, work)
         check_unchanged(job.model.checkpoint.seen)
@@ -52,7 +52,7 @@ def convert(options: Options) -> Iterator[Event]:
             path.rename(part / path.name)
     nbytes = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     yield Finished(str(out), nbytes, time.monotonic() - started)
-    if options.verify != "off":
+    if options.run.verify != "off":
         yield from prove_folder(job)
 
 
@@ -132,7 +132,8 @@ def command(job: Job, work: Path, out: Path) -> list[str]:
         "-b": options.bpw,
         "-hb": options.head_bits,
     }
-    if options.calib.endswith(".parquet"):
-        flags |= {"-c": options.calib, "-r": options.calib_samples, "-l": options.calib_len}
+    text = options.run.calibration
+    if text.text.endswith(".parquet"):
+        flags |= {"-c": text.text, "-r": text.samples, "-l": text.length}
     parts = [sys.executable, "-m", MODULE, *(str(x) for flag in flags.items() for x in flag)]
-    return [*parts, *([] if options.resume else ["-nr"])]
+    return [*parts, *([] if options.run.resume else ["-nr"])]

@@ -20,8 +20,6 @@ from dsconvert.checkpoints.checkpoint import Checkpoint
 from dsconvert.checkpoints.output_folder import Naming, write_folder
 from dsconvert.checkpoints.safetensors_writer import Piece, from_stored
 from dsconvert.errors import QuantizationError
-from dsconvert.quantization.blocks import collected
-from dsconvert.quantization.run_state import State
 
 NAMING = Naming("output", index=False)  # the runtime takes every *.safetensors; an index could be stale
 VISION = "vision"
@@ -49,22 +47,28 @@ class Choice:
         return HEAD_WEIGHT.removesuffix(".weight") if name == HEAD_WEIGHT else job.model.stem(name)
 
 
-def write(job: Job, calibration: Calibration, measured: Measured, choice: Choice, state: State) -> int:
-    """Write the folder; gives the bytes of its weights."""
+def write(
+    job: Job,
+    calibration: Calibration,
+    measured: Measured,
+    choice: Choice,
+    solved: Mapping[str, Piece],
+    fell_back: Mapping[str, str],
+) -> int:
+    """Write the folder, of what is kept and of the `solved` tensors; gives the bytes of its weights."""
     checkpoint = job.model.checkpoint
     pieces = {out: as_half(checkpoint, name) for out, name in job.kept.items()}
-    solved, fell_back = collected(state)
     vision = {name: from_stored(checkpoint.tensors[name]) for name in job.vision}
     return write_folder(
         job.out,
         checkpoint.folder,
         raw_config(job),
-        pieces | solved,
+        {**pieces, **solved},
         quantization_settings(job, calibration, choice, fell_back),
         extra={"measurement.json": measuring.as_file(measured, job.model.linears)},
         beside={VISION: vision} if vision else {},
         naming=NAMING,
-        force=job.options.force,
+        force=job.run.force,
         inputs=job.inputs,
         seen=checkpoint.seen,
     )

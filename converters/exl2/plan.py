@@ -11,15 +11,14 @@ from converters.exl2 import measure
 from converters.exl2.measure import Measured
 from converters.exl2.settings import HEADS, Group, bits_of, groups_for, settings_for
 from converters.exl2.shapes import HEAD_WEIGHT, check_shapes
-from dsconvert.calibration.request import check_chat, files_of
-from dsconvert.checkpoints.marked_folders import check_folder
-from dsconvert.checkpoints.output_plan import REPLACED, check_distinct, check_files, check_place, look
+from dsconvert.calibration.request import check_chat
+from dsconvert.checkpoints.output_plan import check_distinct, check_files, look
 from dsconvert.checkpoints.source_files import check_companions
 from dsconvert.errors import UsageError
 from dsconvert.models.language_model import Inner
 from dsconvert.models.provenance import origin
 from dsconvert.quantization.linears import Selection, select
-from dsconvert.quantization.run_state import check_state, state_folder
+from dsconvert.quantization.plan import RunOptions, check_output, input_files, output_folder
 from tokenizer_tools.load import TokenizerData, load_tokenizer
 
 PLAIN = 16  # bits of a head that is not quantized
@@ -29,24 +28,11 @@ PLAIN = 16  # bits of a head that is not quantized
 class Options:
     """What `dsconvert exl2` was asked for."""
 
-    model: str
+    run: RunOptions
     bpw: float = 4.0
     head_bits: int = 6
     damp: float = 0.05
     measurement: Path | None = None
-    calib: str = "c4"
-    calib_samples: int = 128
-    calib_len: int = 2048
-    calib_chat: Path | None = None
-    calib_column: str = ""
-    add_bos: bool | None = None
-    seed: int = 0
-    offline: bool = False
-    out: Path | None = None
-    resume: bool = False
-    force: bool = False
-    device: str = "auto"
-    verify: str = "quick"
 
 
 @dataclass(frozen=True)
@@ -60,12 +46,25 @@ class Job:
     out: Path
 
     @property
+    def run(self) -> RunOptions:
+        """What was asked for besides the format's own settings."""
+        return self.options.run
+
+    @property
     def inputs(self) -> list[Path]:
         """The files and folders that are read; a measurement that is still to be made among them."""
-        checkpoint, options = self.model.checkpoint, self.options
-        texts = files_of(options.calib, options.calib_chat)
-        measurement = [] if options.measurement is None else [options.measurement]
-        return [checkpoint.folder, *checkpoint.files, *texts, *measurement]
+        measurement = self.options.measurement
+        return input_files(self.run, self.model) + ([] if measurement is None else [measurement])
+
+    @property
+    def settings(self) -> str:
+        """What the bytes of a block depend on, as --resume tells it."""
+        options = self.options
+        known = "made here" if self.known is None else measure.digest(self.known)
+        return (
+            f"{options.bpw:g} bits per weight, head {options.head_bits}, damp {options.damp:g}, seed "
+            f"{self.run.calibration.seed}, measurement {known}"
+        )
 
     @property
     def head(self) -> bool:
@@ -135,15 +134,15 @@ class Job:
 
 def prepare(options: Options) -> Job:
     """Open, validate and plan; refuses by name every shape that the runtime could not run."""
-    check_chat(options.calib_chat)
+    run = options.run
+    check_chat(run.calibration.chat)
     if options.head_bits not in (*HEADS, PLAIN):
         raise UsageError(f"{options.head_bits} bits are no setting of the head", hint="Use --head-bits 6")
-    model = select(options.model, language_only=True)
+    model = select(run.model, language_only=True)
     folder = model.checkpoint.folder
     check_companions(folder)
-    tokenizer = load_tokenizer(folder, model.config.vocab_size, options.add_bos)
-    out = (options.out or Path(default_name(options, origin(folder, model.config)[1]))).absolute()
-    check_place(out, REPLACED)
+    tokenizer = load_tokenizer(folder, model.config.vocab_size, run.add_bos)
+    out = output_folder(run, default_name(options, origin(folder, model.config)[1]))
     known = None
     if options.measurement is not None and look(options.measurement) is not None:
         known = measure.load(options.measurement, model.linears)
@@ -154,9 +153,7 @@ def prepare(options: Options) -> Job:
     if options.measurement is not None and known is None:
         check_files([options.measurement], [0], force=False)
         check_distinct([options.measurement, out])
-    space = 2 * job.most_nbytes  # the state and the folder, side by side
-    check_folder(out, space, options.force, job.inputs, [state_folder(out), work_folder(out)])
-    check_state(out, options.resume, options.force)
+    check_output(job, job.most_nbytes, [work_folder(out)])
     return job
 
 

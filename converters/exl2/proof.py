@@ -27,7 +27,7 @@ def prove(job: Job, choice: Choice) -> Iterator[Event]:
     `--verify off` checks nothing and says so. "quick" sizes the comparison of blocks and logits to some 20
     seconds, "full" runs all of it.
     """
-    if job.options.verify == "off":
+    if job.run.verify == "off":
         yield Step("verification is off: the folder was not read back")
         return
     yield check_structure(job, choice, open_model(job.out))
@@ -43,9 +43,9 @@ def prove_folder(job: Job) -> Iterator[Event]:
         (job.model.source, job.model.config),
         language_model(model, load_config(job.out)),
         evaluation(job),
-        "full" if job.options.verify == "full" else "quick",
+        "full" if job.run.verify == "full" else "quick",
         model.limits,
-        job.options.device,
+        job.run.device,
     )
 
 

@@ -9,16 +9,14 @@ from typing import Any
 
 from converters.gptq.pack import stored_shapes
 from converters.gptq.shapes import Layout, check_shapes
-from dsconvert.calibration.request import check_chat, files_of
-from dsconvert.checkpoints.marked_folders import check_folder
-from dsconvert.checkpoints.output_plan import REPLACED, check_place
+from dsconvert.calibration.request import check_chat
 from dsconvert.checkpoints.source_files import check_companions
 from dsconvert.errors import UsageError
 from dsconvert.models.provenance import origin
 from dsconvert.quantization.gptq_grid import Scheme
 from dsconvert.quantization.gptq_solver import SolverOptions
 from dsconvert.quantization.linears import Selection, plain_config, select
-from dsconvert.quantization.run_state import check_state, state_folder
+from dsconvert.quantization.plan import RunOptions, check_output, input_files, output_folder
 from dsconvert.vision.config import VisionConfig
 from dsconvert.vision.transformers_layout import TOKENIZER, model_config, processor_files
 from tokenizer_tools.library import read_object
@@ -32,7 +30,7 @@ STORED = {"I32": 4, "F16": 2}
 class Options:
     """What `dsconvert gptq` was asked for."""
 
-    model: str
+    run: RunOptions
     bits: int = 4
     group_size: int = 128
     act_order: bool = True
@@ -40,21 +38,8 @@ class Options:
     sym: bool = True
     damp: float = 0.05
     mse: bool = True
-    calib: str = "c4"
-    calib_samples: int = 128
-    calib_len: int = 2048
-    calib_chat: Path | None = None
-    calib_column: str = ""
-    add_bos: bool | None = None
-    seed: int = 0
-    offline: bool = False
-    out: Path | None = None
-    resume: bool = False
-    force: bool = False
-    device: str = "auto"
     language_only: bool = False
     lm_head: bool = False
-    verify: str = "quick"
 
     @property
     def solver(self) -> SolverOptions:
@@ -73,6 +58,11 @@ class Job:
     out: Path
 
     @property
+    def run(self) -> RunOptions:
+        """What was asked for besides the format's own settings."""
+        return self.options.run
+
+    @property
     def layout(self) -> Layout:
         """The settings that readers care about."""
         return Layout(self.options.solver.scheme, self.options.solver.desc_act)
@@ -80,8 +70,17 @@ class Job:
     @property
     def inputs(self) -> list[Path]:
         """The files and folders that are read."""
-        checkpoint, options = self.model.checkpoint, self.options
-        return [checkpoint.folder, *checkpoint.files, *files_of(options.calib, options.calib_chat)]
+        return input_files(self.run, self.model)
+
+    @property
+    def settings(self) -> str:
+        """What the bytes of a block depend on, as --resume tells it."""
+        options = self.options
+        return (
+            f"{options.bits} bits, group {options.group_size}, act-order {options.act_order}, dynamic groups "
+            f"{options.dynamic_groups}, sym {options.sym}, damp {options.damp:g}, mse {options.mse}, "
+            f"language only {options.language_only}, lm_head {options.lm_head}"
+        )
 
     def nbytes(self, name: str) -> int:
         """Bytes of a linear in the output."""
@@ -98,19 +97,17 @@ class Job:
 def prepare(options: Options) -> Job:
     """Open, validate and plan; refuses by name every shape that readers could not take, before any work."""
     _check(options)
-    model = select(options.model, options.language_only, options.lm_head)
+    run = options.run
+    model = select(run.model, options.language_only, options.lm_head)
     folder = model.checkpoint.folder
     check_companions(folder)
-    tokenizer = load_tokenizer(folder, model.config.vocab_size, options.add_bos)
+    tokenizer = load_tokenizer(folder, model.config.vocab_size, run.add_bos)
     if model.vision is not None:
         model = with_files(model, model.vision, tokenizer)
-    out = (options.out or Path(default_name(options, origin(folder, model.config)[1]))).absolute()
-    check_place(out, REPLACED)
+    out = output_folder(run, default_name(options, origin(folder, model.config)[1]))
     job = Job(options, model, tokenizer, out)
     check_shapes(model.linears, job.layout)
-    space = 2 * job.total  # the state and the folder, side by side
-    check_folder(out, space, options.force, job.inputs, [state_folder(out)])
-    check_state(out, options.resume, options.force)
+    check_output(job, job.total)
     return job
 
 
@@ -131,7 +128,7 @@ def with_files(model: Selection, vision: VisionConfig, tokenizer: TokenizerData)
 def _check(options: Options) -> None:
     if options.dynamic_groups and not options.act_order:
         raise UsageError("--dynamic-groups makes groups in activation order", hint="Give --act-order with it")
-    check_chat(options.calib_chat)
+    check_chat(options.run.calibration.chat)
 
 
 def default_name(options: Options, model: str) -> str:

@@ -24,7 +24,7 @@ def prove(job: Job) -> Iterator[Event]:
     `--verify off` checks nothing and says so. "quick" sizes the comparison of blocks and logits to some 20
     seconds, "full" runs all of it.
     """
-    mode = job.options.verify
+    mode = job.run.verify
     if mode == "off":
         yield Step("verification is off: the folder was not read back")
         return
@@ -37,7 +37,7 @@ def prove(job: Job) -> Iterator[Event]:
         evaluation(job),
         "full" if mode == "full" else "quick",
         f"gptq{job.options.bits}",
-        job.options.device,
+        job.run.device,
     )
 
 

@@ -12,9 +12,11 @@ from dsconvert.commands.given import refuse
 
 if TYPE_CHECKING:
     from dsconvert.calibration.request import CalibrationRequest
+    from dsconvert.quantization.plan import RunOptions
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 NAMES = ("calib", "calib_chat", "calib_column", "calib_samples", "calib_len", "seed", "offline")
+RUN_NAMES = ("add_bos", "out", "resume", "force", "device", "verify")
 
 
 def calibration_options(text: str | None, length: int) -> Callable[[Command], Command]:
@@ -96,3 +98,12 @@ def wanted_of(asked: dict[str, Any]) -> CalibrationRequest | None:
         refuse(*NAMES, where="without a calibration text", hint="Give --calib c4, or --calib-chat FILE")
         return None
     return CalibrationRequest(text or "", samples, length, seed, None, chat, offline, column)
+
+
+def run_options_of(model: str, asked: dict[str, Any]) -> RunOptions:
+    """Take what every calibrated conversion is asked for out of `asked`; raises what `wanted_of` raises."""
+    from dsconvert.calibration.request import CalibrationRequest
+    from dsconvert.quantization.plan import RunOptions
+
+    wanted = wanted_of(asked) or CalibrationRequest()
+    return RunOptions(model, wanted, *(asked.pop(name) for name in RUN_NAMES))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from dsconvert.commands.calibration_options import bos_option, calibration_options, check_calibration
+from dsconvert.commands.calibration_options import bos_option, calibration_options, run_options_of
 from dsconvert.commands.numbers import Number
-from dsconvert.commands.run import run
+from dsconvert.commands.run import on_each_rank, run
+
+if TYPE_CHECKING:
+    from dsconvert.events import Event
 
 
 def _number(ctx: click.Context, param: click.Parameter, value: str) -> int:
@@ -101,11 +105,11 @@ def exl2(model_path: str, backend: str, as_json: bool, quiet: bool, debug: bool,
 
     MODEL_PATH is a Hugging Face folder, a .safetensors file, a hub id, or `sample:` (the embedded sample);
     default: the current folder. Of a model with a vision tower the language model is quantized and the rest
-    written beside it. Exit code 0: quantized and proven, 2: stopped, 3: a check failed.
+    written beside it. Several GPUs: torchrun --nproc-per-node N -m dsconvert exl2 ... Exit code 0: quantized
+    and proven, 2: stopped, 3: a check failed.
     """  # fmt: skip
 
     def work() -> int:
-        check_calibration(asked)
         from converters.exl2 import backend as other
         from converters.exl2.convert import convert
         from converters.exl2.plan import Options
@@ -113,7 +117,13 @@ def exl2(model_path: str, backend: str, as_json: bool, quiet: bool, debug: bool,
 
         if backend == "exllamav2":
             check_other(asked["calib"])
-        make = other.convert if backend == "exllamav2" else convert
-        return console.render(make(Options(model=model_path, **asked)), as_json=as_json, quiet=quiet)
+        options = Options(run_options_of(model_path, asked), **asked)
+
+        def show(events: Iterator[Event]) -> int:
+            return console.render(events, as_json=as_json, quiet=quiet)
+
+        if backend == "exllamav2":
+            return show(other.convert(options))
+        return on_each_rank(lambda ranks: convert(options, ranks), show)
 
     run(work, as_json=as_json, debug=debug)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dsconvert.commands.calibration_options import bos_option, calibration_options, check_calibration
+from dsconvert.commands.calibration_options import bos_option, calibration_options, run_options_of
 from dsconvert.commands.numbers import Number
 from dsconvert.commands.run import on_each_rank, run
 
@@ -106,7 +106,6 @@ def gptq(model_path: str, as_json: bool, quiet: bool, debug: bool, **asked: Any)
     """  # fmt: skip
 
     def work() -> int:
-        check_calibration(asked)
         from converters.gptq.convert import convert
         from converters.gptq.plan import Options
         from dsconvert import console
@@ -114,6 +113,7 @@ def gptq(model_path: str, as_json: bool, quiet: bool, debug: bool, **asked: Any)
         def show(events: Iterator[Event]) -> int:
             return console.render(events, as_json=as_json, quiet=quiet)
 
-        return on_each_rank(lambda ranks: convert(Options(model=model_path, **asked), ranks), show)
+        options = Options(run_options_of(model_path, asked), **asked)
+        return on_each_rank(lambda ranks: convert(options, ranks), show)
 
     run(work, as_json=as_json, debug=debug)

@@ -9,16 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import calibrated
 import pytest
 import tiny
 from click.testing import CliRunner
 
 from converters.exl2.convert import convert as to_exl2
-from converters.exl2.plan import Options as Exl2
 from converters.gguf.convert import convert as to_gguf
 from converters.gguf.output import Options as Gguf
 from converters.gptq.convert import convert as to_gptq
-from converters.gptq.plan import Options as Gptq
 from dsconvert.cli import cli
 from dsconvert.errors import CheckpointError
 from dsconvert.events import Check, Finished
@@ -58,8 +57,8 @@ def events_of(kind: str, model: Path, out: Path, verify: str = "off") -> Any:
     if kind == "gguf":
         return to_gguf(Gguf(str(model), outfile=out, verify=verify))
     if kind == "gptq":
-        return to_gptq(Gptq(str(model), out=out, group_size=32, verify=verify, **ASKED))
-    return to_exl2(Exl2(str(model), out=out, bpw=6.0, verify=verify, **ASKED))
+        return to_gptq(calibrated.gptq_options(model, out=out, group_size=32, verify=verify, **ASKED))
+    return to_exl2(calibrated.exl2_options(model, out=out, bpw=6.0, verify=verify, **ASKED))
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -143,9 +142,10 @@ if kind == "gguf":
     from converters.gguf.output import Options
     options = Options(str(model), outfile=out, verify="off", threads=2)
 else:
+    import calibrated
     from converters.gptq.convert import convert
-    from converters.gptq.plan import Options
-    options = Options(str(model), out=out, calib="builtin", calib_samples=2, calib_len=64, group_size=32)
+    text = dict(calib="builtin", calib_samples=2, calib_len=64)
+    options = calibrated.gptq_options(model, out=out, group_size=32, **text)
 
 def events():
     for event in convert(options):
@@ -161,7 +161,8 @@ run(lambda: render(events(), quiet=True), as_json=False, debug=False)
 def test_a_source_cut_short_says_so_and_leaves_no_part(tmp_path: Path, kind: str) -> None:
     model = tiny.tiny_checkpoint(tmp_path / "model", d=256, ff=704, vocab=2048, layers=3)
     command = [sys.executable, "-W", "ignore", "-c", CUT, kind, str(model), str(tmp_path / "out.gguf")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # tests/support too
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 2, done.stderr
     assert "cut short while it was read" in done.stderr
     assert "Traceback" not in done.stderr

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import calibrated
 import numpy as np
 import pytest
 import tiny
@@ -531,15 +532,15 @@ def test_exllamav2s_own_converter_is_kept_from_what_it_would_misread(
 ) -> None:
     asked: dict[str, Any] = {"calib": "builtin", "bpw": 5.0, "out": tmp_path / "out"}
     with pytest.raises(UsageError, match=r"looks for 'model\.embed_tokens"):
-        backend.check_readable(exl2.prepare(exl2.Options(str(left_over), **asked)))
+        backend.check_readable(exl2.prepare(calibrated.exl2_options(left_over, **asked)))
     raw = json.loads((clean / "config.json").read_text()) | {"rope_theta": 1e4}
     model = Model(open_checkpoint(clean).tensors, raw)
     model.tensors = {name: tensor.data for name, tensor in model.tensors.items()}
     folder = write(tmp_path, model)
-    backend.check_readable(exl2.prepare(exl2.Options(str(folder), **asked)))
+    backend.check_readable(exl2.prepare(calibrated.exl2_options(folder, **asked)))
     tiny.write_json(folder / "config.json", {**raw, "quantization_config": BNB})
     with pytest.raises(UsageError, match="states the quantization 'bitsandbytes'"):
-        backend.check_readable(exl2.prepare(exl2.Options(str(folder), **asked)))
+        backend.check_readable(exl2.prepare(calibrated.exl2_options(folder, **asked)))
 
 
 # --- what is refused, and what helps ---------------------------------------------------------------------

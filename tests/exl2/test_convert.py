@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import calibrated
 import numpy as np
 import pytest
 import tiny
@@ -14,9 +15,7 @@ import tiny_vl
 from click.testing import CliRunner
 
 from converters.exl2 import backend, measure
-from converters.exl2 import convert as flow
-from converters.exl2.convert import LinearSolved, convert
-from converters.exl2.plan import Options
+from converters.exl2.convert import convert
 from converters.exl2.reader import open_model
 from dsconvert.checkpoints.checkpoint import open_checkpoint
 from dsconvert.checkpoints.safetensors_reader import read_safetensors
@@ -24,9 +23,12 @@ from dsconvert.cli import cli
 from dsconvert.errors import CheckpointError, ConversionError, OutputError, QuantizationError, UsageError
 from dsconvert.events import Check, Event, Finished, Planned
 from dsconvert.models.config import load_json
+from dsconvert.quantization.run import LinearSolved
 from dsconvert.quantization.run_state import state_folder
 
 SMALL: dict[str, Any] = {"calib": "builtin", "calib_samples": 4, "calib_len": 128, "bpw": 5.0}
+
+Stopped = Callable[..., None]
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(model: Path | str, out: Path, **asked: Any) -> list[Event]:
-    return list(convert(Options(str(model), out=out, **{**SMALL, "verify": "off", **asked})))
-
-
-def files(folder: Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+    return list(convert(calibrated.exl2_options(model, out=out, **{**SMALL, "verify": "off", **asked})))
 
 
 def test_the_sample_is_quantized_and_passes_its_verdict(tmp_path: Path) -> None:
@@ -111,53 +109,36 @@ def test_a_measurement_serves_other_bit_rates(
 
     monkeypatch.setattr(measure, "measure_linear", never)
     run(model, tmp_path / "again", measurement=path)
-    assert files(tmp_path / "again") == files(tmp_path / "first")
+    assert calibrated.digests(tmp_path / "again") == calibrated.digests(tmp_path / "first")
     run(model, tmp_path / "other", measurement=tmp_path / "first" / "measurement.json", bpw=3.5)
     assert open_model(tmp_path / "other").bits == pytest.approx(3.5, abs=0.01)
 
 
 @pytest.fixture
-def stopping(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A run that stops when as many blocks as the list's number are saved; an empty list never stops."""
-    limit: list[int] = []
-    save = flow.State.save
-
-    def stop(self: Any, index: int, *rest: Any) -> None:
-        if limit and index == limit[0]:
-            raise KeyboardInterrupt
-        save(self, index, *rest)
-
-    monkeypatch.setattr(flow.State, "save", stop)
-    return limit
-
-
-def stopped(model: Path, out: Path, stopping: list[int], after: int, **asked: Any) -> None:
-    stopping.append(after)
-    with pytest.raises(KeyboardInterrupt):
-        run(model, out, **asked)
-    stopping.clear()
-    assert state_folder(out).exists()
-    assert not out.exists()
+def stopped(monkeypatch: pytest.MonkeyPatch) -> Stopped:
+    """Runs a conversion until so many blocks are saved."""
+    stop = calibrated.stopper(monkeypatch)
+    return lambda model, out, after, **asked: stop(lambda: run(model, out, **asked), out, after)
 
 
 @pytest.mark.parametrize("after", [0, 2, 3])
 def test_a_stopped_run_goes_on_to_the_same_bytes(
-    tmp_path: Path, model: Path, stopping: list[int], after: int
+    tmp_path: Path, model: Path, stopped: Stopped, after: int
 ) -> None:
     run(model, tmp_path / "good")
-    stopped(model, tmp_path / "out", stopping, after)
+    stopped(model, tmp_path / "out", after)
     events = run(model, tmp_path / "out", resume=True)
     solved = {e.name.split(".")[2] for e in events if isinstance(e, LinearSolved) and "layers" in e.name}
     assert solved == {str(index) for index in range(after, 3)}
-    assert files(tmp_path / "out") == files(tmp_path / "good")
+    assert calibrated.digests(tmp_path / "out") == calibrated.digests(tmp_path / "good")
     assert not state_folder(tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("change", [{"bpw": 4.5}, {"calib_samples": 3}, {"damp": 0.1}, {"head_bits": 8}])
 def test_another_run_is_not_gone_on_with(
-    tmp_path: Path, model: Path, stopping: list[int], change: dict[str, Any]
+    tmp_path: Path, model: Path, stopped: Stopped, change: dict[str, Any]
 ) -> None:
-    stopped(model, tmp_path / "out", stopping, 1)
+    stopped(model, tmp_path / "out", 1)
     with pytest.raises(CheckpointError, match="was begun with another"):
         run(model, tmp_path / "out", resume=True, **change)
     with pytest.raises(OutputError, match="unfinished run"):
@@ -245,7 +226,7 @@ def test_the_other_backend_is_driven_and_its_failure_told(
     script.write_text("import sys\nprint('out of memory at layer 2')\nsys.exit(1)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
     monkeypatch.setattr(backend, "check_installed", lambda: None)
-    options = Options(str(model), out=tmp_path / "theirs", **{**SMALL, "verify": "off"})
+    options = calibrated.exl2_options(model, out=tmp_path / "theirs", **{**SMALL, "verify": "off"})
     config = load_json(model / "config.json")
     rope = {"rope_parameters": {"rope_theta": 20000.0, "rope_type": "default"}}
     tiny.write_json(model / "config.json", config | rope)
@@ -263,5 +244,5 @@ def test_the_other_backend_is_driven_and_its_failure_told(
     )
     events = list(backend.convert(options))
     assert isinstance(events[-1], Finished)
-    assert files(tmp_path / "theirs") == files(tmp_path / "ours")
+    assert calibrated.digests(tmp_path / "theirs") == calibrated.digests(tmp_path / "ours")
     assert config == load_json(model / "config.json")

@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
+import calibrated
 import tiny
-from attempts import ATTEMPTS
-
-ASKED = 'bits=4, group_size=32, calib="builtin"'
 
 
 def test_kill_at_20_random_moments_and_resume(tmp_path: Path) -> None:
-    assert ASKED in ATTEMPTS
-    script = ATTEMPTS.replace("converters.gptq", "converters.exl2").replace(ASKED, 'bpw=5.0, calib="builtin"')
     model = tiny.tiny_checkpoint(tmp_path / "model", layers=6, d=64, ff=160)
-    (tmp_path / "out").mkdir()
-    command = [sys.executable, "-W", "ignore", "-c", script, str(model), str(tmp_path / "out"), "20"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
-    assert done.returncode == 0, done.stderr
-    killed, resumed = map(int, done.stdout.split())
-    assert killed == 20
+    resumed = calibrated.killed_and_resumed("exl2", model, tmp_path, 20, bpw=5.0)
     assert resumed >= 3, "several should have gone on from finished blocks"

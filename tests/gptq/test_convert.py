@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import calibrated
 import numpy as np
 import pytest
 import tiny
 from click.testing import CliRunner
 
 from converters.gptq import convert as flow
-from converters.gptq.convert import LinearSolved, convert
-from converters.gptq.plan import Options, prepare
+from converters.gptq.convert import convert
+from converters.gptq.plan import prepare
 from converters.gptq.reader import open_model
 from dsconvert.checkpoints.checkpoint import open_checkpoint
 from dsconvert.cli import cli
 from dsconvert.errors import CheckpointError, ConversionError, OutputError, QuantizationError, UsageError
 from dsconvert.events import Check, Event, Finished, Planned, Warn
 from dsconvert.models.config import load_config, load_json
+from dsconvert.quantization.run import LinearSolved
 from dsconvert.quantization.run_state import state_folder
 
 SMALL: dict[str, Any] = {"calib": "builtin", "calib_samples": 4, "calib_len": 128, "group_size": 32}
+
+Stopped = Callable[..., None]
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(model: Path | str, out: Path, **asked: Any) -> list[Event]:
-    return list(convert(Options(str(model), out=out, **{**SMALL, "verify": "off", **asked})))
-
-
-def files(folder: Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+    return list(convert(calibrated.gptq_options(model, out=out, **{**SMALL, "verify": "off", **asked})))
 
 
 def test_the_sample_is_quantized_and_passes_its_verdict(tmp_path: Path) -> None:
@@ -107,44 +107,27 @@ def test_what_is_asked_stands_in_the_folder(
 
 
 @pytest.fixture
-def stopping(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A run that stops when as many blocks as the list's number are saved; an empty list never stops."""
-    limit: list[int] = []
-    save = flow.State.save
-
-    def stop(self: Any, index: int, *rest: Any) -> None:
-        if limit and index == limit[0]:
-            raise KeyboardInterrupt
-        save(self, index, *rest)
-
-    monkeypatch.setattr(flow.State, "save", stop)
-    return limit
-
-
-def stopped(model: Path, out: Path, stopping: list[int], after: int, **asked: Any) -> None:
-    stopping.append(after)
-    with pytest.raises(KeyboardInterrupt):
-        run(model, out, **asked)
-    stopping.clear()
-    assert not out.exists()
-    assert state_folder(out).exists()
+def stopped(monkeypatch: pytest.MonkeyPatch) -> Stopped:
+    """Runs a conversion until so many blocks are saved."""
+    stop = calibrated.stopper(monkeypatch)
+    return lambda model, out, after, **asked: stop(lambda: run(model, out, **asked), out, after)
 
 
 @pytest.mark.parametrize("asked", [{}, {"dynamic_groups": True, "bits": 3}])
 def test_a_resumed_run_gives_the_same_bytes(
-    tmp_path: Path, model: Path, stopping: list[int], asked: dict[str, Any]
+    tmp_path: Path, model: Path, stopped: Stopped, asked: dict[str, Any]
 ) -> None:
     run(model, tmp_path / "whole", **asked)
-    stopped(model, tmp_path / "out", stopping, 2, **asked)
+    stopped(model, tmp_path / "out", 2, **asked)
     events = run(model, tmp_path / "out", resume=True, **asked)
     solved = {e.name.split(".")[2] for e in events if isinstance(e, LinearSolved)}
     assert solved == {"2"}, "finished blocks are not solved again"
-    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert calibrated.digests(tmp_path / "out") == calibrated.digests(tmp_path / "whole")
     assert not state_folder(tmp_path / "out").exists()
 
 
-def test_resume_refuses_another_run(tmp_path: Path, model: Path, stopping: list[int]) -> None:
-    stopped(model, tmp_path / "out", stopping, 1)
+def test_resume_refuses_another_run(tmp_path: Path, model: Path, stopped: Stopped) -> None:
+    stopped(model, tmp_path / "out", 1)
     other = tiny.tiny_checkpoint(tmp_path / "other", layers=3, bias=True, seed=1)
     for source, asked, named in (
         (other, {}, "another model"),
@@ -158,18 +141,16 @@ def test_resume_refuses_another_run(tmp_path: Path, model: Path, stopping: list[
     run(model, tmp_path / "out", resume=True)
 
 
-def test_an_unfinished_run_is_not_thrown_away_unasked(
-    tmp_path: Path, model: Path, stopping: list[int]
-) -> None:
-    stopped(model, tmp_path / "out", stopping, 1)
+def test_an_unfinished_run_is_not_thrown_away_unasked(tmp_path: Path, model: Path, stopped: Stopped) -> None:
+    stopped(model, tmp_path / "out", 1)
     with pytest.raises(OutputError, match=r"an unfinished run was left here.*--resume"):
         run(model, tmp_path / "out")
     run(model, tmp_path / "out", force=True, seed=3)
     assert (tmp_path / "out").exists()
 
 
-def test_a_block_that_was_damaged_is_not_taken(tmp_path: Path, model: Path, stopping: list[int]) -> None:
-    stopped(model, tmp_path / "out", stopping, 2)
+def test_a_block_that_was_damaged_is_not_taken(tmp_path: Path, model: Path, stopped: Stopped) -> None:
+    stopped(model, tmp_path / "out", 2)
     block = state_folder(tmp_path / "out") / "block-00001.safetensors"
     data = bytearray(block.read_bytes())
     data[-5] ^= 4
@@ -179,23 +160,23 @@ def test_a_block_that_was_damaged_is_not_taken(tmp_path: Path, model: Path, stop
     block.with_suffix(".json").unlink()
     run(model, tmp_path / "out", resume=True)
     run(model, tmp_path / "whole")
-    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert calibrated.digests(tmp_path / "out") == calibrated.digests(tmp_path / "whole")
 
 
 def test_shapes_are_refused_before_any_work(tmp_path: Path) -> None:
     odd = tiny.tiny_checkpoint(tmp_path / "odd", d=64, ff=144)
     with pytest.raises(QuantizationError, match=r"0.mlp.down_proj.weight: breaks a rule of format: inputs"):
-        next(iter(convert(Options(str(odd), out=tmp_path / "out", **SMALL))))
+        next(iter(convert(calibrated.gptq_options(odd, out=tmp_path / "out", **SMALL))))
     assert not (tmp_path / "out").exists()
     assert not state_folder(tmp_path / "out").exists()
 
 
 def test_an_existing_output_is_refused_before_any_work(tmp_path: Path, model: Path) -> None:
     run(model, tmp_path / "out")
-    before = files(tmp_path / "out")
+    before = calibrated.digests(tmp_path / "out")
     with pytest.raises(OutputError, match="exists already"):
-        next(iter(convert(Options(str(model), out=tmp_path / "out", **SMALL))))
-    assert files(tmp_path / "out") == before
+        next(iter(convert(calibrated.gptq_options(model, out=tmp_path / "out", **SMALL))))
+    assert calibrated.digests(tmp_path / "out") == before
     run(model, tmp_path / "out", force=True, bits=8)
     assert open_model(tmp_path / "out").bits == 8
 
@@ -274,7 +255,7 @@ def test_the_folder_is_named_after_the_settings(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    options = Options(str(model), **{**SMALL, "bits": 3, "verify": "off"})
+    options = calibrated.gptq_options(model, **{**SMALL, "bits": 3, "verify": "off"})
     (finished,) = (e for e in convert(options) if isinstance(e, Finished))
     assert finished.path == str(tmp_path / "model-gptq-3bit-32g")
 
@@ -285,7 +266,7 @@ def test_a_model_of_the_hub_gives_its_name_and_not_its_commit(
     snapshot = tmp_path / "models--deepseek-ai--some-model" / "snapshots" / ("0" * 40)
     shutil.copytree(model, snapshot)
     monkeypatch.chdir(tmp_path)
-    assert prepare(Options(str(snapshot), **SMALL)).out == tmp_path / "some-model-gptq-4bit-32g"
+    assert prepare(calibrated.gptq_options(snapshot, **SMALL)).out == tmp_path / "some-model-gptq-4bit-32g"
 
 
 def test_without_a_path_the_current_folder_is_taken(
@@ -321,7 +302,7 @@ def test_a_faithful_result_passes_at_every_width(tmp_path: Path, bits: int) -> N
     assert [check.detail for check in checks if not check.passed] == []
 
 
-def test_the_head_is_quantized_where_asked(tmp_path: Path, model: Path, stopping: list[int]) -> None:
+def test_the_head_is_quantized_where_asked(tmp_path: Path, model: Path, stopped: Stopped) -> None:
     """After the last block, on what the final norm gives; read back, judged, and resumed as a block is."""
     events = run("sample:", tmp_path / "sample", verify="quick", lm_head=True, group_size=128)
     assert all(e.passed for e in events if isinstance(e, Check))
@@ -337,12 +318,12 @@ def test_the_head_is_quantized_where_asked(tmp_path: Path, model: Path, stopping
     warned = " ".join(e.text for e in events if isinstance(e, Warn))
     assert "transformers will not read this: it takes the head in 16 bits only" in warned
     run(model, tmp_path / "whole", lm_head=True)
-    stopped(model, tmp_path / "out", stopping, 3, lm_head=True)
+    stopped(model, tmp_path / "out", 3, lm_head=True)
     with pytest.raises(CheckpointError, match="another options"):
         run(model, tmp_path / "out", resume=True)
     events = run(model, tmp_path / "out", resume=True, lm_head=True)
     assert [e.name for e in events if isinstance(e, LinearSolved)] == ["lm_head.weight"]
-    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert calibrated.digests(tmp_path / "out") == calibrated.digests(tmp_path / "whole")
 
 
 def test_a_head_that_is_the_embedding_is_refused(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import calibrated
 import numpy as np
 import pytest
 import tiny
@@ -14,7 +15,6 @@ import tiny_vl
 from tiny_vl import VL
 
 from converters.gptq.convert import convert
-from converters.gptq.plan import Options
 from converters.gptq.reader import open_model
 from dsconvert.checkpoints.checkpoint import open_checkpoint
 from dsconvert.errors import CheckpointError, PlanError
@@ -42,7 +42,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[bool, str], 
 
 
 def run(model: Path, out: Path, **asked: Any) -> list[Event]:
-    return list(convert(Options(str(model), out=out, **{**SMALL, "verify": "off", **asked})))
+    return list(convert(calibrated.gptq_options(model, out=out, **{**SMALL, "verify": "off", **asked})))
 
 
 def same_tensors(first: Path, second: Path) -> None:
@@ -204,16 +204,16 @@ def test_what_cannot_be_laid_out_anew_is_refused_before_any_work(tmp_path: Path,
         folder = shutil.copytree(sources[True, "original"], tmp_path / str(number))
         (folder / file).unlink()
         with pytest.raises(error, match=said):
-            next(iter(convert(Options(str(folder), out=tmp_path / "out", **SMALL))))
+            next(iter(convert(calibrated.gptq_options(folder, out=tmp_path / "out", **SMALL))))
     folder = shutil.copytree(sources[True, "original"], tmp_path / "tag")
     chat = load_json(folder / "processor_config.json") | {"image_tag": "<nothing>"}
     tiny.write_json(folder / "processor_config.json", chat)
     with pytest.raises(CheckpointError, match="<nothing>"):
-        next(iter(convert(Options(str(folder), out=tmp_path / "out", **SMALL))))
+        next(iter(convert(calibrated.gptq_options(folder, out=tmp_path / "out", **SMALL))))
     source = open_checkpoint(sources[True, "original"])
     stored = {name: np.array(source.raw(name)) for name in source.shapes()}
     stored.pop("aligner.layers.1.bias")
     tiny_vl.write_weights(shutil.copytree(sources[True, "original"], tmp_path / "less"), stored)
     with pytest.raises(PlanError, match=r"aligner\.layers\.1\.bias"):
-        next(iter(convert(Options(str(tmp_path / "less"), out=tmp_path / "out", **SMALL))))
+        next(iter(convert(calibrated.gptq_options(tmp_path / "less", out=tmp_path / "out", **SMALL))))
     assert not list(tmp_path.glob("out*"))

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import calibrated
 import pytest
 import tiny
 import tiny_vl
@@ -19,7 +20,6 @@ import dsconvert.models.config
 from converters.exl2.backend import check_readable
 from converters.exl2.plan import Job as Exl2Job
 from converters.gptq.convert import convert
-from converters.gptq.plan import Options
 from dsconvert.checkpoints import output_folder
 from dsconvert.checkpoints.checkpoint import open_checkpoint
 from dsconvert.cli import cli
@@ -114,7 +114,7 @@ def quantized(tmp_path: Path, rope: dict[str, Any]) -> list[Event]:
     source = tiny.tiny_checkpoint(tmp_path / "model", layers=1)
     raw = {key: value for key, value in load_json(source / "config.json").items() if key[:4] != "rope"}
     (source / "config.json").write_text(json.dumps(raw | rope), "utf-8")
-    return list(convert(Options(str(source), out=tmp_path / "out", **SMALL)))
+    return list(convert(calibrated.gptq_options(source, out=tmp_path / "out", **SMALL)))
 
 
 def failed(events: list[Event]) -> list[str]:

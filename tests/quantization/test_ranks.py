@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 import socket
@@ -13,14 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import calibrated
 import numpy as np
 import pytest
 import rank_worker
 import tiny
+from click.testing import CliRunner
 
+from converters.exl2 import reader as exl2_reader
 from converters.gptq.convert import convert
-from converters.gptq.plan import Options
 from converters.gptq.reader import open_model
+from dsconvert.cli import cli
 from dsconvert.errors import UsageError
 from dsconvert.quantization.ranks import Ranks
 from dsconvert.quantization.run_state import state_folder
@@ -77,10 +79,6 @@ def gptq(model: object, out: Path, *more: str) -> list[Done]:
     return processes("-m", "dsconvert", "gptq", model, "--out", out, *SMALL, *more)
 
 
-def files(folder: Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.tiny_checkpoint(tmp_path_factory.mktemp("ranks") / "model", layers=3)
@@ -126,7 +124,7 @@ def test_a_share_of_the_windows_alone_gives_other_hessians() -> None:
 
 def test_the_folder_is_valid_and_near_that_of_one_process(tmp_path: Path, model: Path, whole: Path) -> None:
     options: dict[str, Any] = {"calib": "builtin", "calib_samples": 5, "calib_len": 64, "group_size": 32}
-    list(convert(Options(str(model), out=tmp_path / "one", verify="off", **options)))
+    list(convert(calibrated.gptq_options(model, out=tmp_path / "one", verify="off", **options)))
     one, two = open_model(tmp_path / "one"), open_model(whole)
     assert one.shapes() == two.shapes()
     equal = [(one.float32(f"{n}.weight") == two.float32(f"{n}.weight")).mean() for n in one.linears]
@@ -149,6 +147,35 @@ def test_torchrun_and_the_verdict(tmp_path: Path) -> None:
     assert len(open_model(tmp_path / "out").linears) == 15
 
 
+def test_exl2_is_measured_once_and_solved_together(tmp_path: Path) -> None:
+    """The folder has the rate asked for, the head too, and the first process alone speaks."""
+    model = tiny.tiny_checkpoint(tmp_path / "model", layers=2, d=128, ff=352)
+    small = ["--calib", "builtin", "--calib-samples", "5", "--calib-len", "64", "--verify", "off"]
+    measurement = tmp_path / "m.json"
+    command = ["-m", "dsconvert", "exl2", model, "--out", tmp_path / "two", "--bpw", "5", *small]
+    first, second = processes(*command, "--measurement", measurement)
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    assert "2 processes" in first.err
+    assert (second.out, second.err) == ("", "")
+    done = CliRunner().invoke(
+        cli, ["exl2", str(model), "--out", str(tmp_path / "one"), "--bpw", "5", *small,
+              "--measurement", str(measurement)],
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    one, two = exl2_reader.open_model(tmp_path / "one"), exl2_reader.open_model(tmp_path / "two")
+    assert one.bits == two.bits
+    assert {n: linear.groups for n, linear in one.linears.items()} == {
+        n: linear.groups for n, linear in two.linears.items()
+    }
+    near = [
+        np.square(one.float32(f"{n}.weight") - two.float32(f"{n}.weight")).sum()
+        / np.square(one.float32(f"{n}.weight")).sum()
+        for n in one.linears
+    ]
+    assert max(near) < 0.05, "sums in another order move a weight here and there to the next level"
+    assert not state_folder(tmp_path / "two").exists()
+
+
 @pytest.mark.parametrize("dead", [0, 1])
 def test_after_a_death_nobody_waits_and_resume_gives_the_same_bytes(
     tmp_path: Path, model: Path, whole: Path, dead: int
@@ -168,7 +195,7 @@ def test_after_a_death_nobody_waits_and_resume_gives_the_same_bytes(
     first, second = gptq(model, out, "--resume")
     assert (first.code, second.code) == (0, 0), first.err + second.err
     assert "going on: 1 of 3 blocks are finished" in first.err
-    assert files(out) == files(whole)
+    assert calibrated.digests(out) == calibrated.digests(whole)
 
 
 def test_an_error_on_any_process_is_told_once(tmp_path: Path) -> None:

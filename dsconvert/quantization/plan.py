@@ -1,0 +1,116 @@
+"""What every calibrated conversion is asked for and has planned before any work, whatever its format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from dsconvert.calibration.request import CalibrationRequest
+from dsconvert.checkpoints.marked_folders import check_folder
+from dsconvert.checkpoints.output_plan import REPLACED, check_place
+from dsconvert.events import Event, Warn
+from dsconvert.quantization.linears import Selection
+from dsconvert.quantization.run_state import check_state, state_folder
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a calibrated conversion is asked for besides its format's own settings.
+
+    `calibration.bos` is not looked at: the tokenizer says what begins a document, or `add_bos`.
+    """
+
+    model: str
+    calibration: CalibrationRequest = field(default_factory=CalibrationRequest)
+    add_bos: bool | None = None
+    out: Path | None = None
+    resume: bool = False
+    force: bool = False
+    device: str = "auto"
+    verify: str = "quick"
+
+
+class Tokenizer(Protocol):
+    """What a run needs of a tokenizer."""
+
+    @property
+    def first_id(self) -> int | None:
+        """The id that goes before every text, or None."""
+        ...
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know."""
+        ...
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text."""
+        ...
+
+    def render(self, messages: list[dict[str, Any]]) -> str:
+        """A conversation as the chat template writes it."""
+        ...
+
+
+class Job(Protocol):
+    """A conversion planned, of any format; nothing is written yet."""
+
+    @property
+    def run(self) -> RunOptions:
+        """What was asked for."""
+        ...
+
+    @property
+    def model(self) -> Selection:
+        """What is quantized, and what is kept."""
+        ...
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        ...
+
+    @property
+    def out(self) -> Path:
+        """The output folder."""
+        ...
+
+    @property
+    def inputs(self) -> list[Path]:
+        """The files and folders that are read."""
+        ...
+
+    @property
+    def settings(self) -> str:
+        """What of the format's own options the bytes of a block depend on, as --resume tells it."""
+        ...
+
+
+def output_folder(run: RunOptions, default: str) -> Path:
+    """The output folder: the one asked for, else `default` here; raises OutputError for an unfit place."""
+    out = (run.out or Path(default)).absolute()
+    check_place(out, REPLACED)
+    return out
+
+
+def input_files(run: RunOptions, model: Selection) -> list[Path]:
+    """The files and folders of the checkpoint and of the calibration text."""
+    return [model.checkpoint.folder, *model.checkpoint.files, *run.calibration.files]
+
+
+def check_output(job: Job, nbytes: int, own: Iterable[Path] = ()) -> None:
+    """See that the folder, of `nbytes`, and the state beside it may be written and have room.
+
+    `own` are further folders of ours that may be there. Raises OutputError.
+    """
+    space = 2 * nbytes  # the state and the folder, side by side
+    check_folder(job.out, space, job.run.force, job.inputs, [state_folder(job.out), *own])
+    check_state(job.out, job.run.resume, job.run.force)
+
+
+def notes(job: Job) -> Iterator[Event]:
+    """What the user should know of the checkpoint."""
+    for note in (*job.model.checkpoint.notes, *job.model.config.notes, *job.tokenizer.notes):
+        yield Warn(note)

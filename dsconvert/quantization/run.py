@@ -1,0 +1,188 @@
+"""The run that calibrated formats share: draw windows, walk the blocks, solve, keep state, publish, prove.
+
+A format plans a `Job`, and `run` asks it for its `Format`: how a linear is solved and packed, how a finished
+one is read back, how the folder is written and proven. Of several processes (torchrun) each takes a share of
+the windows and of the linears; the first draws, chooses, writes and proves.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy.typing as npt
+
+from dsconvert import __version__
+from dsconvert.calibration.record import Calibration
+from dsconvert.calibration.request import calibrate
+from dsconvert.checkpoints.safetensors_writer import Piece, from_array
+from dsconvert.checkpoints.source_files import check_unchanged
+from dsconvert.decoder import torch_decoder as st
+from dsconvert.events import Event, Finished, Step, Warn
+from dsconvert.quantization.blocks import Restore, Solution, collected, progress, quantize_blocks
+from dsconvert.quantization.linears import model_digest
+from dsconvert.quantization.plan import Job
+from dsconvert.quantization.ranks import Ranks
+from dsconvert.quantization.run_state import State, open_state, state_folder
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class LinearSolved(Event):
+    """A linear is quantized: its loss tr((W-Q) H (W-Q)^T) beside round-to-nearest's, and how it went."""
+
+    name: str
+    setting: str
+    loss: float
+    rtn_loss: float
+    damp: float
+    dead: int
+    fell_back: str | None
+    seconds: float
+
+
+class Solved(Protocol):
+    """How a linear's solution went, whatever its format; see LinearSolved."""
+
+    @property
+    def loss(self) -> float: ...
+
+    @property
+    def rtn_loss(self) -> float: ...
+
+    @property
+    def damp(self) -> float: ...
+
+    @property
+    def dead(self) -> int: ...
+
+    @property
+    def fell_back(self) -> str | None: ...
+
+
+# A linear solved: how it went, the output's tensors, and the weights [N, K] that these stand for.
+Coded = tuple[Solved, Mapping[str, npt.NDArray[Any]], "torch.Tensor"]
+
+
+@dataclass(frozen=True)
+class Format:
+    """What a format adds to a run.
+
+    `settings` name what each linear becomes, `nbytes` are its bytes in the output; both in the order of the
+    blocks, and the head last where it is quantized (`head`). `solve` takes a linear's name, weight W [N, K]
+    and Hessian H [K, K]; `restore` gives the weights of a block that is finished. `write` takes the linears'
+    tensors and why some are rounded to nearest, by name, and gives the bytes of the folder's weights.
+    """
+
+    settings: Mapping[str, str]
+    nbytes: Mapping[str, int]
+    solve: Callable[[str, torch.Tensor, torch.Tensor], Coded]
+    restore: Restore
+    write: Callable[[Mapping[str, Piece], Mapping[str, str]], int]
+    prove: Callable[[], Iterator[Event]]
+    head: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run has before it solves anything: the decoder, the windows, what an earlier run has kept."""
+
+    decoder: st.Decoder
+    calibration: Calibration
+    state: State
+    ranks: Ranks
+
+
+def run(
+    job: Job,
+    held_out: Callable[[], st.IntArray],
+    choose: Callable[[Run], Generator[Event, None, Format]],
+    ranks: Ranks,
+    started: float,
+) -> Iterator[Event]:
+    """Quantize what `job` has planned, yielding what happens; all `ranks` call it.
+
+    `held_out` gives the windows that the result is judged on, int64 [n, length], which are compared with the
+    calibration text. `choose` gives the format for what this run has; all processes call it. `started` is
+    time.monotonic() at the begin. A run that is stopped leaves the blocks that it finished beside the output,
+    for `resume`, and nothing under the final name.
+    """
+    with ExitStack() as stack:
+        begun = yield from begin(stack, job, held_out, ranks)
+        chosen = yield from choose(begun)
+        yield from solve_blocks(begun, chosen)
+        if not ranks.first:
+            return
+        nbytes = chosen.write(*collected(begun.state))
+    yield Finished(str(job.out), nbytes, time.monotonic() - started)
+    yield from chosen.prove()
+    check_unchanged(job.model.checkpoint.seen)  # else something else was proven
+
+
+def begin(
+    stack: ExitStack, job: Job, held_out: Callable[[], st.IntArray], ranks: Ranks
+) -> Generator[Event, None, Run]:
+    """Open the decoder, draw the windows, open the state, which `stack` closes."""
+    drawn: Calibration | None = None
+    with ranks.together():
+        decoder = open_decoder(job, ranks)
+        if ranks.first:
+            drawn = yield from draw(job, held_out())
+    calibration = ranks.shared(drawn)
+    assert calibration is not None  # an error has ended all
+    by = f", {ranks.count} processes" if ranks.count > 1 else ""
+    yield Step(f"calibrating on {calibration.report.tokens:,} tokens of {calibration.report.text}{by}")
+    with ranks.together():  # the others read what the first one keeps
+        state = State(state_folder(job.out))
+        if ranks.first:
+            known = identity(job, calibration, decoder, ranks)
+            state = stack.enter_context(open_state(job.out, known, job.run.resume))
+    return Run(decoder, calibration, state, ranks)
+
+
+def draw(job: Job, held_out: st.IntArray) -> Generator[Event, None, Calibration]:
+    """The calibration windows; a chat file goes through the model's own template."""
+    data = job.tokenizer
+    wanted = replace(job.run.calibration, bos=data.first_id)
+    context = job.model.config.context_length
+    return (yield from calibrate(wanted, data.encode, context, held_out, data.render))
+
+
+def open_decoder(job: Job, ranks: Ranks) -> st.Decoder:
+    """The language model on the device asked for, in the device's own type."""
+    device = st.pick_device(ranks.device(job.run.device))
+    return st.open_decoder(job.model.source, job.model.config, device, st.pick_dtype(None, device))
+
+
+def identity(job: Job, calibration: Calibration, decoder: st.Decoder, ranks: Ranks) -> dict[str, Any]:
+    """What a resumed run must have in common with the one that began."""
+    return {
+        "model": model_digest(job.model.checkpoint),
+        "options": f"{job.settings}, {decoder.device.type} {decoder.dtype}, {ranks.count} processes",
+        "calibration": calibration.report.fingerprint,
+        "version": __version__,
+    }
+
+
+def solve_blocks(run: Run, chosen: Format) -> Generator[Event, None, None]:
+    """Quantize every block that the state does not hold yet, then the head where the format says so."""
+
+    def solve(name: str, W: torch.Tensor, H: torch.Tensor) -> Generator[Event, None, Solution]:
+        started = time.monotonic()
+        solved, tensors, weight = chosen.solve(name, W, H)
+        figures = (solved.loss, solved.rtn_loss, solved.damp, solved.dead, solved.fell_back)
+        event = LinearSolved(name, chosen.settings[name], *figures, time.monotonic() - started)
+        yield event
+        yield progress(chosen.nbytes, name, chosen.settings[name])
+        if solved.fell_back:
+            yield Warn(f"{name} is rounded to nearest: {solved.fell_back}")
+        record = {key: value for key, value in event.as_dict().items() if key != "seconds"}
+        return {tensor: from_array(array) for tensor, array in tensors.items()}, record, weight
+
+    tokens = run.calibration.tokens
+    yield from quantize_blocks(run.decoder, tokens, run.state, solve, chosen.restore, chosen.head, run.ranks)

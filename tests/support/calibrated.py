@@ -1,0 +1,88 @@
+"""Calibrated conversions in tests: options by their commands' names, runs stopped and killed."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from converters.exl2 import plan as exl2_plan
+from converters.gptq import plan as gptq_plan
+from dsconvert.calibration.request import CalibrationRequest
+from dsconvert.events import Event
+from dsconvert.quantization.plan import RunOptions
+from dsconvert.quantization.run_state import State, state_folder
+
+TEXT = {
+    "calib": "text", "calib_samples": "samples", "calib_len": "length", "seed": "seed", "calib_chat": "chat",
+    "calib_column": "column", "offline": "offline",
+}  # fmt: skip
+RUN = ("add_bos", "out", "resume", "force", "device", "verify")
+
+
+def _split(model: Path | str, asked: dict[str, Any]) -> tuple[RunOptions, dict[str, Any]]:
+    text = {TEXT[name]: value for name, value in asked.items() if name in TEXT}
+    run = {name: value for name, value in asked.items() if name in RUN}
+    rest = {name: value for name, value in asked.items() if name not in TEXT and name not in RUN}
+    return RunOptions(str(model), CalibrationRequest(**text), **run), rest
+
+
+def gptq_options(model: Path | str, **asked: Any) -> gptq_plan.Options:
+    """The options of `dsconvert gptq MODEL`, each by its option's name."""
+    run, rest = _split(model, asked)
+    return gptq_plan.Options(run, **rest)
+
+
+def exl2_options(model: Path | str, **asked: Any) -> exl2_plan.Options:
+    """The options of `dsconvert exl2 MODEL`, each by its option's name."""
+    run, rest = _split(model, asked)
+    return exl2_plan.Options(run, **rest)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """The sha256 of each file of a folder."""
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+Stop = Callable[[Callable[[], list[Event]], Path, int], None]
+
+
+def stopper(monkeypatch: pytest.MonkeyPatch) -> Stop:
+    """A verb that runs what it is given until so many blocks are saved, and stops it as Ctrl-C does."""
+    limit: list[int] = []
+    save = State.save
+
+    def ending(self: State, index: int, *rest: Any) -> None:
+        if limit and index == limit[0]:
+            raise KeyboardInterrupt
+        save(self, index, *rest)
+
+    monkeypatch.setattr(State, "save", ending)
+
+    def stopped(run: Callable[[], list[Event]], out: Path, after: int) -> None:
+        limit.append(after)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+        limit.clear()
+        assert not out.exists()
+        assert state_folder(out).exists()
+
+    return stopped
+
+
+def killed_and_resumed(kind: str, model: Path, folder: Path, kills: int, **asked: Any) -> int:
+    """Kill a run of the converter `kind` at random moments until all `kills` are done; how many went on."""
+    words = [kind, str(model), str(folder), str(kills), repr(asked)]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(Path(__file__).with_name("attempts.py")), *words],
+        capture_output=True, text=True, check=False, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    killed, resumed = map(int, done.stdout.split())
+    assert killed == kills
+    return resumed
