@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from dsconvert.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from dsconvert.checkpoints.locate import in_folder
 from dsconvert.errors import CheckpointError, TokenizerError, UsageError
-from dsconvert.models.architectures import find_arch
+from dsconvert.models.architectures import find_architecture
 from dsconvert.models.config import load_config, load_json
 from dsconvert.models.diagnosis import stated_method
 from dsconvert.models.language_model import language_model
@@ -34,7 +34,7 @@ def open_reference(model: str, add_bos: bool | None = None) -> Reference:
 
     checkpoint = open_checkpoint(model)
     config = load_config(checkpoint.folder)
-    find_arch(config.architecture, checkpoint.folder / "config.json")
+    find_architecture(config.architecture, checkpoint.folder / "config.json")
     tokenizer = load_tokenizer(checkpoint.folder, config.vocab_size, add_bos)
     towers = plan_towers(checkpoint, config, tokenizer)
     templates, pictured = [tokenizer.chat.default], None

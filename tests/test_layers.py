@@ -180,6 +180,41 @@ def test_the_rules_can_fail() -> None:
     assert not forbidden("dsconvert.models.config", "numpy.typing")
 
 
+# An architecture's names: classes, model types and GGUF names alike. What sounds like one and is none:
+# programs and their functions and files, RoPE's type, a kind of models.
+ARCHITECTURE = re.compile(r"(?i)llama|mistral|mixtral|qwen|multi_?modality|deepseek_?v\w+|\w+ForCausalLM")
+NO_ARCHITECTURE = re.compile(
+    r"(?i)llama\.?cpp|llama\.h|llama_(cpp|h|tensor_get_type|batch)\b|exllama\w*|ollama|llama[ _]?3\b"
+    r"|llama-(layout|quant\w*|imatrix|perplexity|ggml-to-gguf|mtmd-cli)|convert_llama_weights_to_hf"
+)
+# Packages that serve one model, the towers of DeepSeek-VL, or name functions of llama.h, or tokenizers.
+OF_ONE_MODEL = ("dsconvert.vision", "converters.gguf.projector")
+OTHER_NAMES = ("dsconvert.runtimes", "tokenizer_tools", "dsconvert.models.architectures")
+
+
+def architectures_named(module: str, text: str) -> set[str]:
+    """The names of architectures in the text of a module that should have none."""
+    if any(within(module, name) for name in OTHER_NAMES):
+        return set()
+    found = set(ARCHITECTURE.findall(NO_ARCHITECTURE.sub("", text)))
+    own = any(within(module, name) for name in OF_ONE_MODEL)
+    return {name for name in found if not (own and name.lower().startswith("deepseek"))}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_only_its_file_names_an_architecture(path: Path) -> None:
+    assert not architectures_named(name_of(path), path.read_text(encoding="utf-8"))
+
+
+def test_a_name_of_an_architecture_is_found() -> None:
+    for text in ("LLAMA", "'qwen2'", "Qwen3DecoderLayer", "MistralConfig", "FooForCausalLM", "deepseek_vl"):
+        assert architectures_named("dsconvert.decoder.torch_decoder", f"x = {text}"), text
+    for text in ("llama.cpp's", "exllamav2", "llama-quantize", '"llama3"', "deepseek-llm-7b"):
+        assert not architectures_named("dsconvert.decoder.torch_decoder", text), text
+    assert not architectures_named("dsconvert.vision.config", "DeepseekVLModel")
+    assert architectures_named("dsconvert.vision.config", "LlamaModel")
+
+
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_modules_stay_readable(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= LINES

@@ -61,7 +61,7 @@ def test_tensors_are_the_ones_that_the_config_asks_for():
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         shapes = {name: tuple(s.get_shape()) for name, s in slices.items()}
         assert {s.get_dtype() for s in slices.values()} == {"BF16"}
-    assert {spec.hf for spec in plan(LLAMA, config, shapes)} == set(shapes)
+    assert {spec.hf for spec in plan(LLAMA.table, config, shapes)} == set(shapes)
     assert (SAMPLE / "model.safetensors").stat().st_size < 5_500_000
 
 

@@ -16,7 +16,7 @@ from dsconvert.checkpoints.checkpoint import Checkpoint
 from dsconvert.checkpoints.safetensors_reader import Stored, mapped_values
 from dsconvert.checkpoints.weight_files import open_unindexed
 from dsconvert.errors import CheckpointError, quoted
-from dsconvert.models.architectures import ARCHS
+from dsconvert.models.architectures import ARCHITECTURES
 from dsconvert.models.config import load_config, load_json
 from dsconvert.models.tensor_table import expand
 
@@ -171,8 +171,8 @@ def open_model(folder: Path) -> EXL2Model:
 def _stated_outputs(folder: Path) -> dict[str, int]:
     """The outputs of every linear of the model that config.json describes, by tensor name."""
     config = load_config(folder)
-    arch = ARCHS.get(config.architecture)
-    specs = expand(arch, config) if arch else []
+    arch = ARCHITECTURES.get(config.architecture)
+    specs = expand(arch.table, config) if arch else []
     return {spec.hf: spec.shape[0] for spec in specs if len(spec.shape) == 2}
 
 

@@ -11,10 +11,11 @@ import numpy.typing as npt
 from converters.gguf.parse import GGUFFile
 from converters.gguf.rope import magnitude
 from dsconvert.errors import CheckpointError
+from dsconvert.models.architecture import Architecture
 from dsconvert.models.architectures import BY_GGUF_NAME
 from dsconvert.models.config import ModelConfig
 from dsconvert.models.rope import RopeScaling
-from dsconvert.models.tensor_table import IDENTITY, ROPE_K, ROPE_Q, Arch, Spec, plan_stored
+from dsconvert.models.tensor_table import IDENTITY, ROPE_K, ROPE_Q, Spec, plan_stored
 
 LIMIT, GREATEST = 1 << 31, 1e30  # as in config.json
 AGAIN = "Convert the model again, or fetch the file again from where it came from"
@@ -52,7 +53,7 @@ class GGUFModel:
     """A GGUF file as a WeightSource: tensors by their Hugging Face names through the inverse table."""
 
     file: GGUFFile
-    arch: Arch
+    architecture: Architecture
     config: ModelConfig
     specs: dict[str, Spec]
 
@@ -84,22 +85,29 @@ class GGUFModel:
 
 def open_model(file: GGUFFile) -> GGUFModel:
     """The weight source of a language model's file; raises CheckpointError, PlanError."""
+    architecture, config = architecture_of(file), stored_config(file)
+    shapes = {t.name: t.shape for t in file.tensors.values()}
+    specs = plan_stored(architecture.table, config, shapes, architecture.derived(config))
+    return GGUFModel(file, architecture, config, {spec.hf: spec for spec in specs})
+
+
+def architecture_of(file: GGUFFile) -> Architecture:
+    """The architecture that the file names; raises CheckpointError for another one."""
     name = file.keys.get("general.architecture")
-    arch = BY_GGUF_NAME.get(name) if isinstance(name, str) else None
-    if arch is None:
+    found = BY_GGUF_NAME.get(name) if isinstance(name, str) else None
+    if found is None:
         raise CheckpointError(
             f"architecture {name!r} has no table here",
             where=file.path,
             why=f"known: {', '.join(BY_GGUF_NAME)}",
         )
-    config = stored_config(file)
-    specs = plan_stored(arch, config, {t.name: t.shape for t in file.tensors.values()})
-    return GGUFModel(file, arch, config, {spec.hf: spec for spec in specs})
+    return found
 
 
 def stored_config(file: GGUFFile) -> ModelConfig:
     """The decoder's numbers as the file's own keys state them; raises CheckpointError for a missing key."""
-    numbers, prefix = Numbers(file), f"{file.keys.get('general.architecture', 'llama')}."
+    architecture = architecture_of(file)
+    numbers, prefix = Numbers(file), f"{architecture.gguf}."
 
     def count(key: str, default: int | None = None, limit: int = LIMIT) -> int:
         return numbers.count(prefix + key, default, limit)
@@ -117,7 +125,7 @@ def stored_config(file: GGUFFile) -> ModelConfig:
         )
     embedding = file.tensors.get("token_embd.weight")
     return ModelConfig(
-        architecture="LlamaForCausalLM",
+        architecture=architecture.hf_class,
         hidden_size=hidden,
         intermediate_size=count("feed_forward_length"),
         layers=count("block_count", limit=len(file.tensors) + 1),

@@ -37,7 +37,7 @@ def draw_windows(
 def measure_inputs(
     source: WeightSource, config: ModelConfig, drawn: Calibration, device: str = "auto"
 ) -> Generator[Event, None, dict[str, Floats]]:
-    """The tensors of an imatrix file: `source` is a Llama decoder that runs over the windows drawn."""
+    """The tensors of an imatrix file: `source` is a decoder that runs over the windows drawn."""
     from dsconvert.decoder import importance as input_importance
     from dsconvert.decoder import torch_decoder as st
 

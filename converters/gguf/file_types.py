@@ -1,4 +1,4 @@
-"""The mixtures of llama-quantize as a table: what each file type gives to the tensors of a Llama layout.
+"""The mixtures of llama-quantize as a table: what each file type gives to the tensors of a decoder.
 
 The rules are those of llama.cpp's src/llama-quant.cpp (llama_tensor_get_type).
 """
@@ -44,7 +44,7 @@ class Mixture:
     output: str = "q6_k"
     embedding: str = ""
     flat: str = ""
-    raises_wide: bool = True  # whether attn_v gets q5_k for q3_k and q4_k in Llama 2 70B's shape
+    raises_wide: bool = True  # whether attn_v gets q5_k for q3_k and q4_k in a shape of small attn_v
     wants: str = ""
 
     def rule(self, role: str) -> Rule:

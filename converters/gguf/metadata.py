@@ -9,6 +9,7 @@ from typing import Any
 import dsconvert
 from converters.gguf.layout import KeyValues
 from converters.gguf.rope import scaling_keys
+from dsconvert.models.architecture import Architecture
 from dsconvert.models.config import ModelConfig
 from dsconvert.models.provenance import origin
 from dsconvert.reading import read_head
@@ -21,25 +22,10 @@ NULLS = ("", "~", "null", "Null", "NULL")  # YAML's
 VERSION_IN_NAME = re.compile(r"v\d+(?:\.\d+)*", re.IGNORECASE)
 
 
-def model_keys(config: ModelConfig, arch: str) -> dict[str, tuple[str, Any]]:
-    """`llama.*`: the numbers of the decoder. Source: llama.cpp's keys for this architecture."""
-    keys: dict[str, tuple[str, Any]] = {
-        "block_count": ("uint32", config.layers),
-        "context_length": ("uint32", config.context_length),
-        "embedding_length": ("uint32", config.hidden_size),
-        "feed_forward_length": ("uint32", config.intermediate_size),
-        "attention.head_count": ("uint32", config.heads),
-        "attention.head_count_kv": ("uint32", config.kv_heads),
-        "attention.layer_norm_rms_epsilon": ("float32", config.norm_eps),
-        "rope.freq_base": ("float32", config.rope_theta),
-        "rope.dimension_count": ("uint32", config.head_dim),
-        "vocab_size": ("uint32", config.vocab_size),
-    }
-    if config.explicit_head_dim:
-        keys["attention.key_length"] = ("uint32", config.head_dim)
-        keys["attention.value_length"] = ("uint32", config.head_dim)
-    keys |= scaling_keys(config)
-    return {f"{arch}.{key}": value for key, value in keys.items()}
+def model_keys(config: ModelConfig, architecture: Architecture) -> dict[str, tuple[str, Any]]:
+    """The numbers of the decoder, after the architecture's own name. Source: llama.cpp's keys for it."""
+    keys = {**architecture.gguf_keys(config), **scaling_keys(config, architecture)}
+    return {f"{architecture.gguf}.{key}": value for key, value in keys.items()}
 
 
 def general_keys(folder: Path, config: ModelConfig, arch: str, parameters: int) -> dict[str, tuple[str, Any]]:

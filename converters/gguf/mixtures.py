@@ -1,6 +1,6 @@
 """Which type each tensor of a file gets: the mixtures of llama-quantize as tables.
 
-The rules are those of llama.cpp's src/llama-quant.cpp (llama_tensor_get_type) for the Llama layout.
+The rules are those of llama.cpp's src/llama-quant.cpp (llama_tensor_get_type) for dense decoders.
 """
 
 from __future__ import annotations
@@ -60,12 +60,14 @@ def choose(
     layers: int,
     heads: int,
     kv_heads: int,
+    wide: bool = False,
     overrides: Sequence[tuple[str, str]] = (),
     pure: bool = False,
     imatrix: bool = False,
 ) -> dict[str, Choice]:
     """Give every tensor its type as llama-quantize does.
 
+    `wide` says that the model has the shape whose attn_v gets more bits (Architecture.wide_values).
     `shapes` are rows first, by GGUF name; without an "output.weight" the embedding counts as tied.
     `overrides` are (pattern, type): the first pattern found in a name gives its type. Unlike
     llama-quantize they also hold when `quant` is f32, f16 or bf16. `pure` gives the default type
@@ -79,7 +81,6 @@ def choose(
     # llama.cpp counts the tensors of a role as it meets them, layer by layer, without the overridden ones.
     seen = dict.fromkeys(_ROLES, 0)
     totals = dict.fromkeys(_ROLES, layers) | {"attn_v": sum(_ROLES["attn_v"] in m for m in matrices)}
-    wide = layers == 80 and heads != kv_heads
     tied = "output.weight" not in shapes
     result = {name: Choice("f32", "f32") for name in shapes}
     for name in matrices:
@@ -188,7 +189,7 @@ def _output_type(mixture: Mixture, columns: int) -> str:
 
 def _exception(mixture: Mixture, role: str, at: Place, wide: bool, usual: str) -> str:
     kind = next((kind for when, kind in mixture.rule(role) if when(at)), usual)
-    # Llama 2 70B's shape (80 layers, grouped queries): its small attn_v is worth more bits.
+    # The architecture says that attn_v is small for the model's size, and worth more bits.
     raised = role == "attn_v" and wide and mixture.raises_wide and kind in ("q3_k", "q4_k")
     return "q5_k" if raised else kind
 

@@ -19,10 +19,11 @@ from dsconvert.checkpoints.output_plan import check_files
 from dsconvert.checkpoints.source_files import check_quotable
 from dsconvert.errors import UsageError
 from dsconvert.machine import collector_paused
-from dsconvert.models.architectures import find_arch
+from dsconvert.models.architecture import Architecture
+from dsconvert.models.architectures import find_architecture
 from dsconvert.models.config import ModelConfig, load_config
 from dsconvert.models.provenance import origin, pairing_id
-from dsconvert.models.tensor_table import Arch, Sizes, Spec, plan
+from dsconvert.models.tensor_table import Sizes, Spec, plan
 from dsconvert.vision.plan import Towers, plan_towers, with_template
 from tokenizer_tools.load import TokenizerData, load_tokenizer
 from tokenizer_tools.pretokenizer import resolve
@@ -35,7 +36,7 @@ class Job:
 
     options: Options
     checkpoint: Checkpoint
-    arch: Arch
+    architecture: Architecture
     config: ModelConfig
     specs: tuple[Spec, ...]
     derived: dict[str, Any]
@@ -100,17 +101,17 @@ def _prepare(options: Options) -> Job:
     checkpoint = open_checkpoint(options.model)
     check_quotable(checkpoint.folder)
     config = load_config(checkpoint.folder)
-    arch = find_arch(config.architecture, checkpoint.folder / "config.json")
-    specs = tuple(plan(arch, config, checkpoint.shapes()))
+    architecture = find_architecture(config.architecture, checkpoint.folder / "config.json")
+    specs = tuple(plan(architecture.table, config, checkpoint.shapes()))
     checkpoint.check_readable(spec.hf for spec in specs)
-    derived = arch.derived(config)
+    derived = architecture.derived(config)
     matrix = importance.read(options.imatrix) if options.imatrix is not None else None
     tokenizer = load_tokenizer(checkpoint.folder, config.vocab_size, options.add_bos)
     resolution = resolve(tokenizer, options.pre)
     towers = plan_towers(checkpoint, config, tokenizer)
     if towers is not None:
         tokenizer = with_template(tokenizer, towers)
-    keys = all_keys(checkpoint, arch, config, specs) | gguf_keys(tokenizer, resolution.name)
+    keys = all_keys(checkpoint, architecture, config, specs) | gguf_keys(tokenizer, resolution.name)
     keys |= (
         projector_keys.image_keys(towers.vision, towers.token, towers.token_id) if towers is not None else {}
     )
@@ -129,7 +130,7 @@ def _prepare(options: Options) -> Job:
         *unweighted,
     )
     job = Job(
-        options, checkpoint, arch, config, specs, derived, tokenizer, resolution.name,
+        options, checkpoint, architecture, config, specs, derived, tokenizer, resolution.name,
         keys, outputs, notes, towers, projector, weights,
     )  # fmt: skip
     if not options.dry_run:
@@ -139,12 +140,12 @@ def _prepare(options: Options) -> Job:
 
 
 def all_keys(
-    checkpoint: Checkpoint, arch: Arch, config: ModelConfig, specs: tuple[Spec, ...]
+    checkpoint: Checkpoint, architecture: Architecture, config: ModelConfig, specs: tuple[Spec, ...]
 ) -> dict[str, tuple[str, Any]]:
     """General, model and provenance keys, in the order of the file."""
     parameters = sum(prod(spec.shape) for spec in specs)
-    keys = metadata.general_keys(checkpoint.folder, config, arch.name, parameters)
-    keys |= metadata.model_keys(config, arch.name)
+    keys = metadata.general_keys(checkpoint.folder, config, architecture.gguf, parameters)
+    keys |= metadata.model_keys(config, architecture)
     keys["dsconvert.pairing_id"] = ("string", pairing_id(checkpoint, specs, config))
     return keys
 
@@ -197,6 +198,7 @@ def plan_output(
     """Give every tensor the recipe's type, in the order of the file, and lay the files out."""
     choices = mixtures.choose(
         quant, shapes, heads=config.heads, kv_heads=config.kv_heads, layers=config.layers,
+        wide=find_architecture(config.architecture).wide_values(config),
         overrides=options.overrides, pure=options.pure,
         imatrix=options.imatrix is not None or options.calibration is not None,
     )  # fmt: skip

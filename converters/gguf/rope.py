@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from dsconvert.decoder.numpy_config import stored_ramp
 from dsconvert.errors import CheckpointError
+from dsconvert.models.architecture import Architecture
 from dsconvert.models.config import ModelConfig
 from dsconvert.models.rope import FAST, ORIGINAL, SLOW, RopeScaling, corner, mscale
 
@@ -18,13 +19,20 @@ Keys = dict[str, tuple[str, Any]]
 SAME = 1e-6  # float32 holds no finer difference
 
 
-def scaling_keys(config: ModelConfig) -> Keys:
+def scaling_keys(config: ModelConfig, architecture: Architecture) -> Keys:
     """`rope.scaling.*`; raises CheckpointError, which names the key of config.json, for what has no form.
 
     Llama 3's scaling travels as the tensor rope_freqs.weight. That of `dynamic` begins beyond the context
     that the file states, and is left out: see `notes`.
     """
     scaling = config.rope_scaling
+    if scaling is not None and scaling.type == "llama3" and not architecture.derived(config):
+        raise CheckpointError(
+            "RoPE scaling of type 'llama3' cannot be written",
+            where="config.json",
+            why=f"llama.cpp reads no tensor of frequency factors of the architecture {architecture.gguf}",
+            hint="dsconvert gptq and dsconvert exl2 keep it; without it the GGUF file would be another model",
+        )
     if scaling is None or scaling.type in ("llama3", "dynamic"):
         return {}
     keys: Keys = {

@@ -17,8 +17,8 @@ from dsconvert.checkpoints.marked_folders import model_folder
 from dsconvert.checkpoints.output_files import sync_folder
 from dsconvert.checkpoints.safetensors_writer import Piece, write_safetensors
 from dsconvert.checkpoints.source_files import SourceFile, companions
-from dsconvert.models.config import LLAMA_DEFAULTS
 from dsconvert.models.diagnosis import DECODER_KEYS
+from dsconvert.models.model_class import default_of
 from dsconvert.models.rope import ORIGINAL, SCALINGS, kind_of, settings
 
 SHARD_BYTES = 4 << 30
@@ -111,7 +111,7 @@ def with_both_ropes(config: Mapping[str, Any]) -> dict[str, Any]:
         both.pop(key, None)
     if kind in SCALINGS and out.get(ORIGINAL) is not None:  # only transformers 5 looks for it there
         both[ORIGINAL] = out[ORIGINAL]
-    context = out.get("max_position_embeddings") or LLAMA_DEFAULTS["max_position_embeddings"]
+    context = out.get("max_position_embeddings") or default_of(config, "max_position_embeddings")
     if kind == "llama3":  # transformers 4 takes no default for it
         both.setdefault(ORIGINAL, context)
     if kind == "yarn" and both.get("factor", 1.0) is None:  # nor for this

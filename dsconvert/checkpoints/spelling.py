@@ -12,16 +12,15 @@ from collections.abc import Iterable, Mapping
 
 from dsconvert.checkpoints.safetensors_reader import Stored
 from dsconvert.errors import CheckpointError, quoted
-from dsconvert.models.architectures import ARCHS
-from dsconvert.models.architectures.deepseek_vl import tower_tables
-from dsconvert.models.architectures.llama import DROP
-from dsconvert.models.tensor_table import Arch, Row
+from dsconvert.models.architecture import Architecture
+from dsconvert.models.architectures import ARCHITECTURES
+from dsconvert.models.tensor_table import DROP, Row
 
 # Parts of a name that a wrapper puts anywhere into it: torch.compile, FSDP, checkpointing, DeepSpeed, DDP.
 WRAPPERS = frozenset(
     ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "module")
 )
-INNER = "model."  # what the inner class (LlamaModel, DeepseekVLModel) leaves out
+INNER = "model."  # what the class inside of the one with a head leaves out
 LEFTOVERS = re.compile("|".join(f"(?:{pattern})" for pattern in DROP))
 TIED = re.compile(r"(.+\.)?(lm_head|embed_tokens)\.weight")
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -40,26 +39,24 @@ def respelled(
     Leftovers are taken out. With `tied` the one of embedding and head that is there is the embedding.
     An unknown class leaves all as it is. Raises CheckpointError where two tensors come to one name.
     """
-    arch = ARCHS.get(architecture)
-    if arch is None:
+    known = ARCHITECTURES.get(architecture)
+    if known is None:
         return dict(tensors), ()
     unused = [name for name in tensors if LEFTOVERS.fullmatch(name)]
     kept = [name for name in tensors if name not in set(unused)]
-    names, notes = _mapped(kept, arch, architecture, where)
+    names, notes = _mapped(kept, known, where)
     found = {new: tensors[old] for old, new in names.items()}
     if unused:
         notes.append(f"left out, since the language model reads none of them: {_listed(unused)}")
     if tied:
-        notes += _tie(found, arch)
+        notes += _tie(found, known)
     return found, tuple(notes)
 
 
-def _mapped(
-    names: list[str], arch: Arch, architecture: str, where: object
-) -> tuple[dict[str, str], list[str]]:
+def _mapped(names: list[str], architecture: Architecture, where: object) -> tuple[dict[str, str], list[str]]:
     """The table's spelling of each name, and notes; names that no row fits keep their own ending."""
-    known = {row.hf for table in (arch.table, *tower_tables(architecture)) for row in table}
-    heads = {row.hf for row in arch.table if row.role == "head"}
+    known = {row.hf for rows in (architecture.table.rows, *architecture.beside) for row in rows}
+    heads = {row.hf for row in architecture.table.rows if row.role == "head"}
     if all(_is_row(name, known) for name in names):
         return {name: name for name in names}, []
     bare = {name: ".".join(p for p in name.split(".") if p not in WRAPPERS) for name in names}
@@ -115,13 +112,13 @@ def _refuse_clashes(mapped: Mapping[str, str], where: object) -> None:
         first[new] = old
 
 
-def _tie(tensors: dict[str, Stored], arch: Arch) -> list[str]:
+def _tie(tensors: dict[str, Stored], architecture: Architecture) -> list[str]:
     """Make the one that is there the embedding, as transformers' tie_weights does; gives notes.
 
     A head beside the embedding counts, also as transformers has it, unless both are the same bytes of the
     file, as they are in every pytorch_model.bin of a tied model.
     """
-    row: Row = next(row for row in arch.table if row.tied_to)
+    row: Row = next(row for row in architecture.table.rows if row.tied_to)
     head, embedding = tensors.get(row.hf), tensors.get(row.tied_to)
     if head is None:
         return []

@@ -84,7 +84,7 @@ def _number(ctx: click.Context, param: click.Parameter, value: str) -> int:
 @click.option(
     "--language-only",
     is_flag=True,
-    help="Of a model with a vision tower, a plain Llama folder of its language model.",
+    help="Of a model with a vision tower, a plain folder of its language model.",
 )
 @click.option("--lm-head", is_flag=True, help="Quantize the output layer too, which not every runtime reads.")
 @click.option(

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from dsconvert.decoder import linear_inputs
 from dsconvert.decoder import torch_decoder as st
 from dsconvert.events import Event, Step
-from dsconvert.models.architectures import ARCHS
+from dsconvert.models.architectures import find_architecture
 from dsconvert.models.tensor_table import expand
 
 
@@ -50,7 +50,10 @@ def tensors(importance: Importance, decoder: st.Decoder) -> dict[str, npt.NDArra
     NAME.in_sum2 float32 [1, K] and NAME.counts float32 [1, 1], in the order of the names
     (tools/imatrix/imatrix.cpp, save_imatrix); NAME is the weight's in a GGUF model.
     """
-    named = {spec.hf: spec.gguf for spec in expand(ARCHS[decoder.config.architecture], decoder.config)}
+    named = {
+        spec.hf: spec.gguf
+        for spec in expand(find_architecture(decoder.config.architecture).table, decoder.config)
+    }
     found: dict[str, npt.NDArray[np.float32]] = {}
     for gguf, hf in sorted((named[hf], hf) for hf in importance.sums):
         found[f"{gguf}.in_sum2"] = importance.sums[hf][None]

@@ -13,8 +13,8 @@ import numpy as np
 
 from dsconvert.decoder import torch_decoder as st
 from dsconvert.errors import QuantizationError
-from dsconvert.models.architectures import ARCHS
-from dsconvert.models.tensor_table import SOLVE_ORDER, expand
+from dsconvert.models.architectures import find_architecture
+from dsconvert.models.tensor_table import expand
 
 if TYPE_CHECKING:
     import torch
@@ -56,9 +56,10 @@ def embed(decoder: st.Decoder, windows: st.IntArray) -> torch.Tensor:
 def groups(decoder: st.Decoder, index: int) -> list[tuple[str, ...]]:
     """The weights of a block's linears in solve order, those with the same input together."""
     here = set(decoder.blocks[index].values())
-    specs = expand(ARCHS[decoder.config.architecture], decoder.config)
+    architecture = find_architecture(decoder.config.architecture)
+    specs = expand(architecture.table, decoder.config)
     own = [spec for spec in specs if spec.hf in here and spec.hf.endswith(".weight")]
-    return [tuple(spec.hf for spec in own if spec.role == role) for role in SOLVE_ORDER]
+    return [tuple(spec.hf for spec in own if spec.role == role) for role in architecture.groups]
 
 
 def walk(

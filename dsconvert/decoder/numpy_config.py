@@ -16,12 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from dsconvert.errors import CheckpointError
+from dsconvert.models.architectures import find_architecture
 from dsconvert.models.config import ModelConfig
 from dsconvert.models.rope import corner
 
 Floats = npt.NDArray[np.float32]
 Rule = Callable[[Floats, Mapping[str, Any], float, int], tuple[Floats, float]]
-# Keys whose names sound as if they changed the arithmetic: those known, or not read by a Llama.
+# Keys whose names sound as if they changed the arithmetic: those known, or not read there.
 SOUNDS = re.compile(
     r"rope|rotary|yarn|theta|attention|attn|scal|position|window|norm|multipl|softcap|_act|layer_types|causal"
 )
@@ -69,23 +70,31 @@ def numbers(config: ModelConfig) -> Numbers:
 
     Raises Unread for a config.json with a key that may matter and is not known here.
     """
-    return read_raw(config.decoder) if config.decoder else read_stored(config)
+    if not config.decoder:
+        return read_stored(config)
+    architecture = find_architecture(config.architecture)
+    if not architecture.numpy_block:
+        raise Unread("architecture")
+    return read_raw(config.decoder, architecture.defaults)
 
 
-def read_raw(raw: Mapping[str, Any]) -> Numbers:
-    """The numbers that transformers' LlamaConfig takes from a config.json; raises Unread."""
+def read_raw(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> Numbers:
+    """The numbers that transformers takes from a config.json; raises Unread.
+
+    `defaults` are its class's, by key.
+    """
     unknown = [key for key in raw if SOUNDS.search(key) and key not in KNOWN]
     if unknown:
         raise Unread(unknown[0])
-    raw = {key: value for key, value in raw.items() if value is not None}
+    stated = {**defaults, **raw}
+    raw = {**defaults, **{key: value for key, value in raw.items() if value is not None}}
     for key, values in ONLY.items():
         if raw.get(key, values[0]) not in values:
             raise Unread(key)
-    hidden, heads = raw.get("hidden_size", 4096), raw.get("num_attention_heads", 32)
-    context = raw.get("max_position_embeddings", 2048)
-    head_dim = raw.get("head_dim") or hidden // heads
+    heads, context = raw["num_attention_heads"], raw["max_position_embeddings"]
+    head_dim = stated.get("head_dim") or raw["hidden_size"] // heads
     said = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    theta = said.get("rope_theta", raw.get("rope_theta", 10000.0))
+    theta = said.get("rope_theta", raw["rope_theta"])
     kind = said.get("rope_type", said.get("type", "default"))
     if kind not in RULES:
         raise Unread(f"rope_type {kind}")
@@ -107,10 +116,10 @@ def read_raw(raw: Mapping[str, Any]) -> Numbers:
         raise Unread(f"rope_type {kind}, on which there is {error}") from None
     return Numbers(
         heads=heads,
-        kv_heads=raw.get("num_key_value_heads") or heads,
+        kv_heads=stated.get("num_key_value_heads") or heads,
         head_dim=head_dim,
         context_length=context,
-        norm_eps=raw.get("rms_norm_eps", 1e-6),
+        norm_eps=raw["rms_norm_eps"],
         rope_theta=theta,
         rope=", ".join([str(kind), *(f"{key} {said[key]}" for key in sorted(keys) if key in said)]),
         angles=angles.astype(np.float32),

@@ -1,4 +1,4 @@
-"""A Llama decoder in numpy, for a proof that has to begin at once.
+"""A decoder in numpy, of RMS norms and gated MLPs, for a proof that has to begin at once.
 
 Importing torch and transformers takes longer than many a conversion. This is their arithmetic, in float32, on
 the CPU, for a few blocks or a small model; `streaming` is for everything else, and the oracle of the tests.
@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 import numpy as np
 
 from dsconvert.decoder.numpy_config import Floats, Numbers
-from dsconvert.models.architectures import find_arch
+from dsconvert.models.architectures import find_architecture
 from dsconvert.models.config import ModelConfig
 from dsconvert.models.tensor_table import WeightSource, plan
 
@@ -28,10 +28,10 @@ def tensor_names(source: WeightSource, config: ModelConfig) -> tuple[tuple[dict[
     Raises PlanError when tensors are missing, unknown or misshapen, CheckpointError for a class without a
     table.
     """
-    arch = find_arch(config.architecture)
+    table = find_architecture(config.architecture).table
     blocks: list[dict[str, str]] = [{} for _ in range(config.layers)]
     names = set()
-    for spec in plan(arch, config, source.shapes()):
+    for spec in plan(table, config, source.shapes()):
         names.add(spec.hf)
         if spec.layer is not None:
             blocks[spec.layer][spec.hf.split(f".{spec.layer}.", 1)[1]] = spec.hf
@@ -70,6 +70,8 @@ def steps(numbers: Numbers, vectors: Mapping[str, Floats], x: Floats) -> Steps:
     states = norm(x, vectors["input_layernorm.weight"], numbers.norm_eps)
     projected = yield from linear(states, *(f"self_attn.{part}_proj" for part in "qkv"))
     q, k, v = (part.reshape(*x.shape[:2], -1, numbers.head_dim).swapaxes(1, 2) for part in projected)
+    if (own := vectors.get("self_attn.q_norm.weight")) is not None:
+        q, k = norm(q, own, numbers.norm_eps), norm(k, vectors["self_attn.k_norm.weight"], numbers.norm_eps)
     mixed = attention(*rotate(numbers, q, k), v).swapaxes(1, 2).reshape(*x.shape[:2], -1)
     x = x + (yield from linear(mixed, "self_attn.o_proj"))[0]
     states = norm(x, vectors["post_attention_layernorm.weight"], numbers.norm_eps)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from dsconvert.decoder.numpy_config import Numbers, Unread, numbers, stored_rope
 from dsconvert.errors import CheckpointError, short
+from dsconvert.models.architecture import TorchClasses
+from dsconvert.models.architectures import find_architecture
 from dsconvert.models.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -20,23 +22,29 @@ NOT_ARITHMETIC = (
 )  # fmt: skip
 
 
-def llama_config(config: ModelConfig) -> Any:
-    """transformers' LlamaConfig of config.json as it is, or of the keys of a file that has none.
+def library_config(config: ModelConfig) -> Any:
+    """The config of transformers' own class, of config.json as it is, or of the keys of a file that has none.
 
     The latter is without RoPE scaling. Raises CheckpointError when transformers refuses the numbers.
     """
     import transformers
 
-    stated = config.decoder or {**config.llama_keys, "rope_theta": config.rope_theta}
+    stated = config.decoder or {**config.library_keys, "rope_theta": config.rope_theta}
     keys = {k: v for k, v in stated.items() if k not in NOT_ARITHMETIC and v is not None}
     if int(transformers.__version__.split(".")[0]) < 5:
         keys = _old_spelling(keys)
     try:
-        llama = transformers.LlamaConfig(**copy.deepcopy(keys))  # it changes the RoPE settings in place
+        # A copy, since it changes the RoPE settings in place.
+        library = torch_classes(config).config(**copy.deepcopy(keys))
     except Exception as error:  # its validation raises classes of its own
         raise CheckpointError("transformers refuses this config", why=short(error)) from None
-    llama._attn_implementation = "sdpa"
-    return llama
+    library._attn_implementation = "sdpa"
+    return library
+
+
+def torch_classes(config: ModelConfig) -> TorchClasses:
+    """transformers' classes of the config's decoder."""
+    return find_architecture(config.architecture).torch_classes()
 
 
 def _old_spelling(keys: dict[str, Any]) -> dict[str, Any]:
@@ -52,16 +60,15 @@ def _old_spelling(keys: dict[str, Any]) -> dict[str, Any]:
     return rest if theta is None else {**rest, "rope_theta": theta}
 
 
-def open_rotary(config: ModelConfig, llama: Any, device: torch.device | str) -> Any:
+def open_rotary(config: ModelConfig, library: Any, device: torch.device | str) -> Any:
     """transformers' RoPE of its config; for a GGUF file with the angles that llama.cpp would take.
 
     Raises CheckpointError when transformers has no rule for it.
     """
     import torch
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     try:
-        rotary = LlamaRotaryEmbedding(config=llama).to(device)  # inv_freq stays float32
+        rotary = torch_classes(config).rotary(config=library).to(device)  # inv_freq stays float32
     except Exception as error:  # whatever its rules meet in a config
         raise CheckpointError("transformers has no RoPE for this config", why=short(error)) from None
     if not config.decoder:
@@ -70,16 +77,16 @@ def open_rotary(config: ModelConfig, llama: Any, device: torch.device | str) -> 
     return rotary
 
 
-def numbers_of(config: ModelConfig, llama: Any, rotary: Any) -> Numbers:
-    """The numbers of a model as transformers has them; `llama` and `rotary` are of this config."""
-    rope = getattr(llama, "rope_parameters", None)  # new with transformers 5
-    rope = rope or {"rope_theta": llama.rope_theta, **(llama.rope_scaling or {})}
+def numbers_of(config: ModelConfig, library: Any, rotary: Any) -> Numbers:
+    """The numbers of a model as transformers has them; `library` and `rotary` are of this config."""
+    rope = getattr(library, "rope_parameters", None)  # new with transformers 5
+    rope = rope or {"rope_theta": library.rope_theta, **(library.rope_scaling or {})}
     return Numbers(
-        heads=llama.num_attention_heads,
-        kv_heads=llama.num_key_value_heads,
-        head_dim=llama.head_dim,
-        context_length=llama.max_position_embeddings,
-        norm_eps=llama.rms_norm_eps,
+        heads=library.num_attention_heads,
+        kv_heads=library.num_key_value_heads,
+        head_dim=getattr(library, "head_dim", None) or library.hidden_size // library.num_attention_heads,
+        context_length=library.max_position_embeddings,
+        norm_eps=library.rms_norm_eps,
         rope_theta=rope["rope_theta"],
         rope=str(rope if config.decoder else config.rope_scaling or "default"),
         angles=rotary.inv_freq.cpu().numpy(),
@@ -92,5 +99,5 @@ def read_numbers(config: ModelConfig) -> Numbers:
     try:
         return numbers(config)
     except Unread:
-        llama = llama_config(config)
-        return numbers_of(config, llama, open_rotary(config, llama, "cpu"))
+        library = library_config(config)
+        return numbers_of(config, library, open_rotary(config, library, "cpu"))

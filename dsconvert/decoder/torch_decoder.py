@@ -1,4 +1,4 @@
-"""Runs a Llama decoder block by block from any WeightSource: a block is loaded, used and dropped.
+"""Runs a decoder block by block from any WeightSource: a block is loaded, used and dropped.
 
 Built on transformers' own modules, made on the meta device with the weights assigned, so that the
 arithmetic is the reference's. Peak memory is the blocks that the caller holds, plus activations.
@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from dsconvert.decoder import numpy_decoder
 from dsconvert.decoder.numpy_config import Numbers
-from dsconvert.decoder.torch_config import llama_config, numbers_of, open_rotary
+from dsconvert.decoder.torch_config import library_config, numbers_of, open_rotary, torch_classes
 from dsconvert.errors import UsageError
 from dsconvert.models.config import ModelConfig
 from dsconvert.models.tensor_table import WeightSource
@@ -44,7 +44,7 @@ class Decoder:
     dtype: torch.dtype
     blocks: tuple[dict[str, str], ...]  # per layer: module attribute -> tensor name
     head: str  # the tensor that gives logits; the embedding when tied
-    llama: Any = field(repr=False)  # transformers' LlamaConfig
+    library: Any = field(repr=False)  # transformers' config
     rotary: Any = field(repr=False)
 
     @property
@@ -102,14 +102,14 @@ def open_decoder(
     does not accept the config.
     """
     blocks, head = numpy_decoder.tensor_names(source, config)
-    llama = llama_config(config)
-    rotary = open_rotary(config, llama, device)
-    return Decoder(source, config, device, dtype, blocks, head, llama, rotary)
+    library = library_config(config)
+    rotary = open_rotary(config, library, device)
+    return Decoder(source, config, device, dtype, blocks, head, library, rotary)
 
 
 def numbers(decoder: Decoder) -> Numbers:
     """What transformers made of the decoder's config."""
-    return numbers_of(decoder.config, decoder.llama, decoder.rotary)
+    return numbers_of(decoder.config, decoder.library, decoder.rotary)
 
 
 def read(decoder: Decoder, name: str, rows: slice | None = None) -> torch.Tensor:
@@ -155,11 +155,10 @@ def load_block(decoder: Decoder, index: int) -> Block:
 def assemble_block(decoder: Decoder, index: int, weights: Mapping[str, torch.Tensor]) -> Block:
     """One decoder layer of the weights given by tensor name; they are used, not copied."""
     import torch
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
     names = decoder.blocks[index]
     with torch.device("meta"):
-        module = LlamaDecoderLayer(decoder.llama, index)
+        module = torch_classes(decoder.config).layer(decoder.library, index)
     state = {attribute: weights[name] for attribute, name in names.items()}
     for attribute, parameter in module.named_parameters():
         if attribute.endswith(".bias") and attribute not in state:  # as transformers starts it
@@ -258,10 +257,11 @@ def logits(decoder: Decoder, norm: torch.Tensor, head: torch.Tensor, hidden: tor
 def normed(decoder: Decoder, norm: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     """Hidden states [..., d] after the final norm, whose weight is `norm` [d] in the decoder's dtype."""
     import torch
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
     with torch.device("meta"):
-        final = LlamaRMSNorm(decoder.llama.hidden_size, eps=decoder.llama.rms_norm_eps)
+        final = torch_classes(decoder.config).norm(
+            decoder.library.hidden_size, eps=decoder.library.rms_norm_eps
+        )
     final.load_state_dict({"weight": norm}, assign=True)
     final.requires_grad_(False)
     result: torch.Tensor = final(hidden)

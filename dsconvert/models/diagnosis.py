@@ -50,7 +50,7 @@ UNFIT = (
     Form(
         r".*\.mlp\.(experts\.|gate\.weight|shared_expert).*",
         "are of a mixture of experts, which is not converted here",
-        "Only dense models of the Llama layout are",
+        "Only dense models are",
     ),
     Form(
         r"(.+\.)?(score|classifier|qa_outputs|reward_head|value_model)\..+",

@@ -1,4 +1,4 @@
-"""The language model inside a bigger model, as a Llama model of its own."""
+"""The language model inside a bigger model, as a model of its own."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from dsconvert.models.architectures import find_arch
-from dsconvert.models.architectures.llama import LLAMA
+from dsconvert.models.architectures import find_architecture
 from dsconvert.models.config import ModelConfig
 from dsconvert.models.tensor_table import WeightSource, check_shapes, expand, plan
 
@@ -39,16 +38,17 @@ class Inner:
 def language_model(
     source: WeightSource, config: ModelConfig, where: Path | None = None
 ) -> tuple[WeightSource, ModelConfig]:
-    """The decoder of a checkpoint under Llama's own names, with its config; a plain Llama model as it is.
+    """The decoder of a checkpoint under its own architecture's names, with its config; a plain one as it is.
 
     Raises CheckpointError, which names the config's file `where`, for a class without a table, PlanError
     when the tensors are not the config's.
     """
-    if config.architecture in LLAMA.classes:
-        check_shapes(LLAMA, config, source.shapes())
+    architecture = find_architecture(config.architecture, where)
+    if architecture.mount is None:
+        check_shapes(architecture.table, config, source.shapes())
         return source, config
-    specs = plan(find_arch(config.architecture, where), config, source.shapes())
+    specs, decoder = plan(architecture.table, config, source.shapes()), architecture.decoder
     outer = {spec.gguf: spec.hf for spec in specs}
-    names = {spec.hf: outer[spec.gguf] for spec in expand(LLAMA, config) if spec.gguf in outer}
-    config = replace(config, architecture=LLAMA.classes[0], tied="output.weight" not in outer)
+    names = {spec.hf: outer[spec.gguf] for spec in expand(decoder.table, config) if spec.gguf in outer}
+    config = replace(config, architecture=decoder.hf_class, tied="output.weight" not in outer)
     return Inner(source, names), config

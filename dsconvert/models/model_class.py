@@ -7,38 +7,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-LLAMA, MISTRAL = "LlamaForCausalLM", "MistralForCausalLM"
-# The classes with a table, by the model type for which transformers' AutoModel takes them.
-BY_TYPE = {
-    "llama": LLAMA,
-    "mistral": LLAMA,  # the same layout, where no sliding window is used
-    "deepseek_vl": "DeepseekVLForConditionalGeneration",
-    "deepseek_vl_hybrid": "DeepseekVLHybridForConditionalGeneration",
-    "multi_modality": "MultiModalityCausalLM",
-}
-INNER = {f"{stem}Model": f"{stem}ForConditionalGeneration" for stem in ("DeepseekVL", "DeepseekVLHybrid")}
-# LLaMAForCausalLM, FSDPLlamaForCausalLM, LlamaModel and the like: wrappers' and old converters' words.
-LLAMA_LIKE = re.compile(r"\w*(llama|mistral)(ForCausalLM|Model|LMHeadModel)", re.IGNORECASE)
-# What MistralConfig takes for absent keys where LlamaConfig takes another value, and what it has not.
-MISTRAL_DEFAULTS = {
-    "intermediate_size": 14336,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 4096 * 32,
-    "sliding_window": 4096,
-}
-MISTRAL_LACKS = {"attention_bias": False, "mlp_bias": False}
+from dsconvert.models.architecture import Architecture
+from dsconvert.models.architectures import ARCHITECTURES
+
+# By the model type for which transformers' AutoModel takes them.
+BY_TYPE: dict[str, Architecture] = {found.model_type: found for found in ARCHITECTURES.values()}
 
 
 @dataclass(frozen=True)
 class ModelClass:
-    """The class of a model: the one whose table fits, and the one that a config.json should name.
+    """The class of a model.
 
     `name` is "" where the config names none, and the config's own word where no class here is meant.
     """
 
     name: str
-    written: str
-    mistral: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -47,34 +30,45 @@ def model_class(raw: Mapping[str, Any]) -> ModelClass:
     listed, kind = raw.get("architectures"), raw.get("model_type")
     names = [n for n in listed if isinstance(n, str)] if isinstance(listed, list) else []
     by_type = BY_TYPE.get(kind) if isinstance(kind, str) else None
-    mistral = kind == "mistral" or (kind is None and names[:1] == [MISTRAL])
     found = _named(names, by_type, "auto_map" in raw)
-    if found not in BY_TYPE.values():
-        return ModelClass(found, found)
-    written = MISTRAL if mistral else found
-    notes: tuple[str, ...] = ()
-    if names != [found] and listed is not None and names != [written]:
-        notes = (f"config.json names the architectures {str(listed)[:80]!r}; read as {written}",)
-    return ModelClass(found, written, mistral, notes)
+    if found not in ARCHITECTURES or names == [found] or listed is None:
+        return ModelClass(found)
+    return ModelClass(found, (f"config.json names the architectures {str(listed)[:80]!r}; read as {found}",))
 
 
-def _named(names: list[str], by_type: str | None, own_code: bool) -> str:
+def _named(names: list[str], by_type: Architecture | None, own_code: bool) -> str:
     """The class with a table, else the single name, else ""."""
-    known = [name for name in names if name in BY_TYPE.values()]
-    if len(known) == 1 and (len(names) == 1 or known[0] == by_type):
-        return known[0]
+    typed = by_type.hf_class if by_type else ""
+    known = [ARCHITECTURES[name] for name in names if name in ARCHITECTURES]
     if not names:
-        return by_type or ""
-    if len(names) > 1:
-        return ""
-    if own_code:
-        return names[0]
-    if names[0] in INNER:
-        return INNER[names[0]]
-    return LLAMA if LLAMA_LIKE.fullmatch(names[0]) and by_type in (LLAMA, None) else names[0]
+        return typed
+    if len(known) == 1 and (len(names) == 1 or known[0] is by_type):
+        return typed if _both_plain(known[0], by_type) else known[0].hf_class
+    if len(names) > 1 or own_code:
+        return names[0] if len(names) == 1 else ""
+    return _by_word(names[0], by_type) or names[0]
 
 
-def mistral_as_llama(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A Mistral config as the Llama config that says the same, its sliding window still in it."""
-    stated = {key: value for key, value in raw.items() if value is not None or key == "sliding_window"}
-    return {**MISTRAL_DEFAULTS, **stated, **MISTRAL_LACKS, "model_type": "llama"}
+def _by_word(name: str, by_type: Architecture | None) -> str:
+    """The class that is meant by another name for it, "" for none."""
+    for meant in ARCHITECTURES.values():
+        if meant.words and re.fullmatch(meant.words, name, re.IGNORECASE):
+            if by_type is not None and _both_plain(meant, by_type):
+                return by_type.hf_class
+            return meant.hf_class if by_type in (None, meant) or meant.mount else ""
+    return ""
+
+
+def _both_plain(named: Architecture, by_type: Architecture | None) -> bool:
+    """Whether both are decoders of no bigger model, of which the model type is taken."""
+    return by_type is not None and not named.mount and not by_type.mount
+
+
+def default_of(raw: Mapping[str, Any], key: str) -> Any:
+    """What the class of a config, or of a decoder's part of one, takes for an absent key.
+
+    Original DeepSeek-VL files name no class inside; the first that such parts have counts then.
+    """
+    found = ARCHITECTURES.get(model_class(raw).name)
+    inner = next(a.decoder for a in ARCHITECTURES.values() if a.mount)
+    return (found.decoder if found else inner).defaults[key]

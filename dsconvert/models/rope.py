@@ -7,8 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
+
+from dsconvert.models.values import Values
+
 if TYPE_CHECKING:
-    from dsconvert.models.config import _Getter
+    from dsconvert.models.config import ModelConfig
 
 KEYS = ("rope_scaling", "rope_parameters")  # the first that says anything counts, and the other is not read
 ROPE_TYPES = ("linear", "dynamic", "yarn", "llama3")
@@ -56,10 +61,10 @@ def kind_of(stated: Mapping[str, Any]) -> Any:
     return stated.get("rope_type", stated.get("type", "default"))
 
 
-def read_rope(raw: Mapping[str, Any], get: _Getter) -> Rope:
+def read_rope(raw: Mapping[str, Any], get: Values) -> Rope:
     """RoPE base and scaling from `rope_parameters` (new) or `rope_theta` and `rope_scaling` (old).
 
-    Raises CheckpointError, which names the key, for what no Llama of transformers runs with.
+    Raises CheckpointError, which names the key, for what transformers does not run with.
     """
     for key in KEYS:
         if raw.get(key) is not None and not isinstance(raw[key], dict):
@@ -69,7 +74,8 @@ def read_rope(raw: Mapping[str, Any], get: _Getter) -> Rope:
     for name, value in stated.items():
         if isinstance(value, dict):
             raise get.wrong(
-                key, f"holds {name[:40]!r}, RoPE of one layer type, and Llama's layers share theirs"
+                key,
+                f"holds {name[:40]!r}, RoPE of one layer type, and all layers of this layout share theirs",
             )
     if stated.get("type", kind) != kind:
         raise get.wrong(key, f"says rope_type {kind!r:.40} and type {stated['type']!r:.40}, which contradict")
@@ -91,7 +97,7 @@ def read_rope(raw: Mapping[str, Any], get: _Getter) -> Rope:
     return Rope(theta, scaling or RopeScaling(kind, inner.number("factor")), (*notes, *more))
 
 
-def _both(raw: Mapping[str, Any], theta: float, get: _Getter) -> tuple[str, ...]:
+def _both(raw: Mapping[str, Any], theta: float, get: Values) -> tuple[str, ...]:
     """What to say where both keys are there and say different things."""
     old, new = (raw.get(key) for key in KEYS)
     if not old or not new:
@@ -113,7 +119,7 @@ def _both(raw: Mapping[str, Any], theta: float, get: _Getter) -> tuple[str, ...]
     )
 
 
-def _original(raw: Mapping[str, Any], inner: _Getter) -> tuple[int | None, tuple[str, ...]]:
+def _original(raw: Mapping[str, Any], inner: Values) -> tuple[int | None, tuple[str, ...]]:
     """The original context, None for max_position_embeddings; the one outside of the settings wins."""
     inside = inner.raw.get(ORIGINAL)
     if inside is None and ORIGINAL in inner.raw:
@@ -130,7 +136,7 @@ def _original(raw: Mapping[str, Any], inner: _Getter) -> tuple[int | None, tuple
     return inner.over({ORIGINAL: outside}).size(ORIGINAL), (note,)
 
 
-def _yarn(raw: Mapping[str, Any], inner: _Getter) -> tuple[RopeScaling, tuple[str, ...]]:
+def _yarn(raw: Mapping[str, Any], inner: Values) -> tuple[RopeScaling, tuple[str, ...]]:
     """YaRN's keys; 0 and null stand for the default in all but attention_factor and truncate."""
     original, notes = _original(raw, inner)
     stated = settings(raw)[1]
@@ -166,7 +172,7 @@ def corner(turns: float, context: int, theta: float, head_dim: int) -> float:
     return head_dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
 
-def _llama3(raw: Mapping[str, Any], inner: _Getter) -> tuple[RopeScaling, tuple[str, ...]]:
+def _llama3(raw: Mapping[str, Any], inner: Values) -> tuple[RopeScaling, tuple[str, ...]]:
     original, notes = _original(raw, inner)
     low, high = inner.number("low_freq_factor"), inner.number("high_freq_factor")
     if high <= low:
@@ -176,3 +182,19 @@ def _llama3(raw: Mapping[str, Any], inner: _Getter) -> tuple[RopeScaling, tuple[
 
 # How the settings of a type are read that has more than a factor.
 SCALINGS = {"yarn": _yarn, "llama3": _llama3}
+
+
+def rope_factors(config: ModelConfig) -> dict[str, npt.NDArray[np.float32]]:
+    """The divisors of Llama 3's RoPE frequencies, which the runtime wants as a tensor.
+
+    float32 [head_dim / 2] under "rope_freqs.weight"; nothing for other scalings. Low frequencies are
+    divided by `factor`, high ones kept, those between blended (Llama 3.1 reference code).
+    """
+    scaling = config.rope_scaling
+    if scaling is None or scaling.type != "llama3":
+        return {}
+    wavelengths = 2 * np.pi * config.rope_theta ** (np.arange(0, config.head_dim, 2) / config.head_dim)
+    context = scaling.original_context or config.context_length
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    smooth = np.clip((context / wavelengths - low) / (high - low), 0, 1)
+    return {"rope_freqs.weight": (1 / ((1 - smooth) / scaling.factor + smooth)).astype(np.float32)}

@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 
 from dsconvert.errors import PlanError
-from dsconvert.models.config import ModelConfig
 from dsconvert.models.diagnosis import resized, unfit
 
 Array = npt.NDArray[Any]
@@ -96,25 +95,9 @@ def _same(x: Array, config: Sizes) -> Array:
 
 IDENTITY = Transform(_same, _same)
 SQUEEZE = Transform(lambda x, c: x[0], lambda x, c: x[None])  # a leading axis of one
-# GGUF's llama rotates adjacent pairs, Hugging Face rotates halves (llama.cpp's convention for this layout).
+# Hugging Face rotates halves; of some architectures llama.cpp rotates adjacent pairs.
 ROPE_Q = Transform(lambda x, c: _interleave(x, c.heads), lambda x, c: _separate(x, c.heads))
 ROPE_K = Transform(lambda x, c: _interleave(x, c.kv_heads), lambda x, c: _separate(x, c.kv_heads))
-
-
-def rope_factors(config: ModelConfig) -> dict[str, npt.NDArray[np.float32]]:
-    """The divisors of Llama 3's RoPE frequencies, which the runtime wants as a tensor.
-
-    float32 [head_dim / 2] under "rope_freqs.weight"; nothing for other scalings. Low frequencies are
-    divided by `factor`, high ones kept, those between blended (Llama 3.1 reference code).
-    """
-    scaling = config.rope_scaling
-    if scaling is None or scaling.type != "llama3":
-        return {}
-    wavelengths = 2 * np.pi * config.rope_theta ** (np.arange(0, config.head_dim, 2) / config.head_dim)
-    context = scaling.original_context or config.context_length
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    smooth = np.clip((context / wavelengths - low) / (high - low), 0, 1)
-    return {"rope_freqs.weight": (1 / ((1 - smooth) / scaling.factor + smooth)).astype(np.float32)}
 
 
 @dataclass(frozen=True)
@@ -141,19 +124,22 @@ class Row:
     source: tuple[str, ...] = ()
 
 
+# What trainers and runtimes leave beside the weights, under any name: RoPE's and masks' buffers, scales of a
+# quantized KV cache, an engine's private state, the value head of a policy.
+DROP = (
+    r"(.+\.)?(inv_freq|original_inv_freq|cos_cached|sin_cached|masked_bias|position_ids|_extra_state)",
+    r"(.+\.)?self_attn\.(\w+\.)?(q|k|v|kv|prob)_(scale|zero_point)",
+    r"(.+\.)?self_attn\.[kv]_proj\.output_scale",
+    r"(.+\.)?(v_head|value_head)\..+",
+)
+
+
 @dataclass(frozen=True)
-class Arch:
-    """An architecture: its GGUF name, the Hugging Face classes it serves, its rows, what it drops.
+class Table:
+    """The rows of a model, and patterns of tensors that checkpoints may carry and no forward pass uses."""
 
-    `drop` are patterns of tensors that checkpoints may carry and no forward pass uses. `derived` makes the
-    float32 tensors that a GGUF file needs and no checkpoint holds, by GGUF name.
-    """
-
-    name: str
-    classes: tuple[str, ...]
-    table: tuple[Row, ...]
+    rows: tuple[Row, ...]
     drop: tuple[str, ...] = ()
-    derived: Callable[[ModelConfig], dict[str, npt.NDArray[np.float32]]] = lambda config: {}
 
 
 @dataclass(frozen=True)
@@ -182,21 +168,21 @@ class Spec:
         return self.row.transform.inverse(stored, config).reshape(stored.shape)
 
 
-def prefixed(table: Iterable[Row], prefix: str) -> tuple[Row, ...]:
+def prefixed(rows: Iterable[Row], prefix: str) -> tuple[Row, ...]:
     """The table mounted under `prefix` inside a bigger model."""
-    return renamed(table, lambda name: prefix + name)
+    return renamed(rows, lambda name: prefix + name)
 
 
-def renamed(table: Iterable[Row], name: Callable[[str], str]) -> tuple[Row, ...]:
+def renamed(rows: Iterable[Row], name: Callable[[str], str]) -> tuple[Row, ...]:
     """The table with other names for the same tensors."""
-    return tuple(replace(row, hf=name(row.hf), tied_to=row.tied_to and name(row.tied_to)) for row in table)
+    return tuple(replace(row, hf=name(row.hf), tied_to=row.tied_to and name(row.tied_to)) for row in rows)
 
 
-def expand(arch: Arch, config: Sizes) -> list[Spec]:
+def expand(table: Table, config: Sizes) -> list[Spec]:
     """Every tensor that the table can name for this config: whole-model rows, then layer by layer."""
     dims = config.dims
-    single = [row for row in arch.table if "{i}" not in row.hf]
-    layered = [row for row in arch.table if "{i}" in row.hf]
+    single = [row for row in table.rows if "{i}" not in row.hf]
+    layered = [row for row in table.rows if "{i}" in row.hf]
     specs = [_spec(row, dims, None) for row in single]
     for i in range(max((dims[row.depth] for row in layered), default=0)):
         specs += [_spec(row, dims, i) for row in layered if i < dims[row.depth]]
@@ -214,18 +200,18 @@ def _spec(row: Row, dims: Mapping[str, int], layer: int | None) -> Spec:
     return Spec(hf, gguf, row.role, shape, layer, row, source)
 
 
-def plan(arch: Arch, config: Sizes, shapes: Mapping[str, tuple[int, ...]]) -> list[Spec]:
+def plan(table: Table, config: Sizes, shapes: Mapping[str, tuple[int, ...]]) -> list[Spec]:
     """Match table and checkpoint both ways, before any work.
 
     `shapes` are the checkpoint's. Returns the tensors to write, in the table's order.
     Raises PlanError naming each missing, unexplained or misshapen tensor and its nearest row.
     """
-    candidates = expand(arch, config)
+    candidates = expand(table, config)
     # An optional tensor is there in every layer or in none.
     begun = {spec.row.hf for spec in candidates if spec.row.optional and spec.hf in shapes}
     wanted = [spec for spec in candidates if _wanted(spec, config, shapes, begun)]
     known = {spec.hf for spec in wanted}
-    dropped = [re.compile(pattern) for pattern in arch.drop]
+    dropped = [re.compile(pattern) for pattern in table.drop]
     missing = [spec.hf for spec in wanted if spec.hf not in shapes]
     unknown = [n for n in shapes if n not in known and not any(p.fullmatch(n) for p in dropped)]
     if missing or unknown:
@@ -245,14 +231,18 @@ def plan(arch: Arch, config: Sizes, shapes: Mapping[str, tuple[int, ...]]) -> li
     return wanted
 
 
-def plan_stored(arch: Arch, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> list[Spec]:
-    """As `plan`, for a GGUF file: `shapes` are by GGUF name, rows first; errors name the GGUF tensors."""
-    stored = replace(
-        arch,
-        table=tuple(replace(row, hf=row.gguf, part=(0, 1), source=()) for row in arch.table),
-        drop=(*map(re.escape, arch.derived(config)), r"rope_freqs\.weight"),
+def plan_stored(
+    table: Table, config: Any, shapes: Mapping[str, tuple[int, ...]], derived: Collection[str] = ()
+) -> list[Spec]:
+    """As `plan`, for a GGUF file: `shapes` are by GGUF name, rows first; errors name the GGUF tensors.
+
+    `derived` are the tensors that the file may hold and no checkpoint does.
+    """
+    stored = Table(
+        tuple(replace(row, hf=row.gguf, part=(0, 1), source=()) for row in table.rows),
+        (*map(re.escape, derived), r"rope_freqs\.weight"),
     )
-    originals = {spec.gguf: spec for spec in expand(arch, config)}
+    originals = {spec.gguf: spec for spec in expand(table, config)}
     return [originals[spec.gguf] for spec in plan(stored, config, shapes)]
 
 
@@ -264,9 +254,9 @@ def _wanted(spec: Spec, config: Sizes, shapes: Mapping[str, tuple[int, ...]], be
     return spec.hf in shapes or not (spec.row.tied_to and config.tied)
 
 
-def check_shapes(arch: Arch, config: Sizes, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def check_shapes(table: Table, config: Sizes, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raise PlanError for the first tensor of the table that has another shape than the config says."""
-    for spec in expand(arch, config):
+    for spec in expand(table, config):
         if spec.hf in shapes:
             _check_shape(spec, shapes[spec.hf])
 

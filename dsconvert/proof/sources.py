@@ -26,7 +26,7 @@ BY_BITS = ((12.0, "bf16"), (7.5, "q8_0"), (6.0, "q6_k"), (4.8, "q5"), (3.8, "q4_
 
 @dataclass(frozen=True)
 class Reference:
-    """The checkpoint that outputs are held against; its decoder under Llama's own names."""
+    """The checkpoint that outputs are held against; its decoder under its architecture's own names."""
 
     folder: Path
     source: WeightSource

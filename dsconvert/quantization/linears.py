@@ -10,24 +10,23 @@ from typing import Any
 from dsconvert.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from dsconvert.checkpoints.safetensors_writer import from_stored
 from dsconvert.errors import UsageError
-from dsconvert.models.architectures import find_arch
-from dsconvert.models.architectures.deepseek_vl import HYBRID, ORIGINAL, VL
-from dsconvert.models.architectures.llama import LLAMA
+from dsconvert.models.architectures import find_architecture
 from dsconvert.models.config import ModelConfig, load_config
 from dsconvert.models.diagnosis import DECODER_KEYS
 from dsconvert.models.language_model import language_model
 from dsconvert.models.tensor_table import SOLVE_ORDER, Spec, WeightSource, plan
 from dsconvert.vision.config import VisionConfig
-from dsconvert.vision.transformers_layout import in_transformers_layout
+from dsconvert.vision.transformers_layout import has_original_layout, in_transformers_layout
 
 
 @dataclass(frozen=True)
 class Selection:
     """The linears of a checkpoint's language model, and all the rest.
 
-    `source` is the language model under Llama's own names, `linears` what is quantized, the shapes by these
-    names, `roles` their places in the solve order; `names` gives the names in the output, `kept` what is
-    copied: checkpoint names by output names. `raw` is the output's config.json without the quantization;
+    `source` is the language model under its architecture's own names, `linears` what is quantized, the shapes
+    by these names, `roles` their places in the solve order; `names` gives the names in the output, `kept`
+    what is copied: checkpoint names by output names. `raw` is the output's config.json without the
+    quantization;
     `files` are further files that are not the source's, by name, JSON or text. `vision` is set where
     DeepSeek-VL's original layout came in: `checkpoint` has transformers' names then, and both are still to be
     made of it (see vl_layout).
@@ -64,14 +63,14 @@ def select(model: str, language_only: bool, head: bool = False) -> Selection:
     """
     checkpoint, vision = open_checkpoint(model), None
     outer = load_config(checkpoint.folder)
-    if outer.architecture == ORIGINAL and not language_only:
+    if has_original_layout(outer) and not language_only:
         checkpoint, outer, vision = in_transformers_layout(checkpoint, outer)
-    arch = find_arch(outer.architecture, checkpoint.folder / "config.json")
-    specs = plan(arch, outer, checkpoint.shapes())
+    architecture = find_architecture(outer.architecture, checkpoint.folder / "config.json")
+    specs = plan(architecture.table, outer, checkpoint.shapes())
     checkpoint.check_readable(spec.hf for spec in specs)
     source, config = language_model(checkpoint, outer)
-    inside = {spec.gguf: spec.hf for spec in plan(LLAMA, config, source.shapes())}
-    whole = outer.architecture in LLAMA.classes or not language_only
+    inside = {spec.gguf: spec.hf for spec in plan(architecture.decoder.table, config, source.shapes())}
+    whole = architecture.mount is None or not language_only
     heads = [spec for spec in specs if head and spec.role == "head"]
     if head and (not heads or config.tied):
         raise UsageError(
@@ -106,15 +105,17 @@ def _kept(
     if not whole:
         return {inside[spec.gguf]: spec.hf for spec in rest}
     language = {spec.hf: spec.hf for spec in rest}
-    if config.architecture in LLAMA.classes:
+    architecture = find_architecture(config.architecture)
+    if architecture.mount is None:
         return language
-    known = {spec.hf for spec in plan(find_arch(config.architecture), config, checkpoint.shapes())}
+    known = {spec.hf for spec in plan(architecture.table, config, checkpoint.shapes())}
     return {name: name for name in checkpoint.tensors if name in language or name not in known}
 
 
 def _whole_config(outer: ModelConfig, tied: bool) -> dict[str, Any]:
     """config.json of a model written as a whole: the source's."""
-    if outer.architecture not in (VL, HYBRID):
+    mount = find_architecture(outer.architecture).mount
+    if mount is None or not mount.tied_outside:
         return outer.raw
     # Published files say that the head is tied, or take the default that does, though a head of its own is
     # there, which some versions of transformers then drop.
@@ -123,7 +124,7 @@ def _whole_config(outer: ModelConfig, tied: bool) -> dict[str, Any]:
 
 def plain_config(config: ModelConfig) -> dict[str, Any]:
     """config.json of a language model taken out of a bigger one, every number stated."""
-    raw = config.raw
+    raw, architecture = config.raw, find_architecture(config.architecture)
     inner: dict[str, Any] = next((raw[key] for key in DECODER_KEYS if isinstance(raw.get(key), dict)), {})
     keys = ("bos_token_id", "eos_token_id", "torch_dtype", "dtype")
     outside: dict[str, Any] = {key: raw[key] for key in keys if key in raw}
@@ -131,9 +132,9 @@ def plain_config(config: ModelConfig) -> dict[str, Any]:
     return {
         **outside,
         **inner,
-        "architectures": list(LLAMA.classes[:1]),
-        "model_type": "llama",
-        **config.llama_keys,
+        "architectures": [architecture.hf_class],
+        "model_type": architecture.model_type,
+        **config.library_keys,
         "hidden_act": "silu",
         "tie_word_embeddings": config.tied,
         **rope,

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dsconvert.errors import CheckpointError, UsageError
-from dsconvert.models.architectures.deepseek_vl import HYBRID, TOWERS, VL
+from dsconvert.models.architectures.deepseek_vl import HYBRID, LANGUAGE, TOWERS, VL
 from dsconvert.models.tensor_table import Spec, WeightSource, expand
 from dsconvert.vision.config import Sam, Tower, VisionConfig
 
@@ -82,7 +82,12 @@ def _module(vision: VisionConfig) -> Any:
     """The empty model; its decoder is as small as can be, since it is not run."""
     import transformers
 
-    text = {"model_type": "llama", "hidden_size": vision.projection, "num_hidden_layers": 1, "vocab_size": 8}
+    text = {
+        "model_type": LANGUAGE.decoder.model_type,
+        "hidden_size": vision.projection,
+        "num_hidden_layers": 1,
+        "vocab_size": 8,
+    }
     text |= {"intermediate_size": 8, "num_attention_heads": 1, "head_dim": 2}
     low = _sizes(vision.siglip, vision) | {"model_type": "siglip_vision_model", "vision_use_head": False}
     low["intermediate_size"] = vision.siglip.mlp

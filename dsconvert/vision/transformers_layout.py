@@ -12,7 +12,15 @@ from typing import Any
 
 from dsconvert.checkpoints.checkpoint import Checkpoint
 from dsconvert.checkpoints.safetensors_reader import Stored
-from dsconvert.models.architectures.deepseek_vl import HYBRID, LANGUAGE, LANGUAGE_ORIGINAL, TOWERS, VL, towers
+from dsconvert.models.architectures.deepseek_vl import (
+    HYBRID,
+    LANGUAGE,
+    LANGUAGE_ORIGINAL,
+    ORIGINAL,
+    TOWERS,
+    VL,
+    towers,
+)
 from dsconvert.models.config import ModelConfig
 from dsconvert.models.tensor_table import Spec, expand, plan
 from dsconvert.vision.config import Sam, Tower, VisionConfig, load_vision
@@ -20,6 +28,11 @@ from dsconvert.vision.processor import PREPROCESSOR, PROCESSOR, RESAMPLE
 
 MODEL_TYPE = {VL: "deepseek_vl", HYBRID: "deepseek_vl_hybrid"}
 TOKENIZER = "tokenizer_config.json"
+
+
+def has_original_layout(config: ModelConfig) -> bool:
+    """Whether a checkpoint has the original code's layout, from which another is made."""
+    return config.architecture == ORIGINAL
 
 
 def in_transformers_layout(
@@ -33,12 +46,14 @@ def in_transformers_layout(
     vision = load_vision(checkpoint.folder, config)
     shapes, hybrid = checkpoint.shapes(), vision.sam is not None
     old = [
-        *plan(LANGUAGE_ORIGINAL, config, shapes),
+        *plan(LANGUAGE_ORIGINAL.table, config, shapes),
         *plan(towers(config.architecture, hybrid, shapes), vision, shapes),
     ]
     checkpoint.check_readable(spec.hf for spec in old)
     name = HYBRID if hybrid else VL
-    new = {spec.gguf: spec for spec in (*expand(LANGUAGE, config), *expand(TOWERS[name, hybrid], vision))}
+    new = {
+        spec.gguf: spec for spec in (*expand(LANGUAGE.table, config), *expand(TOWERS[name, hybrid], vision))
+    }
     tensors = {new[spec.gguf].hf: _moved(checkpoint.tensors[spec.hf], spec, new[spec.gguf]) for spec in old}
     config = replace(config, architecture=name)
     return replace(checkpoint, tensors=tensors), config, replace(vision, architecture=name)

@@ -31,7 +31,7 @@ Change = Callable[[Json], object]
 def run(folder: Path) -> list[Spec]:
     """The stages that come before any work."""
     checkpoint = open_checkpoint(folder)
-    specs = plan(LLAMA, load_config(folder), checkpoint.shapes())
+    specs = plan(LLAMA.table, load_config(folder), checkpoint.shapes())
     checkpoint.check_readable(spec.hf for spec in specs)
     return specs
 

@@ -25,7 +25,7 @@ from dsconvert.cli import cli
 from dsconvert.errors import ConversionError, UsageError
 from dsconvert.events import Warn
 from dsconvert.models.config import load_config
-from dsconvert.models.model_class import BY_TYPE, MISTRAL_DEFAULTS, model_class
+from dsconvert.models.model_class import BY_TYPE, model_class
 
 Tensors = dict[str, Any]
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -299,17 +299,12 @@ def other_head(m: Model) -> None:
     m.tensors[HEAD] = m.tensors[EMBED][::-1].copy()
 
 
-def mistral(m: Model) -> None:
-    m.config.update(architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=None)
-
-
 LOADED: dict[str, tuple[Callable[[], Model], Change]] = {
     "head only": (lambda: plain(tied=True), only_head),
     "a tied flag and two that differ": (lambda: plain(tied=True), other_head),
     "the inner class": (lambda: plain(tied=True), inner_class),
     "the inner class with a head": (plain, inner_class),
     "no bias on o": (biased, lambda m: None),
-    "Mistral": (plain, mistral),
     "no architectures": (plain, lambda m: m.config.update(architectures=[])),
     "an old converter's name": (plain, lambda m: m.config.update(architectures=["LLaMAForCausalLM"])),
     "swish": (plain, lambda m: m.config.update(hidden_act="swish")),
@@ -379,12 +374,6 @@ def test_a_bias_on_o_in_one_layer_only_is_refused(tmp_path: Path) -> None:
         ({"architectures": ["LlamaModel"]}, "read as LlamaForCausalLM"),
         ({"architectures": ["LlamaForCausalLM", "PeftModel"]}, "read as LlamaForCausalLM"),
         ({"hidden_act": "swish"}, ""),
-        ({"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None}, ""),
-        ({"architectures": ["MistralForCausalLM"], "model_type": "mistral"}, ""),  # 4096, and 512 tokens
-        (
-            {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "head_dim": 16},
-            "",
-        ),
     ],
 )
 def test_the_class_by_any_of_its_names_gives_the_plain_bytes(
@@ -408,18 +397,6 @@ def test_the_class_by_any_of_its_names_gives_the_plain_bytes(
         ({"architectures": ["MyLlamaForCausalLM"], "auto_map": {"AutoModel": "x.Y"}}, "has no table"),
         ({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}, "'Qwen2ForCausalLM' has no table"),
         ({"architectures": [], "model_type": "qwen2"}, "does not name one architecture"),
-        (
-            {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 256},
-            "sliding_window",
-        ),
-        (
-            {
-                "architectures": ["MistralForCausalLM"],
-                "model_type": "mistral",
-                "max_position_embeddings": 8192,
-            },
-            "sliding_window is 4096",
-        ),
     ],
 )
 def test_another_class_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
@@ -432,21 +409,8 @@ def test_the_classes_by_model_type_are_those_that_transformers_takes() -> None:
     from transformers.models.auto import modeling_auto as auto
 
     taken = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES | auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    for kind in ("llama", "mistral", "deepseek_vl", "deepseek_vl_hybrid"):
-        assert model_class({"model_type": kind}).written == taken[kind]
-    assert set(BY_TYPE) - set(taken) == {"multi_modality"}  # the original code's own
-
-
-def test_absent_keys_of_a_mistral_config_are_transformers_defaults() -> None:
-    from transformers import LlamaConfig, MistralConfig
-
-    from dsconvert.models.config import LLAMA_DEFAULTS
-
-    config, other = MistralConfig(), LlamaConfig()
-    for key, value in (LLAMA_DEFAULTS | MISTRAL_DEFAULTS).items():
-        if key not in ("rope_theta", "attention_bias", "mlp_bias"):
-            assert getattr(config, key) == value, key
-    assert config.rope_parameters == other.rope_parameters
+    for kind in set(BY_TYPE) - {"multi_modality"}:  # the original code's own
+        assert model_class({"model_type": kind}).name == taken[kind]
 
 
 # --- a statement of quantization that the weights do not keep --------------------------------------------

@@ -22,7 +22,7 @@ from dsconvert.checkpoints.checkpoint import open_checkpoint
 from dsconvert.checkpoints.safetensors_writer import from_array, write_safetensors
 from dsconvert.cli import cli
 from dsconvert.errors import CheckpointError
-from dsconvert.models.architectures import ARCHS
+from dsconvert.models.architectures import ARCHITECTURES
 from dsconvert.models.config import load_config
 from dsconvert.models.tensor_table import plan
 from dsconvert.proof.sources import limits_name
@@ -43,7 +43,7 @@ def test_reads_exllamav2s_own_folder() -> None:
     source, model = open_checkpoint(needs("tiny256")), open_model(needs("exl2_4.2bpw"))
     config = load_config(model.folder)
     assert model.shapes() == source.shapes()
-    plan(ARCHS[config.architecture], config, model.shapes())
+    plan(ARCHITECTURES[config.architecture].table, config, model.shapes())
     weights = {name: model.float32(name) for name in model.shapes()}
     for tensor, values in weights.items():
         original = source.float32(tensor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from converters.gguf import mixtures
 from converters.gguf.file_types import FILE_TYPES, MIXTURES
 from converters.gguf.qtypes import QTYPES
 from dsconvert.errors import UsageError
+from dsconvert.models.architectures.llama import LLAMA
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "data" / "recipes" / "types.json"
 LAYER_SHAPES = {
@@ -69,7 +71,8 @@ def test_types_are_those_that_llama_quantize_chose(case: dict[str, Any], quant: 
         case["kv_heads"],
         tied=case["tied"],
     )
-    types = choose(quant, shapes, layers=case["layers"], heads=case["heads"], kv_heads=case["kv_heads"])
+    numbers = {"layers": case["layers"], "heads": case["heads"], "kv_heads": case["kv_heads"]}
+    types = choose(quant, shapes, **numbers, wide=LLAMA.wide_values(SimpleNamespace(**numbers)))
     assert set(types) == set(shapes)
     compared = 0
     for key, text in case["types"][quant].items():
@@ -299,7 +302,7 @@ def test_without_a_matrix_some_layers_get_more() -> None:
 
 def test_eighty_layers_of_grouped_queries_raise_attn_v_but_in_the_smallest_files() -> None:
     shapes = llama_shapes(80, 1024, 512, 8, 1)
-    options: dict[str, Any] = {"layers": 80, "heads": 8, "kv_heads": 1, "imatrix": True}
+    options: dict[str, Any] = {"layers": 80, "heads": 8, "kv_heads": 1, "wide": True, "imatrix": True}
     assert choose("iq3_xs", shapes, **options)["blk.0.attn_v.weight"] == "q5_k"
     assert choose("iq2_m", shapes, **options)["blk.0.attn_v.weight"] == "q4_k"
 

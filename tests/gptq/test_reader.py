@@ -19,7 +19,7 @@ from dsconvert.checkpoints.checkpoint import open_checkpoint
 from dsconvert.checkpoints.output_folder import write_folder
 from dsconvert.checkpoints.safetensors_writer import from_array, from_stored, write_safetensors
 from dsconvert.errors import CheckpointError
-from dsconvert.models.architectures import ARCHS
+from dsconvert.models.architectures import ARCHITECTURES
 from dsconvert.models.config import load_config, load_json
 from dsconvert.models.tensor_table import plan
 from dsconvert.quantization.gptq_grid import Scheme
@@ -36,7 +36,7 @@ def test_reads_other_tools_folders(name: str, perplexity: float, least: float, m
     source, model = open_checkpoint(needs("tiny256")), open_model(needs(name))
     config = load_config(model.folder)
     assert model.shapes() == source.shapes()
-    plan(ARCHS[config.architecture], config, model.shapes())
+    plan(ARCHITECTURES[config.architecture].table, config, model.shapes())
     weights = {name: model.float32(name) for name in model.shapes()}
     for tensor, values in weights.items():
         original = source.float32(tensor)

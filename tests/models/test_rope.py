@@ -23,16 +23,16 @@ from dsconvert.decoder import numpy_config
 from dsconvert.decoder.numpy_config import Numbers, Unread, numbers
 from dsconvert.errors import CheckpointError
 from dsconvert.events import Step
+from dsconvert.models.architectures.llama import DEFAULTS, LLAMA
 from dsconvert.models.config import ModelConfig, normalise
-from dsconvert.models.rope import KEYS, Rope
-from dsconvert.models.tensor_table import rope_factors
+from dsconvert.models.rope import KEYS, Rope, rope_factors
 from dsconvert.proof import numpy_compare
 from dsconvert.proof.thresholds import thresholds_for
 from dsconvert.texts import windows
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-from dsconvert.decoder.torch_config import _old_spelling, llama_config, numbers_of, open_rotary  # noqa: E402
+from dsconvert.decoder.torch_config import _old_spelling, library_config, numbers_of, open_rotary  # noqa: E402
 
 if transformers.__version__ < "5":
     pytest.skip("needs transformers 5, whose rule is the reference here", allow_module_level=True)
@@ -124,7 +124,7 @@ MANY = settings(max_examples=150, deadline=None, suppress_health_check=list(Heal
 def test_the_numpy_proof_reads_what_transformers_does(raw: dict[str, Any]) -> None:
     """Also where the converter refuses: the two readings know nothing of each other."""
     try:
-        found = numpy_config.read_raw(raw)
+        found = numpy_config.read_raw(raw, DEFAULTS)
     except Unread:
         return
     same(found, expected(raw))
@@ -133,7 +133,7 @@ def test_the_numpy_proof_reads_what_transformers_does(raw: dict[str, Any]) -> No
 def written(config: ModelConfig) -> ModelConfig:
     """The config as it is read back of a GGUF file with the keys and tensors that are written for it."""
     keys = {f"llama.{key}": np.float32(v).item() if kind == "float32" else v
-            for key, (kind, v) in scaling_keys(config).items()}  # fmt: skip
+            for key, (kind, v) in scaling_keys(config, LLAMA).items()}  # fmt: skip
     tensors = {
         name: SimpleNamespace(float32=lambda array=array: array)
         for name, array in rope_factors(config).items()
@@ -171,7 +171,10 @@ def test_a_folder_says_the_same_to_every_reader(raw: dict[str, Any]) -> None:
         return
     wanted, both = expected(raw), with_both_ropes(raw)
     if both == {**raw}:  # no RoPE key at all
-        same(numbers_of(config, llama_config(config), open_rotary(config, llama_config(config), CPU)), wanted)
+        same(
+            numbers_of(config, library_config(config), open_rotary(config, library_config(config), CPU)),
+            wanted,
+        )
         return
     outside = "original_max_position_embeddings"
     old = {k: v for k, v in both.items() if k not in ("rope_parameters", outside)}
@@ -191,7 +194,7 @@ def test_the_torch_decoder_is_built_of_the_raw_config(monkeypatch: pytest.Monkey
     raw = {**RAW, "rope_scaling": scaling, "rms_norm_eps": 1e-5}
     monkeypatch.setattr(dsconvert.models.config, "read_rope", lambda raw, get: Rope(10000.0, None))
     config = dataclasses.replace(normalise(raw, "config.json"), norm_eps=0.5, heads=2, head_dim=32)
-    llama = llama_config(config)
+    llama = library_config(config)
     for found in (numbers_of(config, llama, open_rotary(config, llama, CPU)), numbers(config)):
         same(found, expected(raw))
     assert raw["rope_scaling"] == scaling  # nor is config.json changed by who reads it
@@ -349,27 +352,7 @@ def test_every_sub_key_of_yarn_is_read(form: dict[str, Any], head_dim: int) -> N
     settings = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, **form}
     raw = {**RAW, "head_dim": head_dim, "rope_scaling": settings, "rope_theta": 50000.0}
     wanted = expected(raw)
-    same(numpy_config.read_raw(raw), wanted)
+    same(numpy_config.read_raw(raw, DEFAULTS), wanted)
     config = normalise(raw, "config.json")
-    llama = llama_config(config)
+    llama = library_config(config)
     same(numbers_of(config, llama, open_rotary(config, llama, CPU)), wanted)
-
-
-def test_a_mistral_is_read_as_its_own_class_does() -> None:
-    """Its absent keys have other defaults, and its RoPE is Llama's."""
-    from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
-
-    raw = {
-        "architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_size": 128,
-        "num_attention_heads": 8, "sliding_window": None,
-        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192},
-    }  # fmt: skip
-    config = normalise(raw, "config.json")
-    theirs = transformers.MistralConfig(**copy.deepcopy(raw))
-    wanted = numbers_of(config, theirs, MistralRotaryEmbedding(config=theirs))
-    same(numbers(config), wanted)
-    llama = llama_config(config)
-    same(numbers_of(config, llama, open_rotary(config, llama, CPU)), wanted)
-    assert config.intermediate_size == theirs.intermediate_size == llama.intermediate_size
-    with pytest.raises(CheckpointError, match="sliding_window"):  # 4096 where it is absent
-        normalise({k: v for k, v in raw.items() if k != "sliding_window"}, "config.json")

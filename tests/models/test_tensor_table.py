@@ -11,7 +11,17 @@ import tiny
 from dsconvert.errors import PlanError
 from dsconvert.models.architectures.llama import LLAMA
 from dsconvert.models.config import ModelConfig, normalise
-from dsconvert.models.tensor_table import ROPE_K, ROPE_Q, SOLVE_ORDER, Arch, Row, Spec, expand, plan, prefixed
+from dsconvert.models.tensor_table import (
+    ROPE_K,
+    ROPE_Q,
+    SOLVE_ORDER,
+    Row,
+    Spec,
+    Table,
+    expand,
+    plan,
+    prefixed,
+)
 
 TINY = tiny.Tiny()
 SIZES: dict[str, dict[str, Any]] = {
@@ -59,7 +69,7 @@ def shapes_of(name: str) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize("name", SIZES)
 def test_names_and_shapes_are_those_of_transformers(name: str) -> None:
     shapes = shapes_of(name)
-    specs = plan(LLAMA, config_of(name), shapes)
+    specs = plan(LLAMA.table, config_of(name), shapes)
     assert {spec.hf: spec.shape for spec in specs} == shapes
 
 
@@ -69,12 +79,12 @@ def test_gguf_names_are_those_of_the_gguf_library(name: str) -> None:
 
     config = config_of(name)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.layers)
-    for spec in expand(LLAMA, config):
+    for spec in expand(LLAMA.table, config):
         assert spec.gguf == names.get_name(spec.hf, try_suffixes=(".weight", ".bias"))
 
 
 def test_layers_come_in_order_with_their_roles() -> None:
-    specs = expand(LLAMA, config_of("7b"))
+    specs = expand(LLAMA.table, config_of("7b"))
     layers = [spec.layer for spec in specs if spec.layer is not None]
     assert layers == sorted(layers)
     assert set(layers) == set(range(30))
@@ -90,7 +100,7 @@ def test_layers_come_in_order_with_their_roles() -> None:
 def test_transforms_are_views_and_invert(name: str, dtype: type) -> None:
     config = config_of(name)
     changed = 0
-    specs = [spec for spec in expand(LLAMA, config) if not spec.row.when or name == "bias"]
+    specs = [spec for spec in expand(LLAMA.table, config) if not spec.row.when or name == "bias"]
     for spec in specs:
         source = np.arange(np.prod(spec.shape), dtype=np.int64).astype(dtype).reshape(spec.shape)
         view = spec.forward(source, config)
@@ -152,12 +162,12 @@ def test_parts_cut_a_fused_tensor() -> None:
 
 
 def test_a_table_under_a_prefix() -> None:
-    mounted = Arch("inner", (), prefixed(LLAMA.table, "language_model."))
+    mounted = Table(prefixed(LLAMA.table.rows, "language_model."))
     shapes = {"language_model." + name: shape for name, shape in tiny.tiny_shapes(TINY).items()}
     specs = plan(mounted, config_of("tiny"), shapes)
     assert {spec.hf: spec.shape for spec in specs} == shapes
     assert {spec.gguf for spec in specs} == {
-        spec.gguf for spec in plan(LLAMA, config_of("tiny"), tiny.tiny_shapes(TINY))
+        spec.gguf for spec in plan(LLAMA.table, config_of("tiny"), tiny.tiny_shapes(TINY))
     }
     del shapes["language_model.lm_head.weight"]
     assert len(plan(mounted, config_of("tied"), shapes)) == len(shapes)
@@ -168,7 +178,7 @@ def test_a_table_under_a_prefix() -> None:
 
 def refused(shapes: dict[str, tuple[int, ...]], name: str = "tiny") -> str:
     with pytest.raises(PlanError) as caught:
-        plan(LLAMA, config_of(name), shapes)
+        plan(LLAMA.table, config_of(name), shapes)
     text = str(caught.value)
     assert text.isprintable()
     return text
@@ -215,15 +225,15 @@ def test_biases_only_with_their_flag() -> None:
 def test_a_head_may_be_absent_only_when_tied() -> None:
     tied, untied = tiny.tiny_shapes(tiny.Tiny(tied=True)), tiny.tiny_shapes(TINY)
     assert "lm_head.weight" in refused(tied)
-    assert "output.weight" not in {spec.gguf for spec in plan(LLAMA, config_of("tied"), tied)}
-    assert "output.weight" in {spec.gguf for spec in plan(LLAMA, config_of("tied"), untied)}
+    assert "output.weight" not in {spec.gguf for spec in plan(LLAMA.table, config_of("tied"), tied)}
+    assert "output.weight" in {spec.gguf for spec in plan(LLAMA.table, config_of("tied"), untied)}
 
 
 def test_known_leftovers_are_dropped_and_look_alikes_are_not() -> None:
     shapes = tiny.tiny_shapes(TINY)
-    expected = plan(LLAMA, config_of("tiny"), shapes)
+    expected = plan(LLAMA.table, config_of("tiny"), shapes)
     assert (
-        plan(LLAMA, config_of("tiny"), {**shapes, "model.layers.0.self_attn.rotary_emb.inv_freq": (8,)})
+        plan(LLAMA.table, config_of("tiny"), {**shapes, "model.layers.0.self_attn.rotary_emb.inv_freq": (8,)})
         == expected
     )
     for name in (

@@ -21,7 +21,7 @@ from converters.gguf.qtypes import QTYPES
 from dsconvert.errors import CheckpointError
 from dsconvert.models.architectures.deepseek_vl import HYBRID, TOWERS, VL
 from dsconvert.models.config import ModelConfig
-from dsconvert.models.tensor_table import Arch, Spec, plan_stored
+from dsconvert.models.tensor_table import Spec, Table, plan_stored
 from dsconvert.vision.config import Sam, Tower, VisionConfig
 from dsconvert.vision.processor import Pixels, Processor
 from dsconvert.vision.torch_towers import Weights
@@ -124,7 +124,7 @@ def is_projector(file: GGUFFile) -> bool:
     return file.keys.get("general.architecture") == "clip"
 
 
-def table(hybrid: bool) -> Arch:
+def table(hybrid: bool) -> Table:
     """The table that a projector file is read back through: transformers' names."""
     return TOWERS[(HYBRID, True) if hybrid else (VL, False)]
 

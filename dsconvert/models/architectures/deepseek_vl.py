@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from dsconvert.models.architectures.llama import DROP, LLAMA
-from dsconvert.models.tensor_table import SQUEEZE, Arch, Row, prefixed, renamed, rope_factors
+from dsconvert.models.architecture import Mount, mounted
+from dsconvert.models.architectures.llama import LLAMA
+from dsconvert.models.tensor_table import SQUEEZE, Row, Table, renamed
 
 ORIGINAL, VL, HYBRID = (
     "MultiModalityCausalLM",
@@ -179,48 +180,55 @@ def _inside(name: str) -> str:
     return name.replace("model.", "model.language_model.", 1) if name.startswith("model.") else name
 
 
-LANGUAGE_ORIGINAL = Arch(
-    LLAMA.name,
-    (ORIGINAL,),
-    prefixed(LLAMA.table, "language_model."),
-    (*DROP, _VISION_PART[ORIGINAL]),
-    rope_factors,
-)
-LANGUAGE = Arch(
-    LLAMA.name,
-    (VL, HYBRID),
-    renamed(LLAMA.table, _inside),
-    (*DROP, _VISION_PART[VL]),
-    rope_factors,
-)
-TOWERS: dict[tuple[str, bool], Arch] = {
-    (ORIGINAL, False): Arch("clip", (), ORIGINAL_VL_TABLE, (*POOLING, _LANGUAGE_PART[ORIGINAL])),
-    (ORIGINAL, True): Arch(
-        "clip", (), ORIGINAL_HYBRID_TABLE, (*POOLING, *LAYER_NORMS, _LANGUAGE_PART[ORIGINAL])
-    ),
-    (VL, False): Arch("clip", (), VL_TABLE, (*UNUSED_HEAD, _LANGUAGE_PART[VL])),
-    (HYBRID, True): Arch("clip", (), HYBRID_TABLE, (*UNUSED_HEAD, _LANGUAGE_PART[VL])),
+TOWERS: dict[tuple[str, bool], Table] = {
+    (ORIGINAL, False): Table(ORIGINAL_VL_TABLE, (*POOLING, _LANGUAGE_PART[ORIGINAL])),
+    (ORIGINAL, True): Table(ORIGINAL_HYBRID_TABLE, (*POOLING, *LAYER_NORMS, _LANGUAGE_PART[ORIGINAL])),
+    (VL, False): Table(VL_TABLE, (*UNUSED_HEAD, _LANGUAGE_PART[VL])),
+    (HYBRID, True): Table(HYBRID_TABLE, (*UNUSED_HEAD, _LANGUAGE_PART[VL])),
 }
 UNUSED = (*POOLING, *LAYER_NORMS, *UNUSED_HEAD)
 _SPELLED = "model.vision_model.vision_model."  # as transformers 4 saved the tower
 
 
-def towers(architecture: str, hybrid: bool, names: Iterable[str]) -> Arch:
+def towers(architecture: str, hybrid: bool, names: Iterable[str]) -> Table:
     """The table of a checkpoint's towers and aligner, in the spelling that its tensor names have.
 
     Raises KeyError for a class without towers.
     """
-    arch = TOWERS[architecture, hybrid]
+    table = TOWERS[architecture, hybrid]
     if not any(name.startswith(_SPELLED) for name in names):
-        return arch
-    return replace(arch, table=_respelled(arch.table))
+        return table
+    return replace(table, rows=_respelled(table.rows))
 
 
-def _respelled(table: tuple[Row, ...]) -> tuple[Row, ...]:
-    return renamed(table, lambda name: name.replace("model.vision_model.", _SPELLED, 1))
+def _respelled(rows: tuple[Row, ...]) -> tuple[Row, ...]:
+    return renamed(rows, lambda name: name.replace("model.vision_model.", _SPELLED, 1))
 
 
-def tower_tables(architecture: str) -> list[tuple[Row, ...]]:
-    """The tables that the towers of a class may have, in every spelling; none for a class without any."""
-    tables = [arch.table for (name, _), arch in TOWERS.items() if name == architecture]
-    return [*tables, *map(_respelled, tables)]
+def _every_spelling(architecture: str) -> tuple[tuple[Row, ...], ...]:
+    """The tables that the towers of a class may have."""
+    tables = [table.rows for (name, _), table in TOWERS.items() if name == architecture]
+    return (*tables, *map(_respelled, tables))
+
+
+LANGUAGE_ORIGINAL = mounted(
+    LLAMA,
+    ORIGINAL,
+    "multi_modality",
+    Mount(LLAMA, "language_config", lambda name: "language_model." + name, tied_outside=False),
+    drop=(_VISION_PART[ORIGINAL],),
+    beside=_every_spelling(ORIGINAL),
+)
+LANGUAGE, LANGUAGE_HYBRID = (
+    mounted(
+        LLAMA,
+        name,
+        model_type,
+        Mount(LLAMA, "text_config", _inside, tied_outside=True),
+        words=name.replace("ForConditionalGeneration", "Model"),
+        drop=(_VISION_PART[VL],),
+        beside=_every_spelling(name),
+    )
+    for name, model_type in ((VL, "deepseek_vl"), (HYBRID, "deepseek_vl_hybrid"))
+)
+ARCHITECTURES = (LANGUAGE_ORIGINAL, LANGUAGE, LANGUAGE_HYBRID)

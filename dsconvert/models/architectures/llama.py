@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from dsconvert.models.tensor_table import ROPE_K, ROPE_Q, Arch, Row, rope_factors
+from typing import TYPE_CHECKING
+
+from dsconvert.models.architecture import (
+    Architecture,
+    Keys,
+    TorchClasses,
+    check_full_attention,
+    head_keys,
+    usual_keys,
+)
+from dsconvert.models.rope import rope_factors
+from dsconvert.models.tensor_table import DROP, ROPE_K, ROPE_Q, Row, Table
+
+if TYPE_CHECKING:
+    from dsconvert.models.config import ModelConfig
 
 _BIAS = "attention_bias"
 _L = "model.layers.{i}."
 
-TABLE = (
+ROWS = (
     Row("model.embed_tokens.weight", "token_embd.weight", "embed", ("v", "d")),
     Row("model.norm.weight", "output_norm.weight", "norm", ("d",)),
     Row("lm_head.weight", "output.weight", "head", ("v", "d"), tied_to="model.embed_tokens.weight"),
@@ -30,13 +44,52 @@ TABLE = (
     Row(_L + "mlp.down_proj.bias", "blk.{i}.ffn_down.bias", "down", ("d",), when="mlp_bias"),
 )
 
-# What trainers and runtimes leave beside the weights, under any name: RoPE's and masks' buffers, scales of a
-# quantized KV cache, an engine's private state, the value head of a policy.
-DROP = (
-    r"(.+\.)?(inv_freq|original_inv_freq|cos_cached|sin_cached|masked_bias|position_ids|_extra_state)",
-    r"(.+\.)?self_attn\.(\w+\.)?(q|k|v|kv|prob)_(scale|zero_point)",
-    r"(.+\.)?self_attn\.[kv]_proj\.output_scale",
-    r"(.+\.)?(v_head|value_head)\..+",
-)
+# What transformers' LlamaConfig takes for a key that is absent; original DeepSeek-VL files rely on it.
+DEFAULTS = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "vocab_size": 32000,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+}
 
-LLAMA = Arch("llama", ("LlamaForCausalLM",), TABLE, DROP, rope_factors)
+
+def torch_classes() -> TorchClasses:
+    from transformers import LlamaConfig
+    from transformers.models.llama import modeling_llama as model
+
+    return TorchClasses(LlamaConfig, model.LlamaDecoderLayer, model.LlamaRotaryEmbedding, model.LlamaRMSNorm)
+
+
+def gguf_keys(config: ModelConfig) -> Keys:
+    return {
+        **usual_keys(config),
+        "rope.dimension_count": ("uint32", config.head_dim),
+        "vocab_size": ("uint32", config.vocab_size),
+        **head_keys(config),
+    }
+
+
+LLAMA = Architecture(
+    hf_class="LlamaForCausalLM",
+    model_type="llama",
+    gguf="llama",
+    table=Table(ROWS, DROP),
+    defaults=DEFAULTS,
+    check=check_full_attention,
+    torch_classes=torch_classes,
+    gguf_keys=gguf_keys,
+    # LLaMAForCausalLM, FSDPLlamaForCausalLM, LlamaModel and the like: wrappers' and old converters' words.
+    words=r"\w*llama(ForCausalLM|Model|LMHeadModel)",
+    derived=rope_factors,
+    # Llama 2 70B's shape.
+    wide_values=lambda config: config.layers == 80 and config.heads != config.kv_heads,
+)
+ARCHITECTURES = (LLAMA,)

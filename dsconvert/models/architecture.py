@@ -1,0 +1,140 @@
+"""What dsconvert knows of an architecture: one of these, and one file in `architectures/`, for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dsconvert.models.tensor_table import SOLVE_ORDER, Role, Row, Table, renamed
+from dsconvert.models.values import UNSET, Values
+
+if TYPE_CHECKING:
+    from dsconvert.models.config import ModelConfig
+
+Keys = dict[str, tuple[str, Any]]
+Tensors = dict[str, npt.NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class TorchClasses:
+    """transformers' own classes of a decoder: its config, layer, RoPE and norm."""
+
+    config: Any
+    layer: Any
+    rotary: Any
+    norm: Any
+
+
+@dataclass(frozen=True)
+class Mount:
+    """Where a bigger model keeps its decoder: the key of config.json, and the name of the decoder's tensor.
+
+    With `tied_outside` the whole model's config says whether the head is the embedding, by default it is.
+    """
+
+    decoder: Architecture
+    key: str
+    inside: Callable[[str], str]
+    tied_outside: bool
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """An architecture, found by its Hugging Face class or by the name that its GGUF files state.
+
+    `words` is a pattern of other names for the class, case aside. `defaults` are what transformers' config
+    class takes for absent keys; a flag that is not among them is not read by the class. `check` raises
+    CheckpointError for a config that says more than the table can. `gguf_keys` come without the prefix,
+    `derived` are the float32 tensors that a GGUF file needs and no checkpoint holds. `torch_classes` imports
+    transformers, `numpy_block` says whether the decoder's numpy block computes the same. `groups` are the
+    linears in the order in which they are solved. `wide_values` tells of the shape of which llama-quantize
+    gives attn_v more bits. `mount` is set for a decoder inside a bigger model, `beside` are the tables that
+    its other parts may have.
+    """
+
+    hf_class: str
+    model_type: str
+    gguf: str
+    table: Table
+    defaults: Mapping[str, Any]
+    check: Callable[[Values], None]
+    torch_classes: Callable[[], TorchClasses]
+    gguf_keys: Callable[[ModelConfig], Keys]
+    words: str = ""
+    derived: Callable[[ModelConfig], Tensors] = lambda config: {}
+    wide_values: Callable[[ModelConfig], bool] = lambda config: False
+    numpy_block: bool = True
+    groups: tuple[Role, ...] = SOLVE_ORDER
+    mount: Mount | None = None
+    beside: tuple[tuple[Row, ...], ...] = ()
+
+    @property
+    def decoder(self) -> Architecture:
+        """The architecture of the decoder alone."""
+        return self.mount.decoder if self.mount else self
+
+
+def mounted(
+    decoder: Architecture,
+    hf_class: str,
+    model_type: str,
+    mount: Mount,
+    *,
+    words: str = "",
+    drop: tuple[str, ...] = (),
+    beside: tuple[tuple[Row, ...], ...] = (),
+) -> Architecture:
+    """A bigger model with this decoder; `drop` are patterns of its other parts' tensors."""
+    table = Table(renamed(decoder.table.rows, mount.inside), (*decoder.table.drop, *drop))
+    return replace(
+        decoder,
+        hf_class=hf_class,
+        model_type=model_type,
+        words=words,
+        table=table,
+        mount=mount,
+        beside=beside,
+    )
+
+
+def usual_keys(config: ModelConfig) -> Keys:
+    """The keys of a GGUF file that llama.cpp reads of every decoder."""
+    return {
+        "block_count": ("uint32", config.layers),
+        "context_length": ("uint32", config.context_length),
+        "embedding_length": ("uint32", config.hidden_size),
+        "feed_forward_length": ("uint32", config.intermediate_size),
+        "attention.head_count": ("uint32", config.heads),
+        "attention.head_count_kv": ("uint32", config.kv_heads),
+        "attention.layer_norm_rms_epsilon": ("float32", config.norm_eps),
+        "rope.freq_base": ("float32", config.rope_theta),
+    }
+
+
+def head_keys(config: ModelConfig) -> Keys:
+    """The keys on a head's size where config.json states one."""
+    sizes = ("attention.key_length", "attention.value_length") if config.explicit_head_dim else ()
+    return dict.fromkeys(sizes, ("uint32", config.head_dim))
+
+
+def check_full_attention(get: Values, window: str = "sliding_window") -> None:
+    """See that every position attends to all before it; `window` is the key of a window, "" for none.
+
+    Raises CheckpointError that names the key.
+    """
+    context = get.size("max_position_embeddings")
+    for key in filter(None, (window, "attention_chunk_size")):
+        value = get.raw.get(key, get.defaults.get(key))
+        if value is not None and get.over({key: value}).size(key) < context:
+            raise get.wrong(key, f"is {value}, and this layout attends to all of {context} tokens", UNSET)
+    types = get.raw.get("layer_types")
+    if types is not None and (not isinstance(types, list) or any(kind != "full_attention" for kind in types)):
+        raise get.wrong("layer_types", "names other layers than full_attention, the only ones of this layout")
+    if get.raw.get("is_causal", True) is not True:
+        raise get.wrong("is_causal", "is not true, and this layout attends to what came before only")
+    if get.raw.get("per_layer_config") is not None:
+        raise get.wrong("per_layer_config", "gives layers numbers of their own, and here they share theirs")
