@@ -1,0 +1,189 @@
+"""Each architecture by tiny models of transformers' own class: GGUF, GPTQ, EXL2, and what configs mean."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import tiny_families
+from click.testing import CliRunner
+from tiny_families import FAMILIES
+
+from converters.gguf.convert import convert
+from converters.gguf.output import Options
+from converters.gguf.parse import open_gguf
+from dsconvert.cli import cli
+from dsconvert.models.architectures import ARCHITECTURES
+
+TOKENS = 300
+LIMIT = 1e-9
+CALIB = ("--calib", "builtin", "--calib-samples", "8", "--calib-len", "128")
+# Of a random model's tokens, all nearly as likely, rounding moves the first: every other check is run.
+RANDOM = ("--min-top1", "0")
+# The keys that llama.cpp's converter writes of a model, without the prefix, beside the usual ones.
+USUAL = {
+    "block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
+    "attention.head_count_kv", "attention.layer_norm_rms_epsilon", "rope.freq_base",
+}  # fmt: skip
+HEAD = {"attention.key_length", "attention.value_length"}
+# By family: the architecture in the file, its further keys, whether q and k have adjacent pairs.
+FILES: dict[str, tuple[str, set[str], bool]] = {
+    "llama": ("llama", {"rope.dimension_count", "vocab_size", *HEAD}, True),
+}
+
+
+def command(*words: object) -> str:
+    done = CliRunner().invoke(cli, [*map(str, words)])
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("families")
+    return {name: tiny_families.checkpoint(folder / name, name) for name in FAMILIES}
+
+
+def file_of(model: Path, out: Path, quant: str = "f32") -> Path:
+    list(convert(Options(str(model), (quant,), out, verify="off", force=True)))
+    return out
+
+
+def token_ids() -> npt.NDArray[np.int64]:
+    return np.random.default_rng(7).integers(20, 1900, TOKENS)
+
+
+def logits(model: Path) -> npt.NDArray[np.float64]:
+    """transformers' own, of the folder as it is."""
+    import torch
+    import transformers
+
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    with torch.no_grad():
+        found = loaded(torch.from_numpy(token_ids())[None]).logits[0]
+    return np.asarray(found.numpy(), np.float64)
+
+
+def divergence(base: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> float:
+    """Mean KL over all positions of two arrays of logits [tokens, vocab]."""
+    logs = [x - x.max(-1, keepdims=True) for x in (base, other)]
+    logs = [x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in logs]
+    return float((np.exp(logs[0]) * (logs[0] - logs[1])).sum(-1).mean())
+
+
+def measured(model: Path, out: Path) -> float:
+    """The divergence of llama.cpp on our f32 file from transformers on the folder."""
+    from dsconvert.runtimes.llamacpp import Engine
+
+    with Engine(file_of(model, out), n_ctx=TOKENS, threads=1) as engine:
+        return divergence(logits(model), np.asarray(engine.logits(token_ids()), np.float64))
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("xllamacpp") is None, reason="needs llama.cpp: pip install xllamacpp"
+)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_llama_cpp_computes_what_transformers_does(name: str, tied: bool, tmp_path: Path) -> None:
+    model = tiny_families.checkpoint(tmp_path / "model", name, tie_word_embeddings=tied)
+    assert measured(model, tmp_path / "x.gguf") < LIMIT
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_tensor_and_key_is_as_llama_cpp_has_it(
+    name: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    kind, keys, pairs = FILES[name]
+    model = tiny_families.random_model(name)
+    arrays = {key: p.detach().numpy() for key, p in model.named_parameters()}
+    expected = tiny_families.stored(arrays, model.model.layers[0].self_attn.head_dim if pairs else 0)
+    file = open_gguf(file_of(models[name], tmp_path / "x.gguf"))
+    assert set(file.tensors) == set(expected)
+    for tensor, array in expected.items():
+        assert file.tensors[tensor].float32().tobytes() == np.ascontiguousarray(array).tobytes(), tensor
+    assert file.keys["general.architecture"] == kind
+    own = {key.removeprefix(f"{kind}.") for key in file.keys if key.startswith(f"{kind}.")}
+    assert own == USUAL | keys
+    head_dim = model.model.layers[0].self_attn.head_dim
+    assert all(file.keys[f"{kind}.{key}"] == head_dim for key in keys & HEAD)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_defaults_are_those_of_the_config_class(name: str) -> None:
+    """Each key of ours, and no size or flag that the class has one for and we do not."""
+    pytest.importorskip("transformers")
+    architecture = ARCHITECTURES[name].decoder
+    library, ours = architecture.torch_classes().config, architecture.defaults
+    stated = {key: value for key, value in ours.items() if key != "rope_theta"}
+    assert {key: getattr(library, key) for key in stated} == stated
+    assert library().rope_parameters["rope_theta"] == ours["rope_theta"]
+    for key in ("num_key_value_heads", "head_dim", "attention_bias", "mlp_bias", "use_sliding_window"):
+        assert key in ours or getattr(library, key, None) is None, key
+
+
+@pytest.mark.parametrize("quant", ["q8_0", "q4_k_m", "q2_k", "iq4_xs"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_files_are_proven(name: str, quant: str, models: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "x.gguf"
+    weighted = CALIB if quant == "iq4_xs" else ()
+    command("gguf", models[name], "-q", quant, "-o", out, "--verify", "off", "--quiet", *weighted)
+    command("compare", out, "--against", models[name], *RANDOM)
+    assert FILES[name][0] in command("inspect", out)
+
+
+@pytest.mark.parametrize(
+    "words", [("gptq", "--bits", "8", "--group-size", "32"), ("exl2", "--bpw", "8", "--head-bits", "16")]
+)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_folders_are_proven_and_name_their_class(
+    name: str, words: tuple[str, ...], models: dict[str, Path], tmp_path: Path
+) -> None:
+    import torch
+    import transformers
+
+    from dsconvert.models.config import load_json
+
+    out = tmp_path / "out"
+    command(*words, models[name], "--out", out, *CALIB, "--verify", "off", "--quiet")
+    command("verify", out, "--against", models[name], "--quiet", *RANDOM)
+    raw = load_json(out / "config.json")
+    assert raw["architectures"] == [FAMILIES[name][0]]
+    del raw["quantization_config"]
+    config = transformers.AutoConfig.for_model(**raw)
+    with torch.device("meta"):
+        theirs = getattr(transformers, FAMILIES[name][0])(config).state_dict()
+    if words[0] == "gptq":
+        from converters.gptq.reader import open_model
+    else:
+        from converters.exl2.reader import open_model  # type: ignore[assignment]
+    ours: Any = open_model(out)
+    assert {key: tuple(value.shape) for key, value in theirs.items()} == dict(ours.shapes())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_importance_matrix_is_made(name: str, models: dict[str, Path], tmp_path: Path) -> None:
+    command("imatrix", models[name], *CALIB, "--outfile", tmp_path / "i.gguf", "--quiet")
+    names = set(open_gguf(tmp_path / "i.gguf").tensors)
+    assert {f"blk.{i}.attn_q.weight.in_sum2" for i in range(3)} <= names
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_class_is_recognised(name: str) -> None:
+    """By the model type alone, by its inner class and by wrappers' words."""
+    from dsconvert.models.model_class import model_class
+
+    kind = FAMILIES[name][0]
+    inner = kind.replace("ForCausalLM", "Model")
+    for raw in (
+        {"model_type": name},
+        {"architectures": [inner], "model_type": name},
+        {"architectures": [inner]},
+        {"architectures": [f"FSDP{kind}"], "model_type": name},
+        {"architectures": [kind, "PeftModel"], "model_type": name},
+    ):
+        assert model_class(raw).name == kind, raw
