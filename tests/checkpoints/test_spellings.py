@@ -24,6 +24,7 @@ from dsconvert.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from dsconvert.cli import cli
 from dsconvert.errors import ConversionError, UsageError
 from dsconvert.events import Warn
+from dsconvert.models.architectures import ARCHITECTURES
 from dsconvert.models.config import load_config
 from dsconvert.models.model_class import BY_TYPE, model_class
 
@@ -299,12 +300,17 @@ def other_head(m: Model) -> None:
     m.tensors[HEAD] = m.tensors[EMBED][::-1].copy()
 
 
+def mistral(m: Model) -> None:
+    m.config.update(architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=None)
+
+
 LOADED: dict[str, tuple[Callable[[], Model], Change]] = {
     "head only": (lambda: plain(tied=True), only_head),
     "a tied flag and two that differ": (lambda: plain(tied=True), other_head),
     "the inner class": (lambda: plain(tied=True), inner_class),
     "the inner class with a head": (plain, inner_class),
     "no bias on o": (biased, lambda m: None),
+    "Mistral": (plain, mistral),
     "no architectures": (plain, lambda m: m.config.update(architectures=[])),
     "an old converter's name": (plain, lambda m: m.config.update(architectures=["LLaMAForCausalLM"])),
     "swish": (plain, lambda m: m.config.update(hidden_act="swish")),
@@ -374,6 +380,12 @@ def test_a_bias_on_o_in_one_layer_only_is_refused(tmp_path: Path) -> None:
         ({"architectures": ["LlamaModel"]}, "read as LlamaForCausalLM"),
         ({"architectures": ["LlamaForCausalLM", "PeftModel"]}, "read as LlamaForCausalLM"),
         ({"hidden_act": "swish"}, ""),
+        ({"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None}, ""),
+        ({"architectures": ["MistralForCausalLM"], "model_type": "mistral"}, ""),  # 4096, and 512 tokens
+        (
+            {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "head_dim": 16},
+            "",
+        ),
     ],
 )
 def test_the_class_by_any_of_its_names_gives_the_plain_bytes(
@@ -397,6 +409,18 @@ def test_the_class_by_any_of_its_names_gives_the_plain_bytes(
         ({"architectures": ["MyLlamaForCausalLM"], "auto_map": {"AutoModel": "x.Y"}}, "has no table"),
         ({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}, "'Qwen2ForCausalLM' has no table"),
         ({"architectures": [], "model_type": "qwen2"}, "does not name one architecture"),
+        (
+            {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 256},
+            "sliding_window",
+        ),
+        (
+            {
+                "architectures": ["MistralForCausalLM"],
+                "model_type": "mistral",
+                "max_position_embeddings": 8192,
+            },
+            "sliding_window is 4096",
+        ),
     ],
 )
 def test_another_class_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
@@ -411,6 +435,16 @@ def test_the_classes_by_model_type_are_those_that_transformers_takes() -> None:
     taken = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES | auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     for kind in set(BY_TYPE) - {"multi_modality"}:  # the original code's own
         assert model_class({"model_type": kind}).name == taken[kind]
+
+
+def test_absent_keys_of_a_mistral_config_are_transformers_defaults() -> None:
+    from transformers import LlamaConfig, MistralConfig
+
+    config, other = MistralConfig(), LlamaConfig()
+    for key, value in ARCHITECTURES["MistralForCausalLM"].defaults.items():
+        if key != "rope_theta":
+            assert getattr(config, key) == value, key
+    assert config.rope_parameters == other.rope_parameters
 
 
 # --- a statement of quantization that the weights do not keep --------------------------------------------

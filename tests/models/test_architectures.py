@@ -33,6 +33,7 @@ HEAD = {"attention.key_length", "attention.value_length"}
 # By family: the architecture in the file, its further keys, whether q and k have adjacent pairs.
 FILES: dict[str, tuple[str, set[str], bool]] = {
     "llama": ("llama", {"rope.dimension_count", "vocab_size", *HEAD}, True),
+    "mistral": ("llama", {"rope.dimension_count", "vocab_size", *HEAD}, True),
 }
 
 

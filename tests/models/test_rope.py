@@ -356,3 +356,23 @@ def test_every_sub_key_of_yarn_is_read(form: dict[str, Any], head_dim: int) -> N
     config = normalise(raw, "config.json")
     llama = library_config(config)
     same(numbers_of(config, llama, open_rotary(config, llama, CPU)), wanted)
+
+
+def test_a_mistral_is_read_as_its_own_class_does() -> None:
+    """Its absent keys have other defaults, and its RoPE is Llama's."""
+    from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
+
+    raw = {
+        "architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_size": 128,
+        "num_attention_heads": 8, "sliding_window": None,
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192},
+    }  # fmt: skip
+    config = normalise(raw, "config.json")
+    theirs = transformers.MistralConfig(**copy.deepcopy(raw))
+    wanted = numbers_of(config, theirs, MistralRotaryEmbedding(config=theirs))
+    same(numbers(config), wanted)
+    llama = library_config(config)
+    same(numbers_of(config, llama, open_rotary(config, llama, CPU)), wanted)
+    assert config.intermediate_size == theirs.intermediate_size == llama.intermediate_size
+    with pytest.raises(CheckpointError, match="sliding_window"):  # 4096 where it is absent
+        normalise({k: v for k, v in raw.items() if k != "sliding_window"}, "config.json")
