@@ -47,6 +47,10 @@ def scaling_keys(config: ModelConfig, architecture: Architecture) -> Keys:
         ratio = attention / magnitude(scaling.factor)
         if not math.isclose(ratio, 1.0, rel_tol=SAME):
             keys["rope.scaling.attn_factor"] = ("float32", ratio)
+        if (
+            scaling.unread_factor is not None
+        ):  # as llama.cpp's converter writes it; no runtime of it goes by it
+            keys["rope.scaling.yarn_attn_factor"] = ("float32", scaling.unread_factor)
     return keys
 
 

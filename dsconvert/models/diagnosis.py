@@ -81,8 +81,8 @@ HEADLESS = (
     "the checkpoint again with its head"
 )
 UNBIASED = (
-    'If the model was trained without them, set "attention_bias" or "mlp_bias" to false in config.json; else '
-    "fetch the shards again"
+    'If the model was trained without them, name its class in config.json, or set "attention_bias" or '
+    '"mlp_bias" to false there; else fetch the shards again'
 )
 # The keys of config.json that give a dimension of the tables its size.
 KEYS = {"v": "vocab_size", "ff": "intermediate_size"}
@@ -133,7 +133,7 @@ def unfit(missing: Sequence[str], unknown: Sequence[str], heads: Collection[str]
         if any(re.fullmatch(form.pattern, name) for name in unknown):
             return form.what, form.hint
     if missing and not unknown and all(name.endswith(".bias") for name in missing):
-        return "lack biases that config.json states", UNBIASED
+        return "lack biases that config.json or its class states", UNBIASED
     if len(missing) == 1 and missing[0] in heads and not unknown:
         return "", HEADLESS
     return "", USUAL

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 KEYS = ("rope_scaling", "rope_parameters")  # the first that says anything counts, and the other is not read
 ROPE_TYPES = ("linear", "dynamic", "yarn", "llama3")
 FAST, SLOW = 32.0, 1.0  # turns within the original context between which YaRN blends
+UNREAD = "attn_factor"  # of a total factor, as vLLM takes it
 ORIGINAL = "original_max_position_embeddings"
 
 
@@ -25,8 +26,9 @@ ORIGINAL = "original_max_position_embeddings"
 class RopeScaling:
     """RoPE scaling; `type` is one of ROPE_TYPES, or in a GGUF file read back "none".
 
-    `attention_factor` is the factor on cosines and sines, None for the type's own. `factors` are divisors of
-    each frequency, which a GGUF file holds in place of "llama3".
+    `attention_factor` is the factor on cosines and sines, None for the type's own. `unread_factor` is
+    `attn_factor`, which neither transformers nor llama.cpp goes by. `factors` are divisors of each frequency,
+    which a GGUF file holds in place of "llama3".
     """
 
     type: str
@@ -38,6 +40,7 @@ class RopeScaling:
     beta_fast: float = FAST
     beta_slow: float = SLOW
     truncate: bool = True
+    unread_factor: float | None = None
     factors: tuple[float, ...] = ()
 
 
@@ -159,7 +162,15 @@ def _yarn(raw: Mapping[str, Any], inner: Values) -> tuple[RopeScaling, tuple[str
         "yarn", factor, original, attention_factor=attention,
         beta_fast=beta_fast, beta_slow=beta_slow, truncate=bool(stated.get("truncate", True)),
     )  # fmt: skip
-    return scaling, notes
+    if attention is not None or stated.get(UNREAD) is None:
+        return scaling, notes
+    meant = mscale(factor) * inner.number(UNREAD)
+    note = (
+        f"config.json states {UNREAD} {inner.number(UNREAD):g} of yarn, which neither transformers nor "
+        f"llama.cpp goes by: they scale cosines and sines by {mscale(factor):.4g}, and a runtime that reads "
+        f"it by {meant:.4g}"
+    )
+    return replace(scaling, unread_factor=inner.number(UNREAD)), (*notes, note)
 
 
 def mscale(factor: float, weight: float = 1.0) -> float:

@@ -407,8 +407,11 @@ def test_the_class_by_any_of_its_names_gives_the_plain_bytes(
             "'LlamaForSequenceClassification' has no table",
         ),
         ({"architectures": ["MyLlamaForCausalLM"], "auto_map": {"AutoModel": "x.Y"}}, "has no table"),
-        ({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}, "'Qwen2ForCausalLM' has no table"),
-        ({"architectures": [], "model_type": "qwen2"}, "does not name one architecture"),
+        (
+            {"architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe"},
+            "'Qwen2MoeForCausalLM' has no",
+        ),
+        ({"architectures": [], "model_type": "qwen2_moe"}, "does not name one architecture"),
         (
             {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 256},
             "sliding_window",

@@ -130,7 +130,7 @@ def projector(tmp_path_factory: pytest.TempPathFactory) -> GGUFFile:
     return open_gguf(out.with_name("mmproj-text.gguf"))
 
 
-CLASS = "Qwen2ForCausalLM"
+CLASS = "Qwen2MoeForCausalLM"
 
 
 def of_another_class(folder: Path, out: Path) -> Path:

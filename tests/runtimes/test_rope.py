@@ -49,6 +49,7 @@ CARRIED: dict[str, dict[str, Any]] = {
         "rope_scaling": {"rope_type": "yarn", "factor": 4.0},
         "original_max_position_embeddings": 256,
     },
+    "yarn, attn_factor, unread": {"rope_scaling": {**YARN, "attn_factor": 0.8782488562869419}},
     "yarn, factor null": {"rope_scaling": {**YARN, "factor": None}},
     "yarn, factor 1": {"rope_scaling": {**YARN, "factor": 1.0}},
     "yarn, attention_factor 1": {"rope_scaling": {**YARN, "attention_factor": 1.0}},
@@ -203,3 +204,15 @@ def test_what_a_file_cannot_say_is_refused_by_name(form: str, tmp_path: Path) ->
     assert "config.json" in str(caught.value)
     assert caught.value.hint
     assert not (tmp_path / "model.gguf").exists()
+
+
+def test_a_factor_that_is_not_gone_by_is_written_and_told(tmp_path: Path) -> None:
+    from converters.gguf.parse import open_gguf
+    from dsconvert.events import Warn
+
+    model = folder(tmp_path / "model", CARRIED["yarn, attn_factor, unread"])
+    told = [e.text for e in converted(model, tmp_path / "x.gguf") if isinstance(e, Warn)]
+    assert any("attn_factor 0.878249 of yarn" in text and "by 1.139, " in text for text in told), told
+    keys = open_gguf(tmp_path / "x.gguf").keys
+    assert keys["llama.rope.scaling.yarn_attn_factor"] == pytest.approx(0.8782488562869419)
+    assert "llama.rope.scaling.attn_factor" not in keys
