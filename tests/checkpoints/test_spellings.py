@@ -379,6 +379,7 @@ def test_a_bias_on_o_in_one_layer_only_is_refused(tmp_path: Path) -> None:
         ({"architectures": ["FSDPLlamaForCausalLM"]}, "read as LlamaForCausalLM"),
         ({"architectures": ["LlamaModel"]}, "read as LlamaForCausalLM"),
         ({"architectures": ["LlamaForCausalLM", "PeftModel"]}, "read as LlamaForCausalLM"),
+        ({"architectures": ["Qwen2ForCausalLM"]}, "read as LlamaForCausalLM"),  # its model type is llama
         ({"hidden_act": "swish"}, ""),
         ({"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None}, ""),
         ({"architectures": ["MistralForCausalLM"], "model_type": "mistral"}, ""),  # 4096, and 512 tokens

@@ -17,7 +17,10 @@ from converters.gguf.convert import convert
 from converters.gguf.output import Options
 from converters.gguf.parse import open_gguf
 from dsconvert.cli import cli
+from dsconvert.errors import CheckpointError, PlanError
 from dsconvert.models.architectures import ARCHITECTURES
+from dsconvert.models.config import normalise
+from dsconvert.models.tensor_table import plan
 
 TOKENS = 300
 LIMIT = 1e-9
@@ -33,6 +36,7 @@ HEAD = {"attention.key_length", "attention.value_length"}
 # By family: the architecture in the file, its further keys, whether q and k have adjacent pairs.
 FILES: dict[str, tuple[str, set[str], bool]] = {
     "llama": ("llama", {"rope.dimension_count", "vocab_size", *HEAD}, True),
+    "qwen2": ("qwen2", set(), False),
     "mistral": ("llama", {"rope.dimension_count", "vocab_size", *HEAD}, True),
 }
 
@@ -188,3 +192,76 @@ def test_the_class_is_recognised(name: str) -> None:
         {"architectures": [kind, "PeftModel"], "model_type": name},
     ):
         assert model_class(raw).name == kind, raw
+
+
+def config(name: str, **changes: Any) -> Any:
+    kind, keys = FAMILIES[name]
+    raw = {"architectures": [kind], "model_type": name, **tiny_families.SIZES, **keys, **changes}
+    return normalise(raw, "config.json")
+
+
+WINDOW = {"use_sliding_window": True, "sliding_window": 128}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({**WINDOW, "max_window_layers": 2}, "sliding_window is 128"),
+        ({**WINDOW, "max_window_layers": 0}, "sliding_window is 128"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types names other layers"),
+        ({"use_sliding_window": 1}, "use_sliding_window is"),
+    ],
+)
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name.startswith("qwen")])
+def test_a_window_that_counts_is_refused(name: str, changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(CheckpointError, match=told):
+        config(name, **changes)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name.startswith("qwen")])
+def test_a_window_that_counts_in_no_layer_is_none(name: str) -> None:
+    plain = config(name)
+    assert config(name, sliding_window=128) == plain
+    assert config(name, use_sliding_window=False, sliding_window=None, max_window_layers=0) == plain
+    assert config(name, **WINDOW, max_window_layers=3) == plain  # as many as there are
+    assert config(name, use_sliding_window=True, sliding_window=1024, max_window_layers=0) == plain
+
+
+def test_a_bias_of_qwen2_that_is_missing_in_one_layer_is_named() -> None:
+    shapes = {name: tuple(p.shape) for name, p in tiny_families.random_model("qwen2").named_parameters()}
+    table = ARCHITECTURES["Qwen2ForCausalLM"].table
+    assert plan(table, config("qwen2"), shapes)
+    del shapes["model.layers.1.self_attn.k_proj.bias"]
+    with pytest.raises(PlanError, match=r"1 missing: 'model.layers.1.self_attn.k_proj.bias'"):
+        plan(table, config("qwen2"), shapes)
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type"),
+    [("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl"), ("Qwen2MoeForCausalLM", "qwen2_moe")],
+)
+def test_a_relative_is_refused_by_its_own_name(name: str, model_type: str) -> None:
+    with pytest.raises(CheckpointError, match=f"'{name}' has no table"):
+        normalise({"architectures": [name], "model_type": model_type, **tiny_families.SIZES}, "config.json")
+
+
+@pytest.mark.parametrize(("name", "raised"), [("llama", (False, True)), ("qwen2", (True, True))])
+def test_attn_v_is_raised_in_the_shape_that_llama_quantize_knows(
+    name: str, raised: tuple[bool, bool]
+) -> None:
+    """For as many heads of keys as of queries, and for fewer."""
+    wide = ARCHITECTURES[FAMILIES[name][0]].wide_values
+    assert raised == tuple(wide(config(name, num_hidden_layers=80, num_key_value_heads=n)) for n in (4, 2))
+    assert not wide(config(name, num_hidden_layers=79))
+
+
+def test_factors_of_frequencies_have_no_place_in_a_file_of_qwen2(tmp_path: Path) -> None:
+    """llama.cpp reads rope_freqs.weight of a Llama only; a folder keeps the scaling."""
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling = {**scaling, "original_max_position_embeddings": 256, "rope_theta": 1e6}
+    model = tiny_families.checkpoint(tmp_path / "model", "qwen2", {"rope_parameters": scaling})
+    with pytest.raises(CheckpointError, match="'llama3' cannot be written"):
+        file_of(model, tmp_path / "x.gguf")
+    command(
+        "gptq", model, "--out", tmp_path / "o", *CALIB, "--group-size", "32", "--verify", "off", "--quiet"
+    )
