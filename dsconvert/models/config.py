@@ -75,6 +75,7 @@ class ModelConfig:
             "q": self.heads * self.head_dim,
             "kv": self.kv_heads * self.head_dim,
             "v": self.vocab_size,
+            "hd": self.head_dim,
             "layers": self.layers,
         }
 
