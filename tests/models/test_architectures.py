@@ -37,6 +37,7 @@ HEAD = {"attention.key_length", "attention.value_length"}
 FILES: dict[str, tuple[str, set[str], bool]] = {
     "llama": ("llama", {"rope.dimension_count", "vocab_size", *HEAD}, True),
     "qwen2": ("qwen2", set(), False),
+    "qwen3": ("qwen3", HEAD, False),
     "mistral": ("llama", {"rope.dimension_count", "vocab_size", *HEAD}, True),
 }
 
@@ -238,14 +239,20 @@ def test_a_bias_of_qwen2_that_is_missing_in_one_layer_is_named() -> None:
 
 @pytest.mark.parametrize(
     ("name", "model_type"),
-    [("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl"), ("Qwen2MoeForCausalLM", "qwen2_moe")],
+    [
+        ("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl"),
+        ("Qwen2MoeForCausalLM", "qwen2_moe"),
+        ("Qwen3MoeForCausalLM", "qwen3_moe"),
+    ],
 )
 def test_a_relative_is_refused_by_its_own_name(name: str, model_type: str) -> None:
     with pytest.raises(CheckpointError, match=f"'{name}' has no table"):
         normalise({"architectures": [name], "model_type": model_type, **tiny_families.SIZES}, "config.json")
 
 
-@pytest.mark.parametrize(("name", "raised"), [("llama", (False, True)), ("qwen2", (True, True))])
+@pytest.mark.parametrize(
+    ("name", "raised"), [("llama", (False, True)), ("qwen2", (True, True)), ("qwen3", (False, False))]
+)
 def test_attn_v_is_raised_in_the_shape_that_llama_quantize_knows(
     name: str, raised: tuple[bool, bool]
 ) -> None:
@@ -253,6 +260,25 @@ def test_attn_v_is_raised_in_the_shape_that_llama_quantize_knows(
     wide = ARCHITECTURES[FAMILIES[name][0]].wide_values
     assert raised == tuple(wide(config(name, num_hidden_layers=80, num_key_value_heads=n)) for n in (4, 2))
     assert not wide(config(name, num_hidden_layers=79))
+
+
+def test_biases_that_no_file_of_qwen3_holds_are_refused() -> None:
+    with pytest.raises(CheckpointError, match="attention_bias is true"):
+        config("qwen3", attention_bias=True)
+
+
+def test_r1_0528_qwen3_is_read_as_published(tmp_path: Path) -> None:
+    """Its yarn's attn_factor is gone by neither in transformers nor in llama.cpp, and is told."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256, "rope_theta": 1e6}
+    yarn |= {"attn_factor": 0.8782488562869419}
+    found = config("qwen3", rope_theta=1e6, rope_scaling=yarn)
+    assert any("attn_factor 0.878249" in note for note in found.notes)
+    assert config("qwen3", head_dim=None).head_dim == 64
+    raw = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+    assert normalise(raw, "config.json").head_dim == 128
+    if importlib.util.find_spec("xllamacpp") is not None:
+        model = tiny_families.checkpoint(tmp_path / "model", "qwen3", {"rope_parameters": yarn})
+        assert measured(model, tmp_path / "x.gguf") < LIMIT
 
 
 def test_factors_of_frequencies_have_no_place_in_a_file_of_qwen2(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ SIZES: dict[str, Any] = {
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", {}),
     "qwen2": ("Qwen2ForCausalLM", {"rope_theta": 1e6, "rms_norm_eps": 1e-5}),
+    "qwen3": ("Qwen3ForCausalLM", {"rope_theta": 1e6, "head_dim": 32}),
     "mistral": ("MistralForCausalLM", {"sliding_window": None, "head_dim": 32, "rope_theta": 1e6}),
 }
 # The tensors of a layer: Hugging Face name -> GGUF name, llama.cpp's table written out.
