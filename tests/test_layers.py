@@ -146,6 +146,19 @@ def test_the_page_on_the_architecture_shows_the_table() -> None:
     }
 
 
+def test_the_page_on_architectures_shows_a_real_file_and_every_field() -> None:
+    page = (ROOT / "docs" / "add-an-architecture.md").read_text(encoding="utf-8")
+    folder = ROOT / "dsconvert" / "models"
+    assert page.split("```python\n")[1].split("```")[0] == (folder / "architectures" / "qwen3.py").read_text(
+        "utf-8"
+    )
+    source = (
+        (folder / "architecture.py").read_text("utf-8").split("class Architecture:")[1].split("@property")[0]
+    )
+    fields = set(re.findall(r"^    (\w+): ", source, re.MULTILINE))
+    assert fields == set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", page, re.MULTILINE))))
+
+
 def test_the_page_on_the_architecture_prints_the_imports() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     code = page.split('python -c "', 1)[1].split('\n"\n', 1)[0]

@@ -11,12 +11,14 @@ import numpy.typing as npt
 import pytest
 import tiny_families
 from click.testing import CliRunner
+from random_llama import Memory
 from tiny_families import FAMILIES
 
 from converters.gguf.convert import convert
 from converters.gguf.output import Options
 from converters.gguf.parse import open_gguf
 from dsconvert.cli import cli
+from dsconvert.decoder import numpy_config, numpy_decoder
 from dsconvert.errors import CheckpointError, PlanError
 from dsconvert.models.architectures import ARCHITECTURES
 from dsconvert.models.config import normalise
@@ -169,6 +171,24 @@ def test_folders_are_proven_and_name_their_class(
         from converters.exl2.reader import open_model  # type: ignore[assignment]
     ours: Any = open_model(out)
     assert {key: tuple(value.shape) for key, value in theirs.items()} == dict(ours.shapes())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_numpy_decoder_computes_what_transformers_does(name: str) -> None:
+    import torch
+
+    model = tiny_families.random_model(name)
+    source = Memory({key: p.detach().numpy() for key, p in model.named_parameters()})
+    numbers, ids = numpy_config.numbers(config(name)), token_ids()[None, :40]
+    blocks, head = numpy_decoder.tensor_names(source, config(name))
+    hidden = source.float32(numpy_decoder.EMBED)[ids]
+    for block in blocks:
+        hidden = numpy_decoder.block(numbers, {a: source.float32(n) for a, n in block.items()}, hidden)
+    last = source.float32(numpy_decoder.NORM), source.float32(head)
+    found = numpy_decoder.logits(hidden[0], *last, numbers.norm_eps)
+    with torch.no_grad():
+        wanted = model(torch.from_numpy(ids)).logits[0].numpy()
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=5e-5)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

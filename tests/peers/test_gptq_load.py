@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+import tiny_families
 import tiny_vl
 from click.testing import CliRunner
 
@@ -46,7 +47,7 @@ def load(auto: str, folder: Path | str, backend: str | None = None) -> Any:
 
 
 def read_back(auto: str, source: Path, model: GPTQModel, half: bool) -> Any:
-    """transformers' plain model with the weights of our reader, the quantized ones rounded to float16."""
+    """transformers' plain model with the weights of our reader, those of its linears rounded to float16."""
     import torch
 
     plain = load(auto, source)
@@ -54,7 +55,7 @@ def read_back(auto: str, source: Path, model: GPTQModel, half: bool) -> Any:
     assert set(model.shapes()) <= set(state)
     for name in model.shapes():
         array = model.float32(name)
-        if half and model.dtype(name).startswith("gptq"):
+        if half and (model.dtype(name).startswith("gptq") or name.endswith("proj.bias")):
             array = array.astype(np.float16).astype(np.float32)
         state[name].copy_(torch.from_numpy(np.ascontiguousarray(array)))
     return plain
@@ -89,6 +90,14 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With biases and grouped heads."""
     folder = tmp_path_factory.mktemp("peers") / "model"
     return tiny.tiny_checkpoint(folder, d=128, ff=384, bias=True, shards=2)
+
+
+@pytest.mark.parametrize("family", tiny_families.FAMILIES)
+def test_every_architecture_loads_as_its_own_class(tmp_path: Path, family: str) -> None:
+    source = tiny_families.checkpoint(tmp_path / "source", family)
+    out = quantized(source, tmp_path / "out", "--bits", "4", "--group-size", "32")
+    assert type(load("AutoModelForCausalLM", out)).__name__ == tiny_families.FAMILIES[family][0]
+    held(apart("AutoModelForCausalLM", source, out, {"input_ids": ids(2048)}))
 
 
 OPTIONS = {
