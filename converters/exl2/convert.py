@@ -65,7 +65,7 @@ def measured_options(job: Job, begun: Run) -> Generator[Event, None, Measured]:
     tokens, seed = begun.calibration.tokens, job.run.calibration.seed
     measured = yield from measuring.measure(begun.decoder, tokens, begun.state, options.damp, seed, biased)
     if options.measurement is not None:
-        measuring.save(options.measurement, measured, job.model.linears)
+        measuring.save(options.measurement, measured, job.model.shapes)
         yield Step(f"wrote the measurement to {options.measurement}")
     return measured
 

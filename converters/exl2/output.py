@@ -44,7 +44,7 @@ class Choice:
 
     def stem(self, job: Job, name: str) -> str:
         """A linear's name in the output, without ".weight"."""
-        return HEAD_WEIGHT.removesuffix(".weight") if name == HEAD_WEIGHT else job.model.stem(name)
+        return HEAD_WEIGHT.removesuffix(".weight") if name == HEAD_WEIGHT else job.model.linears[name].stem
 
 
 def write(
@@ -65,7 +65,7 @@ def write(
         raw_config(job),
         {**pieces, **solved},
         quantization_settings(job, calibration, choice, fell_back),
-        extra={"measurement.json": measuring.as_file(measured, job.model.linears)},
+        extra={"measurement.json": measuring.as_file(measured, job.model.shapes)},
         beside={VISION: vision} if vision else {},
         naming=NAMING,
         force=job.run.force,

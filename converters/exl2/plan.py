@@ -74,7 +74,7 @@ class Job:
     @property
     def weights(self) -> int:
         """How many weights `bpw` is about: those of the blocks' linears."""
-        return sum(map(prod, self.model.linears.values()))
+        return sum(map(prod, self.model.shapes.values()))
 
     @property
     def budget(self) -> int:
@@ -99,7 +99,7 @@ class Job:
         return (
             (self.model.config.vocab_size, self.model.config.hidden_size)
             if name == HEAD_WEIGHT
-            else (self.model.linears[name])
+            else self.model.linears[name].shape
         )
 
     def biased(self, name: str) -> bool:
@@ -145,10 +145,10 @@ def prepare(options: Options) -> Job:
     out = output_folder(run, default_name(options, origin(folder, model.config)[1]))
     known = None
     if options.measurement is not None and look(options.measurement) is not None:
-        known = measure.load(options.measurement, model.linears)
+        known = measure.load(options.measurement, model.shapes)
     job = Job(options, model, tokenizer, known, out)
     head = {HEAD_WEIGHT: job.shape(HEAD_WEIGHT)} if job.head else {}
-    check_shapes({**model.linears, **head}, job.kept)
+    check_shapes({**model.shapes, **head}, job.kept)
     _check_budget(job)
     if options.measurement is not None and known is None:
         check_files([options.measurement], [0], force=False)
@@ -160,10 +160,11 @@ def prepare(options: Options) -> Job:
 def _check_budget(job: Job) -> None:
     """See that the bit rate lies between the least and the most that the settings can give."""
     least = most = 0
-    for name, (outputs, inputs) in job.model.linears.items():
+    for name, linear in job.model.linears.items():
+        outputs, inputs = linear.shape
         costs = [
             bits_of(inputs, outputs, groups_for(inputs, setting), job.biased(name))
-            for setting in settings_for(job.model.roles[name], inputs)
+            for setting in settings_for(linear.role, inputs)
         ]
         least, most = least + min(costs), most + max(costs)
     if not least <= job.budget <= most:

@@ -51,8 +51,8 @@ def describe(job: Job) -> Iterator[Event]:
         yield Step("written in transformers' layout; what no forward pass uses is left out")
     model, bits = job.model, job.options.bits
     rows = [
-        TensorPlan(model.names[name], name, shape, model.source.dtype(name), f"gptq{bits}", job.nbytes(name))
-        for name, shape in model.linears.items()
+        TensorPlan(linear.out, name, linear.shape, model.source.dtype(name), f"gptq{bits}", job.nbytes(name))
+        for name, linear in model.linears.items()
     ]
     for out, name in model.kept.items():
         tensor = model.checkpoint.tensors[name]
@@ -61,7 +61,7 @@ def describe(job: Job) -> Iterator[Event]:
         )
     quant = f"gptq {bits} bits, group {job.options.group_size}"
     yield Planned((str(job.out),), quant, tuple(rows), (job.total,), model.checkpoint.nbytes, "as it is")
-    for runtime, rule in refusing_runtimes(model.linears, job.layout).items():
+    for runtime, rule in refusing_runtimes(model.shapes, job.layout).items():
         yield Warn(f"{runtime} will not read this: {rule.partition(': ')[2]}")
     if job.options.lm_head:
         yield Warn(f"transformers will not read this: {HEAD_RULE}")
@@ -73,12 +73,12 @@ def format_of(job: Job, calibration: Calibration) -> Format:
 
     def solved(name: str, W: torch.Tensor, H: torch.Tensor) -> Coded:
         found = solve(W, H, options.solver)
-        return found, packed_of(found, options.bits).tensors(model.stem(name)), found.dequantized()
+        return found, packed_of(found, options.bits).tensors(model.linears[name].stem), found.dequantized()
 
     def restored(name: str, stored: Mapping[str, Stored]) -> torch.Tensor:
         import torch
 
-        stem = model.stem(name)
+        stem = model.linears[name].stem
         packed = packing.Packed(**{p: values(stored[f"{stem}.{p}"]) for p in packing.PARTS})
         return torch.from_numpy(packing.dequantize(packed, options.bits))
 

@@ -84,7 +84,7 @@ class Job:
 
     def nbytes(self, name: str) -> int:
         """Bytes of a linear in the output."""
-        (outputs, inputs), scheme = self.model.linears[name], self.options.solver.scheme
+        (outputs, inputs), scheme = self.model.linears[name].shape, self.options.solver.scheme
         shapes = stored_shapes("", outputs, inputs, scheme.groups(inputs), scheme.bits)
         return sum(STORED[kind] * prod(shape) for kind, shape in shapes.values())
 
@@ -106,7 +106,7 @@ def prepare(options: Options) -> Job:
         model = with_files(model, model.vision, tokenizer)
     out = output_folder(run, default_name(options, origin(folder, model.config)[1]))
     job = Job(options, model, tokenizer, out)
-    check_shapes(model.linears, job.layout)
+    check_shapes(model.shapes, job.layout)
     check_output(job, job.total)
     return job
 

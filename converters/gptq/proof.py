@@ -44,7 +44,7 @@ def prove(job: Job) -> Iterator[Event]:
 def check_structure(job: Job, model: GPTQModel) -> Check:
     """Names, shapes and types of the folder as read back are the planned ones."""
     bits, stored = job.options.bits, job.model.checkpoint.tensors
-    planned = {(job.model.names[name], shape, f"gptq{bits}") for name, shape in job.model.linears.items()}
+    planned = {(linear.out, linear.shape, f"gptq{bits}") for linear in job.model.linears.values()}
     planned |= {(out, stored[name].shape, stored[name].dtype) for out, name in job.model.kept.items()}
     found = {(name, shape, model.dtype(name)) for name, shape in model.shapes().items()}
     detail = f"{len(model.linears)} linears of {bits} bits, {len(job.model.kept)} tensors kept"

@@ -20,24 +20,38 @@ from dsconvert.vision.transformers_layout import has_original_layout, in_transfo
 
 
 @dataclass(frozen=True)
+class Linear:
+    """A linear that is quantized: its weight in the language model, and that weight's name in the output.
+
+    `shape` is [N, K], outputs and inputs; `role` is its place in the solve order.
+    """
+
+    name: str
+    out: str
+    shape: tuple[int, ...]
+    role: str
+
+    @property
+    def stem(self) -> str:
+        """The linear's own name in the output, without ".weight"."""
+        return self.out.removesuffix(".weight")
+
+
+@dataclass(frozen=True)
 class Selection:
     """The linears of a checkpoint's language model, and all the rest.
 
-    `source` is the language model under its architecture's own names, `linears` what is quantized, the shapes
-    by these names, `roles` their places in the solve order; `names` gives the names in the output, `kept`
-    what is copied: checkpoint names by output names. `raw` is the output's config.json without the
-    quantization;
-    `files` are further files that are not the source's, by name, JSON or text. `vision` is set where
-    DeepSeek-VL's original layout came in: `checkpoint` has transformers' names then, and both are still to be
-    made of it (see vl_layout).
+    `source` is the language model under its architecture's own names, `linears` is what is quantized, by
+    these names and in their order; `kept` is what is copied: checkpoint names by output names. `raw` is the
+    output's config.json without the quantization; `files` are further files that are not the source's, by
+    name, JSON or text. `vision` is set where DeepSeek-VL's original layout came in: `checkpoint` has
+    transformers' names then, and both are still to be made of it (see vl_layout).
     """
 
     checkpoint: Checkpoint
     source: WeightSource
     config: ModelConfig
-    linears: Mapping[str, tuple[int, ...]] = field(repr=False)
-    roles: Mapping[str, str] = field(repr=False)
-    names: Mapping[str, str] = field(repr=False)
+    linears: Mapping[str, Linear] = field(repr=False)
     kept: Mapping[str, str] = field(repr=False)
     raw: Mapping[str, Any] = field(repr=False)
     files: Mapping[str, Mapping[str, Any] | str] = field(repr=False, default_factory=dict)
@@ -49,9 +63,10 @@ class Selection:
         stored = self.checkpoint.tensors
         return sum(from_stored(stored[name]).nbytes for name in self.kept.values())
 
-    def stem(self, name: str) -> str:
-        """A linear's name in the output, without ".weight"."""
-        return self.names[name].removesuffix(".weight")
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The linears' shapes [N, K], by name."""
+        return {name: linear.shape for name, linear in self.linears.items()}
 
 
 def select(model: str, language_only: bool, head: bool = False) -> Selection:
@@ -85,13 +100,15 @@ def select(model: str, language_only: bool, head: bool = False) -> Selection:
         checkpoint,
         source,
         config,
-        linears={inside[spec.gguf]: spec.shape for spec in chosen},
-        roles={inside[spec.gguf]: spec.role for spec in chosen},
-        names={inside[spec.gguf]: spec.hf if whole else inside[spec.gguf] for spec in chosen},
+        linears={inside[spec.gguf]: _linear(spec, inside[spec.gguf], whole) for spec in chosen},
         kept=_kept(checkpoint, outer, rest, inside, whole),
         raw=_whole_config(outer, config.tied) if whole else plain_config(config),
         vision=vision,
     )
+
+
+def _linear(spec: Spec, name: str, whole: bool) -> Linear:
+    return Linear(name, spec.hf if whole else name, spec.shape, spec.role)
 
 
 def _is_linear(spec: Spec) -> bool:
