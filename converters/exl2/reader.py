@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from converters.exl2 import rounding
 from converters.exl2.pack import PARTS, Packed, dequantize
 from converters.exl2.settings import BITS, Group, bits_of, padded
 from dsconvert.checkpoints.checkpoint import Checkpoint
@@ -112,6 +113,13 @@ class EXL2Model:
             return self.checkpoint.float32_rows(name, start, stop)
         outputs = self.linears[linear].outputs
         return self._dequantized(linear, min(start, outputs), min(stop, outputs))
+
+    def nearest(self, name: str, start: int, rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32] | None:
+        """What plain rounding makes of rows `start` and following of another's tensor `name`."""
+        linear = self._linear(name)
+        if linear is None:
+            return self.checkpoint.nearest(name, start, rows)
+        return rounding.nearest(rows, self.packed(linear))
 
     def packed(self, linear: str) -> Packed:
         """The stored tensors of a quantized linear (named without ".weight"), mapped; CheckpointError."""

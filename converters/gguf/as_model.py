@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from converters.gguf.parse import GGUFFile
 from converters.gguf.rope import magnitude
+from converters.gguf.rounding import nearest
 from dsconvert.errors import CheckpointError
 from dsconvert.models.architecture import Architecture
 from dsconvert.models.architectures import BY_GGUF_NAME
@@ -81,6 +82,9 @@ class GGUFModel:
         stored = tensor.float32_rows(first, last)
         rows = transform.inverse(stored, replace(self.config, heads=count, kv_heads=count))
         return np.ascontiguousarray(rows.reshape(stored.shape)[start - first : stop - first])
+
+    def nearest(self, name: str, start: int, rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32] | None:
+        return nearest(rows, self.file.tensors[self.specs[name].gguf].qtype)
 
 
 def open_model(file: GGUFFile) -> GGUFModel:

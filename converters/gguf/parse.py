@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from converters.gguf.layout import MAGIC, VALUE_TYPES, VERSION
 from converters.gguf.qtypes import BY_ID, QType
+from converters.gguf.rounding import dequantize
 from dsconvert.errors import CheckpointError, short
 from dsconvert.reading import open_regular
 
@@ -33,8 +34,6 @@ TYPECODES = {"uint8": "B", "int8": "b", "uint16": "H", "int16": "h", "uint32": "
 TYPECODES |= {"float32": "f", "uint64": "Q", "int64": "q", "float64": "d", "bool": "B"}
 MAX_NESTING = 8
 VERSIONS = (2, VERSION)
-# Numbers that are stored as they are: type -> NumPy's.
-PLAIN = {"f32": "<f4", "f64": "<f8", "i8": "i1", "i16": "<i2", "i32": "<i4", "i64": "<i8"}
 AGAIN = "Fetch or convert the file again"
 # How other files begin that are taken for GGUF files: the beginning, what the file is, what to do.
 OTHERS: tuple[tuple[tuple[bytes, ...], str, str], ...] = (
@@ -89,14 +88,8 @@ class StoredTensor:
 
         Raises CheckpointError for a type whose values cannot be told here.
         """
-        import gguf
-
-        blocks = self.blocks()[start:stop]
-        if self.qtype.name in PLAIN:
-            return np.array(blocks).view(PLAIN[self.qtype.name]).astype(np.float32, copy=False)
         try:
-            kind = gguf.GGMLQuantizationType(self.qtype.ggml)
-            return np.asarray(gguf.dequantize(np.ascontiguousarray(blocks), kind), dtype=np.float32)
+            return dequantize(self.blocks()[start:stop], self.qtype)
         except (NotImplementedError, ValueError):
             raise CheckpointError(
                 f"tensor {self.name[:80]!r} is of type {self.qtype.name}, whose values cannot be read here",

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from converters.gptq import rounding
 from converters.gptq.pack import PARTS, STORED_LESS, Packed, dequantize
 from converters.gptq.shapes import BITS
 from dsconvert.checkpoints.checkpoint import Checkpoint
@@ -60,6 +61,13 @@ class GPTQModel:
         if name.endswith(".weight") and name.removesuffix(".weight") in self.linears:
             return self.float32(name)[start:stop]
         return self.checkpoint.float32_rows(name, start, stop)
+
+    def nearest(self, name: str, start: int, rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32] | None:
+        """What plain rounding makes of rows `start` and following of another's tensor `name`."""
+        linear = name.removesuffix(".weight")
+        if not (name.endswith(".weight") and linear in self.linears):
+            return self.checkpoint.nearest(name, start, rows)
+        return rounding.nearest(rows, self.packed(linear), self.bits, self.checkpoint_format, start)
 
     def packed(self, linear: str) -> Packed:
         """The stored tensors of a quantized linear (named without ".weight"), checked; CheckpointError."""

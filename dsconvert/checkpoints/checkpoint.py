@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from dsconvert.checkpoints import bus_error
 from dsconvert.checkpoints.locate import SAMPLE, SAMPLE_VL, find, locate
+from dsconvert.checkpoints.rounding import nearest
 from dsconvert.checkpoints.safetensors_reader import READABLE, Array, Stored
 from dsconvert.checkpoints.source_files import SourceFile, remember, small_files, weight_files
 from dsconvert.checkpoints.spelling import LEFTOVERS, respelled
@@ -80,6 +81,10 @@ class Checkpoint:
     def float32_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Rows `start` to `stop` - 1 in float32; only they are read."""
         return _widened(self.raw(name)[start:stop])
+
+    def nearest(self, name: str, start: int, rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32] | None:
+        """What storing float32 rows as the tensor `name` is stored makes of them, rounded to nearest."""
+        return nearest(rows, self._tensor(name).dtype)
 
     def check_readable(self, names: Iterable[str]) -> None:
         """Raise CheckpointError for the first of `names` whose stored type `raw` would refuse."""

@@ -34,6 +34,9 @@ class Inner:
     def float32_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         return self.source.float32_rows(self.names[name], start, stop)
 
+    def nearest(self, name: str, start: int, rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32] | None:
+        return self.source.nearest(self.names[name], start, rows)
+
 
 def language_model(
     source: WeightSource, config: ModelConfig, where: Path | None = None

@@ -59,6 +59,14 @@ class WeightSource(Protocol):
         """
         ...
 
+    def nearest(self, name: str, start: int, rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32] | None:
+        """What plain rounding to nearest in this tensor's own type and settings makes of another's rows.
+
+        `rows` float32 [n, columns] stand for rows `start` and following; they are not changed. Same shape,
+        float32; None where nothing here rounds to the type. It is what a faithful tensor is held against.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class Transform:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from converters.gguf.qtypes import QTYPES
+from converters.gguf.rounding import nearest
 from dsconvert.models.config import ModelConfig, normalise
 
 BASE: dict[str, Any] = {
@@ -44,6 +46,10 @@ class Memory:
 
     def float32_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         return self.tensors[name][start:stop]
+
+    def nearest(self, name: str, start: int, rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32] | None:
+        kind = QTYPES.get(self.type)
+        return None if kind is None else nearest(rows, kind)
 
     def changed(self, **arrays: npt.NDArray[np.float32]) -> Memory:
         """With other arrays under names that the model has; dots are written as double underscores."""
