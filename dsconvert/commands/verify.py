@@ -67,7 +67,7 @@ PROOF_OPTIONS = (
         "--max-ppl-ratio", type=Number(), metavar="RATIO", help="Largest PPL(Q)/PPL(base); default by type."
     ),
     click.option(
-        "--min-top1", type=Number(), metavar="SHARE", help="Least share of equal top tokens; default by type."
+        "--min-top1", type=Number(), metavar="SHARE", help="Least share of equal top tokens; by default none."
     ),
     click.option(
         "--engine",

@@ -28,7 +28,7 @@ def figure_rows(figures: Figures, limits: Thresholds) -> list[tuple[str, str, st
         ("Mean Δp", f"{figures.p_diff.value:.3%}", f"{figures.p_diff.error:.3%}", ""),
         ("RMS Δp", f"{figures.p_diff_rms.value:.3%}", f"{figures.p_diff_rms.error:.3%}", ""),
         ("Same top p", f"{figures.same_top.value:.3%}", f"{figures.same_top.error:.3%}",
-         f"at least {limits.min_top1:.0%}"),
+         "" if limits.min_top1 is None else f"at least {limits.min_top1:.0%}"),
         ("Top 5 overlap", f"{figures.top5_overlap:.3%}", "", ""),
     ]  # fmt: skip
     if figures.bits_per_byte is not None and figures.bits_per_byte_base is not None:

@@ -46,7 +46,7 @@ def test_the_sample_is_quantized_and_passes_its_verdict(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     events = [json.loads(line) for line in done.stdout.splitlines()]
     checks = {e["name"]: e for e in events if e["event"] == "check"}
-    assert {"structure", "tokenizer", "weights", "mean KLD", "same top p"} <= checks.keys()
+    assert {"structure", "tokenizer", "weights", "mean KLD", "PPL ratio"} <= checks.keys()
     assert all(check["passed"] for check in checks.values())
     assert 0 < checks["mean KLD"]["value"] < 0.02
     solved = [e for e in events if e["event"] == "linearsolved"]
