@@ -49,7 +49,7 @@ def compare(
                 console.follow(prove(open_output(path), reference, ProofOptions(**asked)), quiet or machine)
             )
         outcomes = [outcome(proof) for proof in proofs]
-        title = f"Outputs of {reference.folder.resolve().name}"
+        title = f"Outputs of {reference.title}"
         found = {"title": title, "outputs": [row | {"path": str(p.opened.path)} | reports.as_dict(p.report)
                  for row, p in zip(map(as_row, outcomes), proofs, strict=True)]}  # fmt: skip
         if machine:

@@ -118,7 +118,7 @@ def prove(
     check_unchanged(reference.seen)  # else something else was compared
     said = verdict([*checks, *found])
     report = Report(
-        title=f"{opened.path.name} against {reference.folder.resolve().name}",
+        title=f"{opened.path.name} against {reference.title}",
         comparison=comparison,
         verdict=said,
         limits=limits,

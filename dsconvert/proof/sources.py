@@ -38,6 +38,11 @@ class Reference:
     seen: tuple[SourceFile, ...] = field(repr=False, default=())  # the files as they were opened
     name: str = ""  # as the user gave it: reports say no more of where it lies
 
+    @property
+    def title(self) -> str:
+        """The model's name in a report: the last part of what the user gave, of "." the folder's own."""
+        return Path(self.name).name.strip(".") or self.folder.resolve().name
+
 
 @dataclass(frozen=True)
 class Opened:
