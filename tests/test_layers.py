@@ -62,12 +62,7 @@ TABLE |= dict.fromkeys(FACE, ALL)
 TABLE |= dict.fromkeys(("converters.gguf", "converters.gptq", "converters.exl2"), BEFORE_REPORT)
 TABLE["converters.outputs"] = (*BEFORE_REPORT, "converters.gguf", "converters.gptq", "converters.exl2")
 # What does not keep the table yet: (module, what it imports) -> why.
-EXCEPTIONS: dict[tuple[str, str], str] = {
-    (
-        "dsconvert.proof.sources",
-        "converters.gguf.projector.proof",
-    ): "the type of Reference.pictured, a checkpoint with its towers",
-}
+EXCEPTIONS: dict[tuple[str, str], str] = {}
 
 
 def name_of(path: Path) -> str:

@@ -79,7 +79,7 @@ def make(
     check_chat(wanted.chat)
     check_files([outfile], [0], force=True)  # what can be known before the model is opened
     reference = open_reference(model, add_bos)
-    inputs = [reference.folder, *(file.path for file in reference.seen), *wanted.files]
+    inputs = [reference.folder, *(file.path for file in reference.checkpoint.seen), *wanted.files]
     check_files([outfile], [0], force=force, inputs=inputs, ours=is_gguf)
     for note in reference.notes:
         yield Warn(note)
@@ -88,7 +88,7 @@ def make(
     tokenizer = replace(reference.tokenizer, chat=chat)
     drawn = yield from calibrate.draw_windows(wanted, tokenizer, reference.config.context_length)
     tensors = yield from calibrate.measure_inputs(reference.source, reference.config, drawn, device)
-    check_unchanged(reference.seen)
+    check_unchanged(reference.checkpoint.seen)
     nbytes = save(outfile, calibrate.file_keys(drawn.report), tensors, force, inputs)
     yield Finished(str(outfile), nbytes, time.monotonic() - started)
 

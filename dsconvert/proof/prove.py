@@ -115,7 +115,7 @@ def prove(
         found += others
     if companion is not None:
         found += yield from companion.check()
-    check_unchanged(reference.seen)  # else something else was compared
+    check_unchanged(reference.checkpoint.seen)  # else something else was compared
     said = verdict([*checks, *found])
     report = Report(
         title=f"{opened.path.name} against {reference.title}",

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dsconvert.checkpoints.source_files import SourceFile
+from dsconvert.checkpoints.checkpoint import Checkpoint
 from dsconvert.checkpoints.weight_files import open_weights
-from dsconvert.errors import TokenizerError, UsageError
+from dsconvert.errors import CheckpointError, TokenizerError, UsageError
 from dsconvert.models.config import ModelConfig
 from dsconvert.models.diagnosis import is_left_over
 from dsconvert.models.tensor_table import WeightSource
-from dsconvert.proof.result import TypeSize
-from tokenizer_tools.identity import TextHandling
-from tokenizer_tools.load import TokenizerData
-
-if TYPE_CHECKING:
-    from converters.gguf.projector.proof import Pictured
+from dsconvert.proof.result import TypeSize, sizes_by_type
+from tokenizer_tools.identity import TextHandling, of_data
+from tokenizer_tools.load import TokenizerData, load_tokenizer
 
 # The mixture whose limits a stranger's type has to keep, by its bits per weight.
 BY_BITS = ((12.0, "bf16"), (7.5, "q8_0"), (6.0, "q6_k"), (4.8, "q5"), (3.8, "q4_0"), (2.8, "q3"), (0.0, "q2"))
@@ -26,17 +24,25 @@ BY_BITS = ((12.0, "bf16"), (7.5, "q8_0"), (6.0, "q6_k"), (4.8, "q5"), (3.8, "q4_
 
 @dataclass(frozen=True)
 class Reference:
-    """The checkpoint that outputs are held against; its decoder under its architecture's own names."""
+    """The checkpoint that outputs are held against.
 
-    folder: Path
+    `whole` is what its config.json says, of a model with towers too; `source` and `config` are the decoder,
+    under its architecture's own names.
+    """
+
+    checkpoint: Checkpoint
+    whole: ModelConfig
     source: WeightSource
     config: ModelConfig
     tokenizer: TokenizerData = field(repr=False)
     templates: tuple[str, ...] = field(repr=False)  # the chat templates that an output may carry
-    pictured: Pictured | None = field(repr=False)  # the same with its towers; None without any
     notes: tuple[str, ...] = field(repr=False, default=())  # on how it was found and read
-    seen: tuple[SourceFile, ...] = field(repr=False, default=())  # the files as they were opened
     name: str = ""  # as the user gave it: reports say no more of where it lies
+
+    @property
+    def folder(self) -> Path:
+        """The folder that holds config.json."""
+        return self.checkpoint.folder
 
     @property
     def title(self) -> str:
@@ -68,6 +74,40 @@ class Opened:
     def bits(self) -> float:
         """Bits per weight over all tensors."""
         return 8 * sum(s.nbytes for s in self.sizes) / max(1, sum(s.weights for s in self.sizes))
+
+
+def text_handling(opened: Callable[[], TextHandling]) -> TextHandling | TokenizerError:
+    """What `opened` returns, or its error: an output without a usable tokenizer fails, it is no accident."""
+    try:
+        return opened()
+    except TokenizerError as error:
+        return error
+
+
+def folder_text(folder: Path, vocab_size: int) -> TextHandling | TokenizerError:
+    """How a folder's own tokenizer files handle text."""
+    return text_handling(lambda: of_data(load_tokenizer(folder, vocab_size)))
+
+
+def stored_sizes(
+    model: WeightSource, checkpoint: Checkpoint, linears: Collection[str], parts: tuple[str, ...]
+) -> tuple[TypeSize, ...]:
+    """The sizes by type of a folder whose `linears` (without ".weight") are stored in several `parts`."""
+
+    def nbytes(name: str) -> int:
+        stem = name.removesuffix("weight")
+        if not (name.endswith(".weight") and stem[:-1] in linears):
+            return checkpoint.tensors[name].nbytes
+        return sum(checkpoint.tensors[stem + p].nbytes for p in parts if stem + p in checkpoint.tensors)
+
+    return sizes_by_type((model.dtype(name), prod(s), nbytes(name)) for name, s in model.shapes().items())
+
+
+def commonest(sizes: tuple[TypeSize, ...]) -> str:
+    """The type of most weights; raises CheckpointError where there are none."""
+    if not sizes:
+        raise CheckpointError("holds no tensors")
+    return max(sizes, key=lambda size: size.weights).type
 
 
 def is_plain(folder: Path, method: str) -> bool:

@@ -336,7 +336,7 @@ def test_the_proof_fails_on_another_projector(models: Any, tmp_path: Path) -> No
     text, projector = tmp_path / "out.gguf", tmp_path / "mmproj-out.gguf"
 
     def proof(model: Path, projector: Path) -> dict[str, bool]:
-        pictured = open_reference(str(model)).pictured
+        pictured = projector_verify.with_towers(open_reference(str(model)))
         assert pictured is not None
         limit = projector_proof.limit_of("f16", "f32")
         events = projector_proof.prove_pair(pictured, open_gguf(projector), [(open_gguf(text), limit)])

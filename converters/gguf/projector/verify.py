@@ -14,6 +14,7 @@ from converters.gguf.projector.keys import is_projector
 from dsconvert.errors import UsageError
 from dsconvert.events import Check, Event
 from dsconvert.proof.sources import Opened, Reference, limits_name
+from dsconvert.vision.plan import plan_towers
 
 USAGE = "dsconvert verify TEXT.gguf --against MODEL_PATH --mmproj MMPROJ.gguf"
 
@@ -42,9 +43,17 @@ def prove_projector(reference: Reference, path: Path) -> Iterator[Event]:
 
     Raises ConversionError when something cannot be compared at all.
     """
-    if reference.pictured is None:
+    model = with_towers(reference)
+    if model is None:
         raise UsageError("the checkpoint has no vision tower", where=reference.folder)
-    yield from projector_proof.prove_pair(reference.pictured, open_gguf(path))
+    yield from projector_proof.prove_pair(model, open_gguf(path))
+
+
+def with_towers(reference: Reference) -> projector_proof.Pictured | None:
+    """The checkpoint with its towers; None where it has none."""
+    checkpoint, config, tokenizer = reference.checkpoint, reference.whole, reference.tokenizer
+    towers = plan_towers(checkpoint, config, tokenizer)
+    return None if towers is None else projector_proof.Pictured(checkpoint, config, tokenizer, towers)
 
 
 def check_files(output: Path, mmproj: Path) -> None:
@@ -72,7 +81,8 @@ def open_pair(opened: Opened, mmproj: Path, reference: Reference, max_kld: float
             why=f"this is a folder ({opened.kind}), which holds its towers itself",
             hint="Verify it without --mmproj",
         )
-    if reference.pictured is None:
+    model = with_towers(reference)
+    if model is None:
         raise UsageError(
             "--mmproj asks about pictures, and the checkpoint has no vision tower",
             where=reference.folder,
@@ -81,11 +91,11 @@ def open_pair(opened: Opened, mmproj: Path, reference: Reference, max_kld: float
     projector = open_gguf(mmproj)
     complete = all(check.passed for check in completeness(projector))
     if complete:  # else a failed check says what is missing
-        projector_proof.same_towers(reference.pictured, projector)
+        projector_proof.same_towers(model, projector)
     quant = projector_proof.projector_quant(projector) if complete else "incomplete"
     usual = projector_proof.limit_of(limits_name(opened), quant) if complete else 0.0
     limit = usual if max_kld is None else max_kld
-    return Pair(reference.pictured, open_gguf(opened.path), projector, limit, f"{mmproj}, {quant}")
+    return Pair(model, open_gguf(opened.path), projector, limit, f"{mmproj}, {quant}")
 
 
 def check_pair(pair: Pair) -> Generator[Event, None, list[Check]]:
