@@ -20,6 +20,7 @@ LINES = 320
 
 GROUND = (
     "dsconvert.__version__",
+    "dsconvert.compile",
     "dsconvert.errors",
     "dsconvert.events",
     "dsconvert.machine",

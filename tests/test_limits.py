@@ -20,7 +20,7 @@ from click.testing import CliRunner
 
 from converters.exl2 import measure
 from converters.gguf import inspect, metadata, parse
-from converters.gguf.kernels import compile as kernels
+from dsconvert import compile as kernels
 from dsconvert.checkpoints import safetensors_reader
 from dsconvert.checkpoints.safetensors_writer import from_array
 from dsconvert.cli import cli

@@ -17,10 +17,10 @@ from adversarial import adversarial
 from kernels_pieces import assert_same_bytes, ours
 
 from converters.gguf.kernels import NONFINITE, OVERFLOW, grids, nonlinear, quantize
-from converters.gguf.kernels.compile import kernel
 from converters.gguf.kernels.grid_vectors import lane_of, lowest
 from converters.gguf.kernels.vectors import WIDTH, load
 from converters.gguf.qtypes import NEEDED, QTYPES
+from dsconvert.compile import kernel
 
 needs_ggml = pytest.mark.skipif(not ggml_oracle.available(), reason=ggml_oracle.MISSING)
 GRIDS = tuple(grids.DISTANCES)

@@ -323,7 +323,11 @@ def test_a_damaged_cache_is_made_again(tmp_path: Path, damage: bytes) -> None:
 def test_a_cache_folder_that_cannot_be_made_falls_back_to_a_temporary_one(tmp_path: Path) -> None:
     blocked = tmp_path / "a file"
     blocked.write_text("in the way")
-    code = "from converters.gguf.kernels import compile; print(compile.cache_folder())"
+    code = (
+        "from converters.gguf.kernels import FOLDER\n"
+        "from dsconvert import compile\n"
+        "print(compile.cache_folder(FOLDER))\n"
+    )
     folder = run_python(code, tmp_path, blocked)
     assert folder.startswith(str(tmp_path / "dsconvert-"))
     (tmp_path / Path(folder).relative_to(tmp_path).parts[0]).rename(tmp_path / "aside")

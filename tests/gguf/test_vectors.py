@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from numpy import float32, int32
 
-from converters.gguf.kernels.compile import inlined
 from converters.gguf.kernels.kq_lanes import nearest_int, nearest_ints
 from converters.gguf.kernels.vectors import (
     WIDTH,
@@ -27,6 +26,7 @@ from converters.gguf.kernels.vectors import (
     to_floats,
     vector,
 )
+from dsconvert.compile import inlined
 
 TINY, HUGE = np.finfo(np.float32).smallest_subnormal, np.finfo(np.float32).max
 SPECIAL = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, TINY, -TINY, HUGE, 1e-38, 0.1], np.float32)

@@ -20,6 +20,7 @@ numba is imported by the first call, not with this package.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,8 @@ Bytes = npt.NDArray[np.uint8]
 Importance = npt.NDArray[np.float32]
 Kernel = Callable[[Array, Array], int]
 RowKernel = Callable[[Array, Array, Array], None]
+
+FOLDER = Path(__file__).parent
 
 NONFINITE = 1
 OVERFLOW = 2
@@ -105,7 +108,7 @@ def warm(qtypes: Iterable[QType], source: str, weighted: bool = False) -> None:
     `weighted` means those for an importance matrix. Call it once before threads start; `compiled` tells
     whether it will take seconds.
     """
-    from converters.gguf.kernels import compile
+    from dsconvert import compile
 
     for qtype in qtypes:
         rows = np.zeros((1, max(qtype.block, SUPER)), dtype=SOURCES[source])
@@ -115,16 +118,16 @@ def warm(qtypes: Iterable[QType], source: str, weighted: bool = False) -> None:
         try:
             quantize(qtype, rows, out, importance)
         except Exception:  # a damaged cache file fails in as many ways as pickle has
-            compile.discard()
+            compile.discard(FOLDER)
             quantize(qtype, rows, out, importance)
-        compile.mark(_mark(qtype, source, weighted))
+        compile.mark(FOLDER, _mark(qtype, source, weighted))
 
 
 def compiled(qtypes: Iterable[QType], source: str, weighted: bool = False) -> bool:
     """Whether the kernels from `source` to each of `qtypes` are in the user's cache already."""
-    from converters.gguf.kernels.compile import marked
+    from dsconvert.compile import marked
 
-    return all(marked(_mark(qtype, source, weighted)) for qtype in qtypes)
+    return all(marked(FOLDER, _mark(qtype, source, weighted)) for qtype in qtypes)
 
 
 def _mark(qtype: QType, source: str, weighted: bool) -> str:

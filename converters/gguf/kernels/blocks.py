@@ -22,7 +22,6 @@ import numpy as np
 import numpy.typing as npt
 from numpy import float32, int32, uint8, uint16, uint32
 
-from converters.gguf.kernels.compile import inlined, kernel
 from converters.gguf.kernels.widen import (
     HALF_INFINITY,
     INFINITY,
@@ -33,6 +32,7 @@ from converters.gguf.kernels.widen import (
     half,
     magnitude,
 )
+from dsconvert.compile import inlined, kernel
 
 LANES = 64
 Bytes = npt.NDArray[np.uint8]

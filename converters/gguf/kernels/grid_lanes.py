@@ -12,7 +12,6 @@ from numpy import float32, int32, uint8
 
 from converters.gguf.kernels import grid_search as on_grid
 from converters.gguf.kernels import weighted_lanes as weighted
-from converters.gguf.kernels.compile import inlined
 from converters.gguf.kernels.grid_search import PEAK, SCALE
 from converters.gguf.kernels.grids import Ints
 from converters.gguf.kernels.kq_lanes import (
@@ -29,6 +28,7 @@ from converters.gguf.kernels.kq_lanes import (
     nearest_int,
 )
 from converters.gguf.kernels.kq_pack import store_half
+from dsconvert.compile import inlined
 
 
 @inlined

@@ -25,7 +25,6 @@ from numpy import float32, int32, uint8
 
 from converters.gguf.kernels import grid_search as on_grid
 from converters.gguf.kernels import weighted_lanes as weighted
-from converters.gguf.kernels.compile import inlined, kernel
 from converters.gguf.kernels.grid_lanes import ask_again, finish, guess, lay_out, make_room, put_scales
 from converters.gguf.kernels.grid_search import PEAK, SCALE, SHIFTS_OF_4, SHIFTS_OF_8
 from converters.gguf.kernels.grids import Ints, grid
@@ -37,6 +36,7 @@ from converters.gguf.kernels.kq_lanes import (
     Bytes,
     Floats,
 )
+from dsconvert.compile import inlined, kernel
 
 Grid = tuple[Ints, Ints]
 LITTLE = float32(1e-8)  # ggml's GROUP_MAX_EPS_IQ3_XXS and _IQ2_S

@@ -14,12 +14,12 @@ from typing import Any
 
 from numpy import float32, int32
 
-from converters.gguf.kernels.compile import inlined
 from converters.gguf.kernels.grid_vectors import distances, lane_of, lowest
 from converters.gguf.kernels.grids import Ints
 from converters.gguf.kernels.kq_lanes import LANES, MAGIC, ONE, ZERO, Floats, W, X, clip
 from converters.gguf.kernels.kq_symmetric import NOTHING_FITS
 from converters.gguf.kernels.vectors import WIDTH, as_ints, load, select, store, to_floats, vector
+from dsconvert.compile import inlined
 
 SHIFTS_OF_8 = (0, 2, 4, 6, 8, 10, 12, 14)  # levels 0..2
 SHIFTS_OF_4 = (0, 3, 6, 9)  # levels 0..7

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from numpy import float32, int32
 
-from converters.gguf.kernels.compile import inlined
 from converters.gguf.kernels.kq_lanes import (
     LANES,
     LEVEL,
@@ -27,6 +26,7 @@ from converters.gguf.kernels.kq_lanes import (
     nearest_levels,
 )
 from converters.gguf.kernels.vectors import WIDTH, load, magnitude, root, select, store, vector
+from dsconvert.compile import inlined
 
 # The rows of `lanes` [ROWS, LANES]: one number for each sub-block.
 SCALE, LOW = 0, 1  # the best pair

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from numpy import float32, int32, uint16, uint32
 
-from converters.gguf.kernels.compile import inlined
 from converters.gguf.kernels.vectors import WIDTH, as_floats, as_ints, select, store_turned
+from dsconvert.compile import inlined
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]

@@ -14,7 +14,6 @@ from typing import Any
 
 from numpy import float32
 
-from converters.gguf.kernels.compile import inlined
 from converters.gguf.kernels.kq_lanes import (
     INFINITE,
     LANES,
@@ -41,6 +40,7 @@ from converters.gguf.kernels.vectors import (
     store_turned,
     vector,
 )
+from dsconvert.compile import inlined
 
 # The rows of `lanes` behind those of kq_symmetric, and of the sums of the sub-blocks that move:
 # sum w l x, sum w l l; not 0 where the last round moved a level.

@@ -11,7 +11,6 @@ from numpy import float32, int8, int32, uint8
 
 from converters.gguf.kernels import kq_affine as affine
 from converters.gguf.kernels import kq_symmetric as symmetric
-from converters.gguf.kernels.compile import inlined
 from converters.gguf.kernels.kq_lanes import (
     NOTHING,
     ONE,
@@ -28,6 +27,7 @@ from converters.gguf.kernels.kq_lanes import (
 )
 from converters.gguf.kernels.vectors import WIDTH, as_ints, load, store, to_floats, vector
 from converters.gguf.kernels.widen import half
+from dsconvert.compile import inlined
 
 LOW_HALVES = 0x0F0F0F0F0F0F0F0F  # of the bytes of a word
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy import float32, int32
 
-from converters.gguf.kernels.compile import inlined
 from converters.gguf.kernels.kq_lanes import (
     INFINITE,
     LANES,
@@ -27,6 +26,7 @@ from converters.gguf.kernels.kq_lanes import (
     nearest_level_of_small,
 )
 from converters.gguf.kernels.vectors import WIDTH, load, magnitude, select, store, vector
+from dsconvert.compile import inlined
 
 # The rows of `lanes` [ROWS, n]: one number for each sub-block.
 SCALE = 0

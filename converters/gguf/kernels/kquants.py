@@ -23,9 +23,9 @@ from converters.gguf.kernels import kq_affine as affine
 from converters.gguf.kernels import kq_moves as moves
 from converters.gguf.kernels import kq_pack as pack
 from converters.gguf.kernels import kq_symmetric as symmetric
-from converters.gguf.kernels.compile import kernel
 from converters.gguf.kernels.kq_lanes import LANES, ORDER, SUPER, Bytes, gather
 from converters.gguf.kernels.widen import Bits, widen_rows
+from dsconvert.compile import kernel
 
 # q3_k settles MANY sub-blocks before it gathers the restless among them, MOVERS at a time.
 MANY, MOVERS = 16 * LANES, 2 * LANES

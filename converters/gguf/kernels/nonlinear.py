@@ -19,7 +19,6 @@ import numpy as np
 from numpy import float32, int32, uint8
 
 from converters.gguf.kernels import weighted_lanes as weighted
-from converters.gguf.kernels.compile import inlined, kernel
 from converters.gguf.kernels.kq_lanes import (
     LANES,
     NOTHING,
@@ -39,6 +38,7 @@ from converters.gguf.kernels.kq_pack import store_half
 from converters.gguf.kernels.kq_symmetric import NOTHING_FITS, SCALE, peak_of
 from converters.gguf.kernels.vectors import WIDTH, load, magnitude, select, store, vector
 from converters.gguf.kernels.weighted_blocks import put_nibbles
+from dsconvert.compile import inlined, kernel
 
 SIZE = 32  # values in a sub-block
 VALUES = np.array(

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from numpy import float32, uint8, uint32
 
-from converters.gguf.kernels.compile import inlined, kernel
 from converters.gguf.kernels.kq_lanes import ONE, ZERO, Bytes, Floats
 from converters.gguf.kernels.kq_pack import store_half
 from converters.gguf.kernels.widen import Bits, as_float, flags_of, magnitude
+from dsconvert.compile import inlined, kernel
 
 # Twice the values of a 4-bit float (e2m1); the levels from 8 on are these below 0.
 FLOAT4 = np.array([0, 1, 2, 3, 4, 6, 8, 12], dtype=np.float32)

@@ -16,9 +16,9 @@ from numpy import float32, uint8
 from converters.gguf.kernels import kq_affine as affine
 from converters.gguf.kernels import kq_symmetric as symmetric
 from converters.gguf.kernels import weighted_lanes as weighted
-from converters.gguf.kernels.compile import inlined, kernel
 from converters.gguf.kernels.kq_lanes import LANES, ORDER, Bytes, Floats, gather
 from converters.gguf.kernels.kq_pack import store_half
+from dsconvert.compile import inlined, kernel
 
 
 @inlined

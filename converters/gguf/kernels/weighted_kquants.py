@@ -16,8 +16,8 @@ from converters.gguf.kernels import kq_affine as affine
 from converters.gguf.kernels import kq_pack as pack
 from converters.gguf.kernels import kq_symmetric as symmetric
 from converters.gguf.kernels import weighted_lanes as weighted
-from converters.gguf.kernels.compile import inlined, kernel
 from converters.gguf.kernels.kq_lanes import LANES, ORDER, SUPER, Bytes, Floats, W, X, gather
+from dsconvert.compile import inlined, kernel
 
 
 @inlined

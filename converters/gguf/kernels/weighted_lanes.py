@@ -12,7 +12,6 @@ from typing import Any
 
 from numpy import float32, int32, uint8
 
-from converters.gguf.kernels.compile import inlined
 from converters.gguf.kernels.kq_lanes import (
     INFINITE,
     LANES,
@@ -27,6 +26,7 @@ from converters.gguf.kernels.kq_lanes import (
     nearest_level_of_small,
 )
 from converters.gguf.kernels.vectors import WIDTH, load, root, select, store, vector
+from dsconvert.compile import inlined
 
 # Rows of `lanes` [ROWS, LANES] behind those of kq_affine: the mean square, the sum of the weights.
 SPREAD, TOTAL = 6, 7

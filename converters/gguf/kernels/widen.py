@@ -15,7 +15,7 @@ from numba.extending import overload
 from numpy import float32, int16, int32, uint16, uint32
 
 from converters.gguf.kernels import NONFINITE, OVERFLOW
-from converters.gguf.kernels.compile import inlined, kernel
+from dsconvert.compile import inlined, kernel
 
 Bits = npt.NDArray[Any]  # uint16 or uint32
 

@@ -1,6 +1,7 @@
 """How kernels are compiled, and where the compiled code is kept: the user's cache folder.
 
-The only module of the package that decides numba's options. Importing it imports numba.
+The only module that decides numba's options. Importing it imports numba. The kernels of a
+package lie in one folder, whose sources decide when they are compiled anew.
 """
 
 from __future__ import annotations
@@ -70,11 +71,11 @@ def inlined(function: Function) -> Function:
 
 
 def kernel(function: Function) -> Function:
-    """Compile a function that `quantize` calls, at its first call, and keep the code in `cache_folder`.
+    """Compile a function that Python calls, at its first call, and keep the code in `cache_folder`.
 
     numba reads its cache folder when a function is decorated; it is set for that moment only.
     """
-    folder = cache_folder()
+    folder = cache_folder(Path(function.__code__.co_filename).parent)
     if folder is None:
         return numba.njit(**_OPTIONS)(function)  # type: ignore[no-any-return]
     before = numba.config.CACHE_DIR
@@ -86,14 +87,14 @@ def kernel(function: Function) -> Function:
 
 
 @cache
-def cache_folder() -> Path | None:
-    """The folder of the compiled kernels: in the user's cache folder, else a private temporary one.
+def cache_folder(sources: Path) -> Path | None:
+    """The folder of the kernels compiled of `sources`: in the user's cache folder, else a temporary one.
 
     Its name carries the version and a digest of what the code depends on, since numba looks for changes
     only in the file of the kernel itself. None when nothing can be written anywhere. Several processes may
     share it: numba writes each file under a temporary name and renames it.
     """
-    name = f"kernels-{__version__}-{_digest()}"
+    name = f"kernels-{__version__}-{_digest(sources)}"
     home = os.environ.get("XDG_CACHE_HOME", "")
     base = Path(home) if os.path.isabs(home) else Path(os.path.expanduser("~")) / ".cache"
     temporary = Path(tempfile.gettempdir()) / f"dsconvert-{_user()}"
@@ -103,23 +104,23 @@ def cache_folder() -> Path | None:
     return None
 
 
-def mark(name: str) -> None:
+def mark(sources: Path, name: str) -> None:
     """Remember that the kernel `name` is in the cache folder, for `marked`."""
-    folder = cache_folder()
+    folder = cache_folder(sources)
     if folder is not None:
         with contextlib.suppress(OSError):
             (folder / f"{name}.compiled").touch()
 
 
-def marked(name: str) -> bool:
+def marked(sources: Path, name: str) -> bool:
     """Whether `mark` was called for `name`, by any process since the kernels or the machine changed."""
-    folder = cache_folder()
+    folder = cache_folder(sources)
     return folder is not None and (folder / f"{name}.compiled").exists()
 
 
-def discard() -> None:
+def discard(sources: Path) -> None:
     """Delete the compiled kernels; they are made again when they are needed."""
-    folder = cache_folder()
+    folder = cache_folder(sources)
     for path in list(folder.rglob("*")) if folder is not None else []:
         if path.is_file():
             path.unlink(missing_ok=True)
@@ -129,11 +130,11 @@ def _user() -> str:
     return str(os.getuid()) if hasattr(os, "getuid") else os.environ.get("USERNAME", "user")
 
 
-def _digest() -> str:
+def _digest(sources: Path) -> str:
     """A digest of what the compiled code depends on: these sources, numba, Python, the processor."""
     machine = (numba.__version__, sys.version, get_host_cpu_name(), get_host_cpu_features().flatten())
     digest = hashlib.sha256(repr(machine).encode())
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in (Path(__file__), *sorted(sources.glob("*.py"))):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 
