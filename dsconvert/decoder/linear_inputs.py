@@ -1,18 +1,23 @@
 """Walks a decoder over calibration windows: what the inputs of its linears look like, block by block.
 
 The states of the text between blocks stay in host memory; a batch of windows at a time visits the device.
+On a CPU, what the last linear of attention and of the MLP is given stays with them where memory is free: the
+linears before it then run once and not twice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
+from unittest import mock
 
 import numpy as np
 
 from dsconvert.decoder import torch_decoder as st
 from dsconvert.errors import QuantizationError
+from dsconvert.machine import free_memory
 from dsconvert.models.architectures import find_architecture
 from dsconvert.models.tensor_table import expand
 
@@ -20,6 +25,8 @@ if TYPE_CHECKING:
     import torch
 
 Run = Callable[["torch.Tensor"], "torch.Tensor"]
+KEPT = 1 / 4  # of the free memory, at the most, for what a last linear is given
+WIDTH = 256  # rows of a moment that are computed at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,11 +80,37 @@ def walk(
     qkv, o, gate_up, down = groups(decoder, block.index)
     module = block.module
     yield _measured(decoder, hidden, qkv, module.input_layernorm, diagonal)
-    yield _measured(decoder, hidden, o, _input_of(block, o[0], _attention(decoder, block)), diagonal)
-    _add(decoder, hidden, _attention(decoder, block))
+    yield from _last(decoder, hidden, o, block.linears[o[0]], _attention(decoder, block), diagonal)
     yield _measured(decoder, hidden, gate_up, module.post_attention_layernorm, diagonal)
-    yield _measured(decoder, hidden, down, _input_of(block, down[0], _mlp(block)), diagonal)
-    _add(decoder, hidden, _mlp(block))
+    yield from _last(decoder, hidden, down, block.linears[down[0]], _mlp(block), diagonal)
+
+
+def _last(
+    decoder: st.Decoder,
+    hidden: torch.Tensor,
+    names: tuple[str, ...],
+    linear: torch.nn.Linear,
+    run: Run,
+    diagonal: bool,
+) -> Iterator[Group]:
+    """Give the group of the `linear` that ends `run`; then hidden += run(hidden)."""
+    import torch
+
+    given = _input_of(linear, run)
+    shape = (*hidden.shape[:-1], linear.in_features)
+    # A device computes faster than it could fetch what was kept.
+    if decoder.device.type != "cpu" or prod(shape) * hidden.element_size() > KEPT * free_memory():
+        yield _measured(decoder, hidden, names, given, diagonal)
+        _add(decoder, hidden, run)
+        return
+    kept = hidden.new_empty(shape)
+    with torch.no_grad():
+        for rows in st.batches(decoder, *hidden.shape[:2]):
+            kept[rows] = given(hidden[rows])
+    yield _measured(decoder, kept, names, lambda x: x, diagonal)
+    with torch.no_grad():
+        for rows in st.batches(decoder, *hidden.shape[:2]):
+            hidden[rows] += linear(kept[rows])
 
 
 def measure_head(
@@ -120,16 +153,18 @@ def _mlp(block: st.Block) -> Run:
     return run
 
 
-def _input_of(block: st.Block, name: str, run: Run) -> Run:
-    """What the linear `name` is given while `run` runs."""
+def _input_of(linear: torch.nn.Linear, run: Run) -> Run:
+    """What `linear` is given while `run` runs; it is not computed itself."""
 
     def watched(x: torch.Tensor) -> torch.Tensor:
         seen: list[torch.Tensor] = []
-        handle = block.linears[name].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-        try:
+
+        def skipped(given: torch.Tensor) -> torch.Tensor:
+            seen.append(given)
+            return given.new_zeros(*given.shape[:-1], linear.out_features)
+
+        with mock.patch.object(linear, "forward", skipped):
             run(x)
-        finally:
-            handle.remove()
         return seen[0]
 
     return watched
@@ -154,17 +189,16 @@ def _measured(
     moment, seen = None, 0
     with torch.no_grad():
         for rows in st.batches(decoder, hidden.shape[0], hidden.shape[1]):
-            x = inputs(hidden[rows].to(decoder.device)).flatten(0, 1).float()
-            shape = x.shape[1:] if diagonal else x.shape[1:] * 2
+            X = inputs(hidden[rows].to(decoder.device)).flatten(0, 1).float()
             if moment is None:
-                moment = torch.zeros(shape, device=x.device)
-            total = seen + len(x)
-            # The batch is summed apart: added to the mean term by term (addmm) it would lose digits, 2e-4.
-            batch = x.square().sum(0) if diagonal else x.T @ x
-            moment.add_(batch.mul_(2 / len(x)).sub_(moment), alpha=len(x) / total)
-            seen = total
+                moment = X.new_zeros(X.shape[1:] if diagonal else X.shape[1:] * 2)
+            seen += len(X)
+            _take_in(moment, X, len(X) / seen)
     assert moment is not None  # windows are checked when they are embedded
-    if not bool(moment.isfinite().all()):
+    if moment.ndim == 2:
+        for i in range(0, len(moment), WIDTH):
+            moment[:i, i : i + WIDTH] = moment[i : i + WIDTH, :i].T
+    if not st.finite(moment):
         raise QuantizationError(
             "is given inputs that are no finite numbers",
             where=names[0],
@@ -172,3 +206,16 @@ def _measured(
             hint="Look for damaged weights with `dsconvert inspect`, or fetch the checkpoint again",
         )
     return Group(names, moment, seen)
+
+
+def _take_in(moment: torch.Tensor, X: torch.Tensor, share: float) -> None:
+    """Move the mean by a batch X [rows, K] that is `share` of all rows by now: its lower half, or diagonal.
+
+    The batch is summed apart: added to the mean term by term (addmm) it would lose digits, 2e-4.
+    """
+    if moment.ndim == 1:
+        moment.lerp_(X.square().sum(0).mul_(2 / len(X)), share)
+        return
+    for i in range(0, len(moment), WIDTH):
+        rows = moment[i : i + WIDTH, : i + WIDTH]
+        rows.lerp_((X[:, i : i + WIDTH].T @ X[:, : i + WIDTH]).mul_(2 / len(X)), share)

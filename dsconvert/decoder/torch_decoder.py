@@ -59,7 +59,7 @@ class Block:
 
     index: int
     module: Any
-    linears: Mapping[str, torch.nn.Module]
+    linears: Mapping[str, torch.nn.Linear]
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -269,5 +269,5 @@ def normed(decoder: Decoder, norm: torch.Tensor, hidden: torch.Tensor) -> torch.
 
 
 def finite(hidden: torch.Tensor) -> bool:
-    """Whether every value is a number; one pass, no mask in memory."""
-    return math.isfinite(float(hidden.abs().max()))
+    """Whether every value is a number; one pass, no mask in memory: NaN is the least and the greatest."""
+    return all(math.isfinite(float(value)) for value in hidden.aminmax())

@@ -188,8 +188,7 @@ def _put(decoder: st.Decoder, block: st.Block, name: str, weight: torch.Tensor) 
 
 def _weight(block: st.Block, name: str) -> torch.Tensor:
     """The weight that a linear computes with."""
-    weight: torch.Tensor = block.linears[name].weight  # type: ignore[assignment]
-    return weight
+    return block.linears[name].weight
 
 
 def collected(state: State) -> tuple[dict[str, Piece], dict[str, str]]:

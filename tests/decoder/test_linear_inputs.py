@@ -47,7 +47,11 @@ def test_moments_are_those_of_the_inputs_that_transformers_gives(
         assert names == GROUPS
 
 
-def test_the_walk_and_advance_give_the_states_of_a_plain_run() -> None:
+@pytest.mark.parametrize("kept", [0.0, linear_inputs.KEPT])
+def test_the_walk_and_advance_give_the_states_of_a_plain_run(
+    kept: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_inputs, "KEPT", kept)
     _, decoder, windows = opened(num_key_value_heads=2)
     walked, advanced = linear_inputs.embed(decoder, windows), linear_inputs.embed(decoder, windows)
     plain = walked.clone()
@@ -58,6 +62,32 @@ def test_the_walk_and_advance_give_the_states_of_a_plain_run() -> None:
         plain = st.run_block(decoder, block, plain)
         assert torch.equal(walked, advanced)
         assert torch.equal(walked, plain)
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_moments_are_the_same_where_no_memory_is_left(
+    diagonal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, decoder, windows = opened(num_key_value_heads=2)
+    found = []
+    for kept in (linear_inputs.KEPT, 0.0):
+        monkeypatch.setattr(linear_inputs, "KEPT", kept)
+        hidden = linear_inputs.embed(decoder, windows)
+        walk = linear_inputs.walk(decoder, st.load_block(decoder, 0), hidden, diagonal)
+        found.append([group.moment for group in walk])
+    for here, there in zip(*found, strict=True):
+        assert torch.equal(here, there)
+
+
+def test_a_moment_of_more_than_a_few_columns_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its lower half is computed, a few rows at once, and the upper one copied."""
+    monkeypatch.setattr(linear_inputs, "WIDTH", 7)
+    _, decoder, _ = opened()
+    hidden = torch.randn(4, 16, 40, generator=torch.Generator().manual_seed(1))
+    moment = linear_inputs._measured(decoder, hidden, ("x",), lambda x: x, False).moment
+    x = hidden.flatten(0, 1).double()
+    assert torch.equal(moment, moment.T)
+    assert torch.allclose(moment.double(), 2 / len(x) * x.T @ x, rtol=1e-4, atol=1e-5)
 
 
 def test_a_weight_that_is_replaced_counts_from_there_on() -> None:
