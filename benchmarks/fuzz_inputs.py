@@ -472,7 +472,7 @@ def projector(folder: Path, out: Path) -> object:
     file = open_gguf(folder / "mmproj.gguf")
     found = list(inspect.judge([open_gguf(folder / "model.gguf"), file]))
     projector_keys.open_projector(file)
-    return [found, [tensor.float32_rows(0, 1).sum() for tensor in list(file.tensors.values())[:4]]]
+    return [found, [tensor.rows(0, 1).sum() for tensor in list(file.tensors.values())[:4]]]
 
 
 def matrix(folder: Path, out: Path) -> object:

@@ -168,6 +168,51 @@ def test_the_page_on_the_architecture_prints_the_imports() -> None:
             assert not forbidden(name, other) or any(one.startswith(other) for one in excepted), (name, other)
 
 
+# Who may name a type that weights are stored in: who reads folders of weights, and who packs a format's own.
+STORAGE = (
+    "dsconvert.checkpoints",
+    "dsconvert.models.weights",
+    "converters.gguf.kernels",
+    "converters.gptq.pack",
+    "converters.exl2.pack",
+)
+
+
+def stored_types(source: str) -> set[str]:
+    """What a module says of how weights are stored: numpy's 16-bit types, readable types, a tensor's data."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            found |= {f"{node.value.id}.{node.attr}"} & {"np.uint16", "np.float16"}
+        if isinstance(node, ast.alias):
+            found |= {node.name} & {"READABLE", "plain"}
+        if isinstance(node, ast.Attribute) and node.attr == "data":
+            owner = ast.unparse(node.value)
+            found |= {f"{owner}.data"} if ".tensors[" in owner or owner in ("stored", "tensor") else set()
+    return found
+
+
+def test_no_module_but_the_readers_knows_how_a_weight_is_stored() -> None:
+    """Kernels, proofs and solvers read rows of bf16 or float32, and convert no other type."""
+    for path in MODULES:
+        if not any(within(name_of(path), name) for name in STORAGE):
+            assert not stored_types(path.read_text(encoding="utf-8")), name_of(path)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "x = raw.dtype == np.uint16",
+        "x = y.astype(np.float16)",
+        "from dsconvert.checkpoints.safetensors_reader import READABLE",
+        "x = checkpoint.tensors[name].data[a:b]",
+        "x = stored.data",
+    ],
+)
+def test_a_module_that_knows_how_a_weight_is_stored_is_found(source: str) -> None:
+    assert stored_types(source)
+
+
 def test_the_rules_can_fail() -> None:
     assert forbidden("dsconvert.proof.compare", "converters.gguf.as_model")
     assert forbidden("dsconvert.proof.compare", "dsconvert.vision.config")

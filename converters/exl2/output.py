@@ -20,6 +20,7 @@ from dsconvert.checkpoints.checkpoint import Checkpoint
 from dsconvert.checkpoints.output_folder import Naming, write_folder
 from dsconvert.checkpoints.safetensors_writer import Piece, from_stored
 from dsconvert.errors import QuantizationError
+from dsconvert.models.weights import widened
 
 NAMING = Naming("output", index=False)  # the runtime takes every *.safetensors; an index could be stale
 VISION = "vision"
@@ -82,9 +83,9 @@ def as_half(checkpoint: Checkpoint, name: str) -> Piece:
 
     def chunks() -> Iterator[bytes | memoryview]:
         for start in range(0, rows, step):
-            values = checkpoint.float32_rows(name, start, min(start + step, rows))
+            values = widened(checkpoint.rows(name, start, min(start + step, rows)))
             with np.errstate(over="ignore"):
-                half = np.ascontiguousarray(values, np.float32).astype("<f2")
+                half = values.astype("<f2")
             if not np.isfinite(half).all():
                 raise QuantizationError(
                     "holds values that float16 cannot",

@@ -20,6 +20,7 @@ from dsconvert.errors import CheckpointError, quoted
 from dsconvert.models.architectures import ARCHITECTURES
 from dsconvert.models.config import load_config, load_json
 from dsconvert.models.tensor_table import expand
+from dsconvert.models.weights import Array
 
 STORED_AS = {"q_weight": "i32", "q_scale": "i32", "q_scale_max": "f16", "q_groups": "i16", "q_invperm": "i32"}
 DIMENSIONS = {"q_weight": 2, "q_scale": 2, "q_scale_max": 1, "q_groups": 1, "q_invperm": 1}
@@ -106,11 +107,11 @@ class EXL2Model:
         owner = name.removesuffix(".bias")
         return values[: self.linears[owner].outputs] if owner in self.linears else values
 
-    def float32_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
+    def rows(self, name: str, start: int, stop: int) -> Array:
         """Rows `start` to `stop` - 1; of a quantized linear only their columns are read."""
         linear = self._linear(name)
         if linear is None:
-            return self.checkpoint.float32_rows(name, start, stop)
+            return self.checkpoint.rows(name, start, stop)
         outputs = self.linears[linear].outputs
         return self._dequantized(linear, min(start, outputs), min(stop, outputs))
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-
-import numpy as np
-import numpy.typing as npt
+from dataclasses import dataclass
 
 from converters.gguf.parse import GGUFFile
 from converters.gguf.rope import magnitude
@@ -16,7 +13,9 @@ from dsconvert.models.architecture import Architecture
 from dsconvert.models.architectures import BY_GGUF_NAME
 from dsconvert.models.config import ModelConfig
 from dsconvert.models.rope import RopeScaling
-from dsconvert.models.tensor_table import IDENTITY, ROPE_K, ROPE_Q, Spec, plan_stored
+from dsconvert.models.stored_rows import by_source, source_rows
+from dsconvert.models.tensor_table import Spec, plan_stored
+from dsconvert.models.weights import Floats
 
 LIMIT, GREATEST = 1 << 31, 1e30  # as in config.json
 AGAIN = "Convert the model again, or fetch the file again from where it came from"
@@ -56,35 +55,27 @@ class GGUFModel:
     file: GGUFFile
     architecture: Architecture
     config: ModelConfig
-    specs: dict[str, Spec]
+    specs: dict[str, tuple[Spec, ...]]  # the stored tensors that each is made of
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return {name: spec.shape for name, spec in self.specs.items()}
+        return {name: specs[0].source for name, specs in self.specs.items()}
 
     def dtype(self, name: str) -> str:
-        return self.file.tensors[self.specs[name].gguf].qtype.name
+        return self.file.tensors[self.specs[name][0].gguf].qtype.name
 
-    def float32(self, name: str) -> npt.NDArray[np.float32]:
-        spec = self.specs[name]
-        stored = self.file.tensors[spec.gguf].float32()
-        return np.ascontiguousarray(spec.inverse(stored, self.config))
+    def rows(self, name: str, start: int, stop: int) -> Floats:
+        return source_rows(self.specs[name], name, self._stored, start, stop)
 
-    def float32_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
-        spec = self.specs[name]
-        tensor, transform = self.file.tensors[spec.gguf], spec.row.transform
-        if transform is IDENTITY:
-            return tensor.float32_rows(start, stop)
-        if transform not in (ROPE_Q, ROPE_K):  # its rows lie anywhere in the file
-            return self.float32(name)[start:stop]
-        size = self.config.head_dim  # RoPE's order stays inside a head, so whole heads are read
-        first, last = start // size * size, -(-stop // size) * size
-        count = (last - first) // size
-        stored = tensor.float32_rows(first, last)
-        rows = transform.inverse(stored, replace(self.config, heads=count, kv_heads=count))
-        return np.ascontiguousarray(rows.reshape(stored.shape)[start - first : stop - first])
+    def float32(self, name: str) -> Floats:
+        return self.rows(name, 0, self.specs[name][0].source[0])
 
-    def nearest(self, name: str, start: int, rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32] | None:
-        return nearest(rows, self.file.tensors[self.specs[name].gguf].qtype)
+    def _stored(self, name: str, start: int, stop: int) -> Floats:
+        """Rows of a tensor of the file; of a vector values, [values, 1]."""
+        tensor = self.file.tensors[name]
+        return tensor.rows(start, stop) if len(tensor.shape) > 1 else tensor.rows(0, 1)[0, start:stop, None]
+
+    def nearest(self, name: str, start: int, rows: Floats) -> Floats | None:
+        return nearest(rows, self.file.tensors[self.specs[name][0].gguf].qtype)
 
 
 def open_model(file: GGUFFile) -> GGUFModel:
@@ -92,7 +83,7 @@ def open_model(file: GGUFFile) -> GGUFModel:
     architecture, config = architecture_of(file), stored_config(file)
     shapes = {t.name: t.shape for t in file.tensors.values()}
     specs = plan_stored(architecture.table, config, shapes, architecture.derived(config))
-    return GGUFModel(file, architecture, config, {spec.hf: spec for spec in specs})
+    return GGUFModel(file, architecture, config, by_source(specs))
 
 
 def architecture_of(file: GGUFFile) -> Architecture:

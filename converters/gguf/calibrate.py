@@ -17,7 +17,8 @@ from dsconvert.calibration.request import CalibrationRequest, calibrate
 from dsconvert.events import Event, Step, Warn
 from dsconvert.models.config import ModelConfig
 from dsconvert.models.language_model import language_model
-from dsconvert.models.tensor_table import SOLVE_ORDER, WeightSource
+from dsconvert.models.tensor_table import SOLVE_ORDER
+from dsconvert.models.weights import WeightSource
 from dsconvert.texts.builtin import evaluation_page
 from tokenizer_tools.load import TokenizerData
 

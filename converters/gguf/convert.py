@@ -59,9 +59,9 @@ def describe(job: Job) -> Iterator[Event]:
         yield Step("the keys that tell of the calibration text come on top of the sizes: 1 to 2 kB")
     if job.towers is not None and job.towers.left_out:
         yield Step(job.towers.left_out)
-    sources = {spec.gguf: spec for spec, _ in job.tensors}
+    sources = {spec.gguf: spec for spec in job.tensors}
     names = {spec.hf for spec in job.towers.specs} if job.towers is not None else set()
-    tower_nbytes = sum(job.checkpoint.raw(name).nbytes for name in names)
+    tower_nbytes = sum(job.checkpoint.tensors[name].nbytes for name in names)
     for output in job.every_output:
         rows = []
         for tensor in output.tensors.values():

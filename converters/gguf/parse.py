@@ -81,9 +81,9 @@ class StoredTensor:
 
     def float32(self) -> npt.NDArray[np.float32]:
         """The dequantized values in the stored layout (the `gguf` library's dequantizers)."""
-        return self.float32_rows(0, self.values).reshape(self.shape)
+        return self.rows(0, self.values).reshape(self.shape)
 
-    def float32_rows(self, start: int, stop: int) -> npt.NDArray[np.float32]:
+    def rows(self, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Rows `start` to `stop`, dequantized: [rows, columns]; a 1-D tensor is one row.
 
         Raises CheckpointError for a type whose values cannot be told here.

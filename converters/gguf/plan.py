@@ -23,7 +23,7 @@ from dsconvert.models.architecture import Architecture
 from dsconvert.models.architectures import find_architecture
 from dsconvert.models.config import ModelConfig, load_config
 from dsconvert.models.provenance import origin, pairing_id
-from dsconvert.models.tensor_table import Sizes, Spec, plan
+from dsconvert.models.tensor_table import Spec, plan
 from dsconvert.vision.plan import Towers, plan_towers, with_template
 from tokenizer_tools.load import TokenizerData, load_tokenizer
 from tokenizer_tools.pretokenizer import resolve
@@ -52,17 +52,21 @@ class Job:
     )  # float32 [n_cols], by GGUF name
 
     @property
-    def tensors(self) -> list[tuple[Spec, Sizes]]:
-        """What is read, in the order of the files, each with the config that its layout depends on."""
-        found: list[tuple[Spec, Sizes]] = [(spec, self.config) for spec in self.specs]
-        if self.towers is not None and self.projector is not None:
-            found += [(spec, self.towers.vision) for spec in self.towers.specs]
-        return found
+    def tensors(self) -> list[Spec]:
+        """What is read, in the order of the files."""
+        if self.towers is None or self.projector is None:
+            return list(self.specs)
+        return [*self.specs, *self.towers.specs]
 
     @property
     def source_nbytes(self) -> int:
         """Bytes that will be read: of the tensors that are used, each once."""
-        return sum(self.checkpoint.raw(s.hf).nbytes // s.row.part[1] for s, _ in self.tensors)
+        return sum(map(self.nbytes_of, self.tensors))
+
+    def nbytes_of(self, spec: Spec) -> int:
+        """Bytes of the checkpoint that become a tensor."""
+        stored = [self.checkpoint.tensors[name] for name in spec.names]
+        return sum(t.nbytes for t in stored) * spec.values // sum(prod(t.shape) for t in stored)
 
     @property
     def every_output(self) -> tuple[Output, ...]:
@@ -146,7 +150,7 @@ def all_keys(
     parameters = sum(prod(spec.shape) for spec in specs)
     keys = metadata.general_keys(checkpoint.folder, config, architecture.gguf, parameters)
     keys |= metadata.model_keys(config, architecture)
-    keys["dsconvert.pairing_id"] = ("string", pairing_id(checkpoint, specs, config))
+    keys["dsconvert.pairing_id"] = ("string", pairing_id(checkpoint, specs))
     return keys
 
 

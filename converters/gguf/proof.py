@@ -56,7 +56,7 @@ def _prove_output(job: Job, output: Output, path: Path, seconds: float) -> Itera
         told = [check_structure(job, output, file), *check_text(job, file)]
     yield from told
     model = open_model(file)
-    yield from check_weights(job.checkpoint, file, [(spec, job.config) for spec in job.specs])
+    yield from check_weights(job.checkpoint, file, job.specs, job.config.head_dim)
     yield from _check_logits(job, output, model, seconds - (time.monotonic() - started))
 
 

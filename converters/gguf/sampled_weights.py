@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from math import prod
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from converters.gguf.parse import GGUFFile, StoredTensor
-from dsconvert.checkpoints.checkpoint import Checkpoint
 from dsconvert.events import Check
-from dsconvert.models.tensor_table import IDENTITY, ROPE_K, ROPE_Q, Sizes, Spec
+from dsconvert.models.stored_rows import stored_rows
+from dsconvert.models.tensor_table import Spec
+from dsconvert.models.weights import WeightSource, widened
 from dsconvert.proof import thresholds
 from dsconvert.proof.figures import RowFault
 from dsconvert.proof.row_faults import faults, told
@@ -22,7 +21,7 @@ SAMPLED = (8, 4)  # rows in a row, places: how much of every matrix is compared 
 
 
 def check_weights(
-    checkpoint: Checkpoint, file: GGUFFile, specs: Sequence[tuple[Spec, Sizes]]
+    checkpoint: WeightSource, file: GGUFFile, specs: Sequence[Spec], head_dim: int = 0
 ) -> Iterator[Check]:
     """Sampled rows of every matrix, and every vector, dequantized, against the source.
 
@@ -30,11 +29,11 @@ def check_weights(
     """
     worst: tuple[float, str, str] | None = None
     rows = 0
-    for spec, config in specs:
+    for spec in specs:
         stored = file.tensors[spec.gguf]
-        kind, matrix = stored.qtype.name, sampled(spec, config, checkpoint.raw(spec.hf), stored)
+        kind, matrix = stored.qtype.name, sampled(spec, checkpoint, stored)
         snr, floor = matrix.decibel, thresholds.snr_floor(kind)
-        wrong = row_faults(spec, config, matrix, stored)
+        wrong = row_faults(spec, head_dim, matrix, stored)
         if wrong and not (snr < floor and 2 * len(wrong) > matrix.count):
             yield Check("weights", False, f"{spec.gguf} ({spec.hf}): {told(wrong)}", float(len(wrong)))
             return
@@ -52,12 +51,12 @@ def check_weights(
         yield Check("weights", True, f"{detail}, {worst[2]}", worst[0])
 
 
-def sampled(spec: Spec, config: Sizes, raw: npt.NDArray[Any], stored: StoredTensor) -> Matrix:
+def sampled(spec: Spec, source: WeightSource, stored: StoredTensor) -> Matrix:
     """Sampled rows of a matrix, or all of a vector, of source and file; numbered as the source's."""
-    view = spec.forward(raw, config)
-    if len(stored.shape) == 1:  # a norm or a bias, which RoPE's order gives more axes
-        return Matrix().add(_widened(view).reshape(1, -1), stored.float32_rows(0, 1))
-    matrix, (rows, labels) = Matrix(), (prod(view.shape[:-1]), numbers(spec, config, raw.shape[0]))
+    if len(stored.shape) == 1:
+        exact = widened(stored_rows(spec, source.rows, 0, spec.rows))
+        return Matrix().add(exact.reshape(1, -1), stored.rows(0, 1))
+    matrix, rows, labels = Matrix(), spec.rows, numbers(spec)
     length, places = SAMPLED
     starts = {int(at) for at in np.linspace(0, max(rows - length, 0), places)}
     seen = np.zeros(rows, bool)
@@ -65,28 +64,21 @@ def sampled(spec: Spec, config: Sizes, raw: npt.NDArray[Any], stored: StoredTens
         chosen = np.arange(start, min(start + length, rows))
         chosen = chosen[~seen[chosen]]
         seen[chosen] = True
-        exact = _widened(view[np.unravel_index(chosen, view.shape[:-1])])
-        found = stored.float32_rows(int(chosen[0]), int(chosen[-1]) + 1)
-        matrix.add(exact, found, labels=labels[chosen])
+        first, end = int(chosen[0]), int(chosen[-1]) + 1
+        exact = widened(stored_rows(spec, source.rows, first, end))
+        matrix.add(exact, stored.rows(first, end), labels=labels[chosen])
     return matrix
 
 
-def row_faults(spec: Spec, config: Sizes, matrix: Matrix, stored: StoredTensor) -> tuple[RowFault, ...]:
+def row_faults(spec: Spec, head_dim: int, matrix: Matrix, stored: StoredTensor) -> tuple[RowFault, ...]:
     """What is wrong with the sampled rows of a matrix."""
     if len(stored.shape) != 2:
         return ()
-    head_dim = getattr(config, "head_dim", 0) if spec.row.transform in (ROPE_Q, ROPE_K, IDENTITY) else 0
     return faults(matrix, spec.hf, stored.qtype.name, head_dim)
 
 
-def numbers(spec: Spec, config: Sizes, rows: int) -> npt.NDArray[np.int64]:
+def numbers(spec: Spec) -> npt.NDArray[np.int64]:
     """The number in the source's own order of each stored row of a matrix."""
-    if spec.row.transform in (ROPE_Q, ROPE_K):
-        return spec.forward(np.arange(rows), config).reshape(-1)
-    return np.arange(prod(spec.shape[:-1]))
-
-
-def _widened(raw: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
-    if raw.dtype == np.uint16:
-        return (raw.astype(np.uint32) << 16).view(np.float32)
-    return raw.astype(np.float32)
+    if spec.rows != spec.source[0]:
+        return np.arange(spec.rows)
+    return stored_rows(spec, lambda name, start, stop: np.arange(start, stop), 0, spec.rows).reshape(-1)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from itertools import product
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,8 @@ from dsconvert.checkpoints.output_files import PartFile
 from dsconvert.errors import QuantizationError
 from dsconvert.events import Event, Step, TensorDone, Warn
 from dsconvert.machine import collector_paused, usable_cores
-from dsconvert.models.tensor_table import rounded
+from dsconvert.models.stored_rows import chunks, stored_rows
+from dsconvert.models.weights import Array
 
 CHUNK = 1 << 20  # values: 2 MB of bf16 in, well under 4 MB out for every type
 PROJECTOR = ("v.", "mm.")  # how the tensors of a projector file begin
@@ -36,12 +37,17 @@ class Target:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some leading units (rows, or heads of rows) of one source tensor, and its targets."""
+    """Some rows of one tensor, and its targets.
+
+    `read` gives them, [rows, columns]; `start` is the place of the first value, `nbytes` what
+    they take in the checkpoint.
+    """
 
     name: str
     source: str
-    view: npt.NDArray[Any]
+    read: Callable[[], Array]
     start: int
+    nbytes: int
     targets: tuple[Target, ...]
     last: bool
     importance: npt.NDArray[np.float32] | None = None
@@ -59,7 +65,7 @@ def write_tensors(job: Job, parts: list[PartFile]) -> Iterator[Event]:
     done, total, warned = 0, job.source_nbytes, set[str]()
     work = (lambda chunk=chunk: (chunk, _run(chunk)) for chunk in _chunks(job, parts))
     for chunk, flags in _pump(work, job.options.threads or usable_cores()):
-        done += chunk.view.nbytes
+        done += chunk.nbytes
         _refuse(chunk, flags, job.options.allow_nonfinite)
         if flags and chunk.name not in warned:
             warned.add(chunk.name)
@@ -84,8 +90,9 @@ def _warm(job: Job) -> Iterator[Event]:
         for output in job.every_output
         for tensor in output.tensors.values()
     }
-    sources = {job.checkpoint.dtype(spec.hf) for spec, _ in job.tensors} | ({"f32"} if job.derived else set())
-    sources = {"f32" if source == "f64" else source for source in sources}
+    read = {name for spec in job.tensors for name in spec.names}
+    sources = {kernels.source_of(job.checkpoint.rows(name, 0, 0)) for name in read}
+    sources |= {"f32"} if job.derived else set()
     for source, weighted in product(sorted(sources), (False, True)):
         qtypes = {qtype for qtype, with_importance in kinds if with_importance == weighted}
         if not kernels.compiled(qtypes, source, weighted):
@@ -97,13 +104,16 @@ def _warm(job: Job) -> Iterator[Event]:
 
 def _chunks(job: Job, parts: list[PartFile]) -> Iterator[Chunk]:
     """The whole work in the order of the files, so that reading and writing both run forward."""
-    for spec, config in job.tensors:
-        view = spec.forward(job.checkpoint.raw(spec.hf), config)
-        targets = _targets(job, parts, spec.gguf)
-        for chunk in _split(spec.gguf, spec.hf, view, targets):
-            yield replace(chunk, importance=job.importance.get(spec.gguf))
+    for spec in job.tensors:
+        targets, nbytes = _targets(job, parts, spec.gguf), job.nbytes_of(spec)
+        columns, importance = spec.values // spec.rows, job.importance.get(spec.gguf)
+        for start, stop in chunks(spec, CHUNK):
+            read = partial(stored_rows, spec, job.checkpoint.rows, start, stop)
+            share = nbytes * stop // spec.rows - nbytes * start // spec.rows
+            last = stop == spec.rows
+            yield Chunk(spec.gguf, spec.hf, read, start * columns, share, targets, last, importance)
     for name, values in job.derived.items():
-        yield from _split(name, name, values, _targets(job, parts, name))
+        yield Chunk(name, name, partial(np.reshape, values, (-1, 1)), 0, 0, _targets(job, parts, name), True)
 
 
 def _targets(job: Job, parts: list[PartFile], name: str) -> tuple[Target, ...]:
@@ -116,21 +126,11 @@ def _targets(job: Job, parts: list[PartFile], name: str) -> tuple[Target, ...]:
     return tuple(targets)
 
 
-def _split(name: str, source: str, view: npt.NDArray[Any], targets: tuple[Target, ...]) -> Iterator[Chunk]:
-    unit = view[:1].size
-    step = max(1, CHUNK // unit) if view.ndim > 1 and unit > 1 else len(view)
-    for start in range(0, len(view), step):
-        part = view[start : start + step]
-        yield Chunk(name, source, part, start * unit, targets, start + step >= len(view))
-
-
 def _run(chunk: Chunk) -> int:
     """Quantize and write one chunk; runs on a worker thread."""
-    columns = chunk.view.shape[-1]
-    flags = 0
-    rows = np.require(rounded(chunk.view), requirements=["C", "A"]).reshape(-1, columns)
+    rows, flags = chunk.read(), 0
     for target in chunk.targets:
-        out = np.empty((len(rows), target.qtype.nbytes(columns)), np.uint8)
+        out = np.empty((len(rows), target.qtype.nbytes(rows.shape[1])), np.uint8)
         flags |= kernels.quantize(target.qtype, rows, out, chunk.importance)
         target.part.write(out.data, target.offset + target.qtype.nbytes(chunk.start))
     return flags

@@ -19,6 +19,7 @@ from dsconvert.checkpoints.weight_files import open_weights
 from dsconvert.errors import CheckpointError, quoted
 from dsconvert.models.config import load_json
 from dsconvert.models.diagnosis import DECODER_KEYS
+from dsconvert.models.weights import Array
 from dsconvert.quantization.bit_packing import unpack_rows
 
 STORED_AS = {"qweight": ("i32",), "qzeros": ("i32",), "scales": ("f16", "f32"), "g_idx": ("i32",)}
@@ -56,11 +57,11 @@ class GPTQModel:
             return dequantize(packed, self.bits, self.checkpoint_format)
         return self.checkpoint.float32(name)
 
-    def float32_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
+    def rows(self, name: str, start: int, stop: int) -> Array:
         """Rows `start` to `stop` - 1; a quantized linear is unpacked whole for them."""
         if name.endswith(".weight") and name.removesuffix(".weight") in self.linears:
             return self.float32(name)[start:stop]
-        return self.checkpoint.float32_rows(name, start, stop)
+        return self.checkpoint.rows(name, start, stop)
 
     def nearest(self, name: str, start: int, rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32] | None:
         """What plain rounding makes of rows `start` and following of another's tensor `name`."""

@@ -12,13 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from dsconvert.checkpoints import bus_error
 from dsconvert.checkpoints.locate import SAMPLE, SAMPLE_VL, find, locate
 from dsconvert.checkpoints.rounding import nearest
-from dsconvert.checkpoints.safetensors_reader import READABLE, Array, Stored
+from dsconvert.checkpoints.safetensors_reader import READABLE, Stored, plain
 from dsconvert.checkpoints.source_files import SourceFile, remember, small_files, weight_files
 from dsconvert.checkpoints.spelling import LEFTOVERS, respelled
 from dsconvert.checkpoints.weight_files import Weights, open_file, open_weights
@@ -26,7 +23,7 @@ from dsconvert.errors import CheckpointError, quoted
 from dsconvert.models.config import is_tied, load_json
 from dsconvert.models.diagnosis import SOURCE, is_left_over, quantized_form, stated_method
 from dsconvert.models.model_class import model_class
-from dsconvert.models.tensor_table import rounded
+from dsconvert.models.weights import Array, Floats, widened
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,32 +59,29 @@ class Checkpoint:
         tensor = self._tensor(name)
         return None if tensor.offset is None else (tensor.path, tensor.offset, tensor.nbytes)
 
-    def raw(self, name: str) -> Array:
-        """The stored values, without a copy: a read-only view of the mapped file in the stored shape.
+    def rows(self, name: str, start: int, stop: int) -> Array:
+        """Rows `start` to `stop` - 1: the bits of bf16, uint16, or float32, whatever is stored.
 
-        uint16 (the bits of bf16), float16, float32 or float64. A view of an old file may be unaligned, one of
-        a pytorch_model.bin may be strided: copy row chunks with `np.require(chunk, requirements=["C", "A"])`.
-        Raises CheckpointError for any other stored type.
+        bf16 and f32 come as a read-only view of the mapped file, or as a copy where its bytes lie apart; f16
+        is widened and f64 rounded. A scalar is one row. Raises CheckpointError for a type that is not read.
         """
         tensor = self._tensor(name)
         if tensor.data is None:
             raise _unreadable(name, tensor)
-        return tensor.data
+        return plain(tensor.data[start:stop] if tensor.shape else tensor.data.reshape(1))
 
-    def float32(self, name: str) -> npt.NDArray[np.float32]:
+    def float32(self, name: str) -> Floats:
         """The values in float32, a fresh writable array of the stored shape; raises CheckpointError."""
-        return _widened(self.raw(name))
+        shape = self._tensor(name).shape
+        values = widened(self.rows(name, 0, shape[0] if shape else 1)).reshape(shape)
+        return values if values.flags.writeable else values.copy()
 
-    def float32_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
-        """Rows `start` to `stop` - 1 in float32; only they are read."""
-        return _widened(self.raw(name)[start:stop])
-
-    def nearest(self, name: str, start: int, rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32] | None:
+    def nearest(self, name: str, start: int, rows: Floats) -> Floats | None:
         """What storing float32 rows as the tensor `name` is stored makes of them, rounded to nearest."""
         return nearest(rows, self._tensor(name).dtype)
 
     def check_readable(self, names: Iterable[str]) -> None:
-        """Raise CheckpointError for the first of `names` whose stored type `raw` would refuse."""
+        """Raise CheckpointError for the first of `names` whose stored type `rows` would refuse."""
         for name in names:
             tensor = self._tensor(name)
             if tensor.data is None:
@@ -98,15 +92,6 @@ class Checkpoint:
             return self.tensors[name]
         except KeyError:
             raise CheckpointError(f"holds no tensor {quoted(name)}", where=self.folder) from None
-
-
-def _widened(raw: Array) -> npt.NDArray[np.float32]:
-    """Stored values as float32, a fresh array."""
-    if raw.dtype != np.uint16:
-        return np.array(rounded(raw), np.float32, order="C")
-    bits = np.array(raw, np.uint32, order="C")
-    bits <<= 16
-    return bits.view(np.float32)
 
 
 def open_checkpoint(model: str | Path | None = None) -> Checkpoint:

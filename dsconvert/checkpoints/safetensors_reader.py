@@ -6,7 +6,7 @@ import json
 import math
 import mmap
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F16":
 BITS |= dict.fromkeys(("F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8)
 BITS |= {"U16": 16, "F32": 32, "I32": 32, "U32": 32, "F64": 64, "I64": 64, "U64": 64, "C64": 64}
 
-# The types that weights are read in; bf16 travels as its bits, and f64 is rounded to f32 where it is used.
+# The types that weights are read in; bf16 travels as its bits.
 READABLE: dict[str, np.dtype[Any]] = {"bf16": np.dtype("<u2"), "f16": np.dtype("<f2"), "f32": np.dtype("<f4")}
 READABLE["f64"] = np.dtype("<f8")
 
@@ -94,6 +94,31 @@ def mapped_values(stored: Stored) -> Array:
         return stored.data
     assert stored.offset is not None  # safetensors tensors are in one piece
     return np.memmap(stored.path, INTEGERS[stored.dtype], "r", stored.offset, stored.shape)
+
+
+@np.errstate(over="ignore")  # infinity is met, and told, where the value is used
+def plain(data: Array) -> Array:
+    """Values of a readable type in one of the two that are converted: the bits of bf16, or float32.
+
+    The result is C-contiguous and aligned. f16 is widened and f64 rounded to float32; bf16 and f32 are
+    copied only where their bytes lie apart.
+    """
+    if data.dtype in (READABLE["bf16"], READABLE["f32"]):
+        return np.require(data, requirements=["C", "A"])
+    return data.astype(np.float32, order="C")
+
+
+def part_of(stored: Stored, start: int, stop: int, shape: tuple[int, ...]) -> Stored:
+    """Rows `start` to `stop` - 1 of a tensor of a readable type as a tensor of its own, of this shape."""
+    assert stored.data is not None  # its type is readable
+    row = stored.nbytes // stored.shape[0]
+    return replace(
+        stored,
+        shape=shape,
+        nbytes=(stop - start) * row,
+        offset=None if stored.offset is None else stored.offset + start * row,
+        data=stored.data[start:stop].reshape(shape),
+    )
 
 
 def check_file(path: Path) -> int:

@@ -14,9 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dsconvert.checkpoints.output_files import write_error
-from dsconvert.checkpoints.safetensors_reader import BITS, Stored
+from dsconvert.checkpoints.safetensors_reader import BITS, Stored, plain
 from dsconvert.errors import CheckpointError
-from dsconvert.models.tensor_table import rounded
 
 CHUNK = 16 << 20
 # The format's names of numpy's types; bf16 travels as its bits.
@@ -44,7 +43,8 @@ def from_array(array: npt.NDArray[Any]) -> Piece:
         rows = array.reshape(1) if array.ndim == 0 else array
         step = max(1, CHUNK * len(rows) // max(array.nbytes, 1))
         for start in range(0, len(rows), step):
-            part = rounded(rows[start : start + step])
+            part = rows[start : start + step]
+            part = plain(part) if part.dtype == np.float64 else part
             yield np.ascontiguousarray(part, part.dtype.newbyteorder("<")).reshape(-1).view(np.uint8).data
 
     kind = "float32" if array.dtype == np.float64 else array.dtype.name

@@ -14,7 +14,8 @@ import numpy as np
 from dsconvert.decoder.numpy_config import Floats, Numbers
 from dsconvert.models.architectures import find_architecture
 from dsconvert.models.config import ModelConfig
-from dsconvert.models.tensor_table import WeightSource, plan
+from dsconvert.models.tensor_table import plan
+from dsconvert.models.weights import WeightSource
 
 Names = tuple[str, ...]
 Request = tuple[Names, Floats]  # matrices by module attribute without ".weight", and what they are applied to

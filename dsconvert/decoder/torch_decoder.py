@@ -20,7 +20,7 @@ from dsconvert.decoder.numpy_config import Numbers
 from dsconvert.decoder.torch_config import library_config, numbers_of, open_rotary, torch_classes
 from dsconvert.errors import UsageError
 from dsconvert.models.config import ModelConfig
-from dsconvert.models.tensor_table import WeightSource
+from dsconvert.models.weights import WeightSource, widened
 
 if TYPE_CHECKING:
     import torch
@@ -117,7 +117,7 @@ def read(decoder: Decoder, name: str, rows: slice | None = None) -> torch.Tensor
     import torch
 
     source = decoder.source
-    array = source.float32(name) if rows is None else source.float32_rows(name, rows.start, rows.stop)
+    array = source.float32(name) if rows is None else widened(source.rows(name, rows.start, rows.stop))
     # A copy in torch's own alignment: equal weights then give bit-equal products, wherever they came from.
     tensor = torch.empty(array.shape, dtype=torch.float32)
     np.copyto(tensor.numpy(), array)

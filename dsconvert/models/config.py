@@ -74,6 +74,8 @@ class ModelConfig:
             "ff": self.intermediate_size,
             "q": self.heads * self.head_dim,
             "kv": self.kv_heads * self.head_dim,
+            "heads": self.heads,
+            "kv_heads": self.kv_heads,
             "v": self.vocab_size,
             "hd": self.head_dim,
             "layers": self.layers,

@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
 from dsconvert.models.architectures import find_architecture
 from dsconvert.models.config import ModelConfig
-from dsconvert.models.tensor_table import WeightSource, check_shapes, expand, plan
+from dsconvert.models.tensor_table import check_shapes, expand, plan
+from dsconvert.models.weights import Array, Floats, WeightSource
 
 
 @dataclass(frozen=True)
@@ -28,13 +26,13 @@ class Inner:
     def dtype(self, name: str) -> str:
         return self.source.dtype(self.names[name])
 
-    def float32(self, name: str) -> npt.NDArray[np.float32]:
+    def float32(self, name: str) -> Floats:
         return self.source.float32(self.names[name])
 
-    def float32_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
-        return self.source.float32_rows(self.names[name], start, stop)
+    def rows(self, name: str, start: int, stop: int) -> Array:
+        return self.source.rows(self.names[name], start, stop)
 
-    def nearest(self, name: str, start: int, rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32] | None:
+    def nearest(self, name: str, start: int, rows: Floats) -> Floats | None:
         return self.source.nearest(self.names[name], start, rows)
 
 

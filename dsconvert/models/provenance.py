@@ -6,19 +6,11 @@ import hashlib
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
-import numpy.typing as npt
 
 from dsconvert.models.config import ModelConfig
-from dsconvert.models.tensor_table import Spec, rounded
-
-
-class RawSource(Protocol):
-    """A source whose tensors can be read as they are stored."""
-
-    def raw(self, name: str) -> npt.NDArray[Any]: ...
+from dsconvert.models.stored_rows import stored_rows
+from dsconvert.models.tensor_table import Spec
+from dsconvert.models.weights import WeightSource
 
 
 def origin(folder: Path, config: ModelConfig) -> tuple[str, str]:
@@ -34,16 +26,14 @@ def origin(folder: Path, config: ModelConfig) -> tuple[str, str]:
     return "", folder.resolve().name or "model"
 
 
-def pairing_id(source: RawSource, specs: Iterable[Spec], config: ModelConfig) -> str:
+def pairing_id(source: WeightSource, specs: Iterable[Spec]) -> str:
     """A digest of the model's weights that its text file and its projector share, 32 hex digits.
 
-    Taken over the stored names, shapes and first rows of the language model, so it does not depend on
-    the checkpoint's layout, sharding or folder, and costs one page per tensor.
+    Taken over the stored names, shapes, first rows and vectors of the language model, so it does not
+    depend on the checkpoint's layout, sharding or folder, and costs one page per tensor.
     """
     digest = hashlib.sha256()
     for spec in sorted(specs, key=lambda spec: spec.gguf):
         digest.update(f"{spec.gguf} {spec.shape}\n".encode())
-        view = spec.forward(source.raw(spec.hf), config)
-        row = view if view.ndim == 1 else view[(0,) * (view.ndim - 1)]
-        digest.update(np.ascontiguousarray(rounded(row)).tobytes())
+        digest.update(stored_rows(spec, source.rows, 0, 1 if len(spec.shape) > 1 else spec.rows).tobytes())
     return digest.hexdigest()[:32]

@@ -10,9 +10,9 @@ import difflib
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any, Literal, Protocol
 
-import numpy as np
 import numpy.typing as npt
 
 from dsconvert.errors import PlanError
@@ -36,76 +36,38 @@ class Sizes(Protocol):
     def dims(self) -> Mapping[str, int]: ...
 
 
-class WeightSource(Protocol):
-    """A model on disk, whatever its format: gives a tensor by its Hugging Face name."""
-
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """The shape of every tensor, by name, without reading weights."""
-        ...
-
-    def dtype(self, name: str) -> str:
-        """The stored type of a tensor: "bf16", "f16", "f32" or a quantized type's name."""
-        ...
-
-    def float32(self, name: str) -> npt.NDArray[np.float32]:
-        """The tensor's values in float32, dequantized where need be, in the Hugging Face layout."""
-        ...
-
-    def float32_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
-        """Rows `start` to `stop` - 1 of a matrix, as `float32` would give them.
-
-        Made for embedding and head, which are read in slices: for them it costs what the rows cost. Where
-        a format stores the rows in another order it may read the whole tensor.
-        """
-        ...
-
-    def nearest(self, name: str, start: int, rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32] | None:
-        """What plain rounding to nearest in this tensor's own type and settings makes of another's rows.
-
-        `rows` float32 [n, columns] stand for rows `start` and following; they are not changed. Same shape,
-        float32; None where nothing here rounds to the type. It is what a faithful tensor is held against.
-        """
-        ...
-
-
 @dataclass(frozen=True)
 class Transform:
-    """A layout change between the Hugging Face tensor and the stored one, and its inverse.
+    """A layout change inside each unit of a tensor's rows, a head for example, and its inverse.
 
-    `forward` gives a view whose leading axis is the unit of work (rows, or heads of rows); flattened to
-    rows it is the stored tensor. `inverse` takes the stored tensor's rows and gives such a view of the
-    source's. Neither changes a value or a dtype.
+    `units` is the dimension that counts the units; "" stands for rows that stay as they are, of a tensor that
+    is one unit. `forward` takes source rows as [units, rows, ...] and gives a view of them in the stored
+    order, units first; `inverse` takes [units, ...] of the stored shape. Neither changes a value or a dtype.
     """
 
-    forward: Callable[[Array, Any], Array]
-    inverse: Callable[[Array, Any], Array]
+    forward: Callable[[Array], Array]
+    inverse: Callable[[Array], Array]
+    units: str = ""
 
 
-@np.errstate(over="ignore")  # infinity is met, and told, where the value is used
-def rounded(array: Array) -> Array:
-    """Float64 values as float32, a copy; what is of another type as it is."""
-    return array.astype(np.float32) if array.dtype == np.float64 else array
+def _interleave(x: Array) -> Array:
+    """[heads, 2 * half, ...] with halves apart -> view [heads, half, 2, ...] with pairs adjacent."""
+    return x.reshape(len(x), 2, x.shape[1] // 2, *x.shape[2:]).swapaxes(1, 2)
 
 
-def _interleave(x: Array, heads: int) -> Array:
-    """[heads * 2 * half, ...] with halves apart -> view [heads, half, 2, ...] with pairs adjacent."""
-    return x.reshape(heads, 2, x.shape[0] // heads // 2, *x.shape[1:]).swapaxes(1, 2)
-
-
-def _separate(x: Array, heads: int) -> Array:
+def _separate(x: Array) -> Array:
     """The inverse of `_interleave`: -> view [heads, 2, half, ...]."""
-    return x.reshape(heads, x.shape[0] // heads // 2, 2, *x.shape[1:]).swapaxes(1, 2)
+    return x.reshape(len(x), x.shape[1] // 2, 2, *x.shape[2:]).swapaxes(1, 2)
 
 
-def _same(x: Array, config: Sizes) -> Array:
+def _same(x: Array) -> Array:
     return x
 
 
 IDENTITY = Transform(_same, _same)
-SQUEEZE = Transform(lambda x, c: x[0], lambda x, c: x[None])  # a leading axis of one
 # Hugging Face rotates halves; of some architectures llama.cpp rotates adjacent pairs.
-ROPE_Q = Transform(lambda x, c: _interleave(x, c.heads), lambda x, c: _separate(x, c.heads))
-ROPE_K = Transform(lambda x, c: _interleave(x, c.kv_heads), lambda x, c: _separate(x, c.kv_heads))
+ROPE_Q = Transform(_interleave, _separate, "heads")
+ROPE_K = Transform(_interleave, _separate, "kv_heads")
 
 
 @dataclass(frozen=True)
@@ -113,10 +75,10 @@ class Row:
     """A row: Hugging Face name, GGUF name, role, shape in the letters of `ModelConfig.dims`.
 
     `{i}` in a name stands for the layer, counted by the dimension `depth`; a dimension "letter.layer" goes
-    before one that all layers share. `part=(k, n)` takes the k-th of n equal slices of the source's rows.
-    `source` is the shape in the checkpoint where that is another. An `optional` row may be absent, in all
-    layers. `when` names the config flag without which the row must be absent. `tied_to` names the row whose
-    tensor the runtime uses instead.
+    before one that all layers share. `part=(k, sizes)` takes the k-th of the slices, of these sizes, of each
+    unit's rows (see Transform). `source` is the shape in the checkpoint where that is another. An `optional`
+    row may be absent, in all layers. `when` names the config flag without which the row must be absent.
+    `tied_to` names the row whose tensor the runtime uses instead.
     """
 
     hf: str
@@ -124,7 +86,7 @@ class Row:
     role: Role
     shape: tuple[str, ...]
     transform: Transform = IDENTITY
-    part: tuple[int, int] = (0, 1)
+    part: tuple[int, tuple[str, ...]] | None = None
     optional: bool = False
     when: str = ""
     tied_to: str = ""
@@ -154,7 +116,8 @@ class Table:
 class Spec:
     """A row with its layer: one tensor of one model.
 
-    `shape` is the stored tensor's, rows first, `source` the checkpoint's.
+    `shape` is the stored tensor's, rows first, `source` the checkpoint's. `units` counts its units of rows
+    (see Transform), of each of which it takes the rows `part[0]` to `part[1]` - 1.
     """
 
     hf: str
@@ -163,17 +126,24 @@ class Spec:
     shape: tuple[int, ...]
     layer: int | None
     row: Row
-    source: tuple[int, ...] = ()
+    source: tuple[int, ...]
+    units: int
+    part: tuple[int, int]
 
-    def forward(self, source: Array, config: Sizes) -> Array:
-        """The stored layout of the source tensor, as a view; see Transform."""
-        k, n = self.row.part
-        rows = source.shape[0] // n
-        return self.row.transform.forward(source[k * rows : (k + 1) * rows], config)
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The checkpoint's tensors that it is made of, in order."""
+        return (self.hf,)
 
-    def inverse(self, stored: Array, config: Sizes) -> Array:
-        """The Hugging Face layout of the stored tensor, contiguous, same shape."""
-        return self.row.transform.inverse(stored, config).reshape(stored.shape)
+    @property
+    def rows(self) -> int:
+        """How many rows of its last axis the stored tensor has; the values of a vector are rows of one."""
+        return prod(self.shape[:-1]) if len(self.shape) > 1 else self.shape[0]
+
+    @property
+    def values(self) -> int:
+        """How many values of the checkpoint it takes."""
+        return prod(self.shape)
 
 
 def prefixed(rows: Iterable[Row], prefix: str) -> tuple[Row, ...]:
@@ -202,10 +172,16 @@ def _spec(row: Row, dims: Mapping[str, int], layer: int | None) -> Spec:
         return int(dims.get(f"{letter}.{layer}", dims.get(letter, letter)))
 
     shape = tuple(map(size, row.shape))
-    source = tuple(map(size, row.source)) or (shape[0] * row.part[1], *shape[1:])
+    units = size(row.transform.units or "1")
+    sizes = tuple(map(size, row.part[1])) if row.part else ()
+    source = tuple(map(size, row.source)) or (sum(sizes) or shape[0], *shape[1:])
+    part = (0, source[0] // units)
+    if row.part:
+        k = row.part[0]
+        part = (sum(sizes[:k]), sum(sizes[: k + 1]))
     number = "" if layer is None else str(layer)
     hf, gguf = (name.replace("{i}", number) for name in (row.hf, row.gguf))
-    return Spec(hf, gguf, row.role, shape, layer, row, source)
+    return Spec(hf, gguf, row.role, shape, layer, row, source, units, part)
 
 
 def plan(table: Table, config: Sizes, shapes: Mapping[str, tuple[int, ...]]) -> list[Spec]:
@@ -247,7 +223,7 @@ def plan_stored(
     `derived` are the tensors that the file may hold and no checkpoint does.
     """
     stored = Table(
-        tuple(replace(row, hf=row.gguf, part=(0, 1), source=()) for row in table.rows),
+        tuple(replace(row, hf=row.gguf, part=None, source=(), transform=IDENTITY) for row in table.rows),
         (*map(re.escape, derived), r"rope_freqs\.weight"),
     )
     originals = {spec.gguf: spec for spec in expand(table, config)}

@@ -19,7 +19,7 @@ from dsconvert.decoder.torch_config import read_numbers
 from dsconvert.errors import CheckpointError
 from dsconvert.events import BlockCompared, Check, Event, Step
 from dsconvert.models.config import ModelConfig
-from dsconvert.models.tensor_table import WeightSource
+from dsconvert.models.weights import WeightSource, widened
 from dsconvert.proof.figures import (
     BlockError,
     Figures,
@@ -194,7 +194,7 @@ def tensor_error(
         return TensorError(names[1], kind, shape, matrix.decibel)
 
     def again(row: int) -> tuple[Floats, Floats]:
-        base, candidate = (s.float32_rows(n, row, row + 1) for s, n in zip(sources, names, strict=True))
+        base, candidate = (widened(s.rows(n, row, row + 1)) for s, n in zip(sources, names, strict=True))
         return base[0], candidate[0]
 
     found = faults(matrix, names[1], kind, head_dim, again)

@@ -23,7 +23,7 @@ from dsconvert.decoder import torch_decoder as st
 from dsconvert.errors import CheckpointError, UsageError
 from dsconvert.events import Event
 from dsconvert.models.config import ModelConfig
-from dsconvert.models.tensor_table import WeightSource
+from dsconvert.models.weights import WeightSource
 from dsconvert.proof.compare import Comparison
 from dsconvert.proof.figures import IntArray, TokenFigures, joined, summary, token_figures
 from dsconvert.proof.scores import hidden_states

@@ -19,7 +19,7 @@ from dsconvert.decoder.numpy_decoder import EMBED, NORM
 from dsconvert.events import BlockCompared, Event, Step
 from dsconvert.machine import usable_cores
 from dsconvert.models.config import ModelConfig
-from dsconvert.models.tensor_table import WeightSource
+from dsconvert.models.weights import WeightSource, widened
 from dsconvert.proof import time_budget
 from dsconvert.proof.compare import Comparison, check_sizes, differences, judge, tensor_error
 from dsconvert.proof.figures import BlockError, TensorError, joined, summary
@@ -217,7 +217,7 @@ class _Run:
         """The reference's embedded text; of both tables only the rows in use are read and compared."""
         used, places = np.unique(self.windows.tokens, return_inverse=True)
         base, candidate = (
-            np.concatenate([source.float32_rows(EMBED, i, i + 1) for i in used.tolist()])
+            np.concatenate([widened(source.rows(EMBED, i, i + 1)) for i in used.tolist()])
             for source in self.sources
         )
         self.note(EMBED, EMBED, Matrix().add(base, candidate, labels=used))
@@ -264,7 +264,7 @@ class _Run:
 
         def read(start: int) -> None:
             stop = min(start + step, rows)
-            parts = [source.float32_rows(name, start, stop) for source in self.sources]
+            parts = [widened(source.rows(name, start, stop)) for source in self.sources]
             for matrix, part in zip(pair, parts, strict=True):
                 matrix[start:stop] = part
             compared.add(*parts, labels=range(start, stop))

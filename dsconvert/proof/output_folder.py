@@ -11,7 +11,7 @@ import numpy as np
 from dsconvert.checkpoints.source_files import companions
 from dsconvert.events import Check, Event, Step
 from dsconvert.models.config import ModelConfig
-from dsconvert.models.tensor_table import WeightSource
+from dsconvert.models.weights import WeightSource
 from dsconvert.proof import thresholds, time_budget
 from dsconvert.texts import builtin
 from dsconvert.texts.encode_long import Encode

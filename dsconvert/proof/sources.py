@@ -13,7 +13,7 @@ from dsconvert.checkpoints.weight_files import open_weights
 from dsconvert.errors import CheckpointError, TokenizerError, UsageError
 from dsconvert.models.config import ModelConfig
 from dsconvert.models.diagnosis import is_left_over
-from dsconvert.models.tensor_table import WeightSource
+from dsconvert.models.weights import WeightSource
 from dsconvert.proof.result import TypeSize, sizes_by_type
 from tokenizer_tools.identity import TextHandling, of_data
 from tokenizer_tools.load import TokenizerData, load_tokenizer

@@ -11,7 +11,7 @@ import numpy as np
 from dsconvert.decoder import torch_decoder as st
 from dsconvert.events import BlockCompared, Event, Step
 from dsconvert.models.config import ModelConfig
-from dsconvert.models.tensor_table import WeightSource
+from dsconvert.models.weights import WeightSource, widened
 from dsconvert.proof.compare import Comparison, Run, check_sizes, compare, differences, judge, tensor_error
 from dsconvert.proof.figures import BlockError, IntArray, TensorError, hidden_error, update_error
 from dsconvert.proof.row_sums import Matrix
@@ -201,7 +201,7 @@ def sample_tensors(
         if len(shape) == 1:
             matrix.add(*(source.float32(name) for source in pair))
         for rows in _sampled(shape[0]) if len(shape) > 1 else ():
-            parts = [source.float32_rows(name, rows.start, rows.stop) for source in pair]
+            parts = [widened(source.rows(name, rows.start, rows.stop)) for source in pair]
             matrix.add(*parts, labels=range(rows.start, rows.stop))
         found.append(tensor_error(pair, (name, name), matrix, head_dim))
     return tuple(found)
@@ -222,7 +222,7 @@ def _embedded(run: Run) -> torch.Tensor:
     rows = []
     for decoder in run.pair:
         st.check_ids(run.windows.tokens, decoder.config.vocab_size)
-        parts = [decoder.source.float32_rows(st.EMBED, i, i + 1) for i in used.tolist()]
+        parts = [widened(decoder.source.rows(st.EMBED, i, i + 1)) for i in used.tolist()]
         rows.append(torch.from_numpy(np.concatenate(parts)))
     run.note((st.EMBED, st.EMBED), Matrix().add(*rows, labels=used))
     base = rows[0].to(run.pair[0].device)

@@ -14,7 +14,8 @@ from dsconvert.models.architectures import find_architecture
 from dsconvert.models.config import ModelConfig, load_config
 from dsconvert.models.diagnosis import DECODER_KEYS
 from dsconvert.models.language_model import language_model
-from dsconvert.models.tensor_table import SOLVE_ORDER, Spec, WeightSource, plan
+from dsconvert.models.tensor_table import SOLVE_ORDER, Spec, plan
+from dsconvert.models.weights import WeightSource
 from dsconvert.vision.config import VisionConfig
 from dsconvert.vision.transformers_layout import has_original_layout, in_transformers_layout
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from dsconvert.decoder import torch_decoder as st
 from dsconvert.models.config import ModelConfig
-from dsconvert.models.tensor_table import WeightSource
+from dsconvert.models.weights import WeightSource
 
 if TYPE_CHECKING:
     import torch

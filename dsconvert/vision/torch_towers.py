@@ -15,7 +15,9 @@ import numpy.typing as npt
 
 from dsconvert.errors import CheckpointError, UsageError
 from dsconvert.models.architectures.deepseek_vl import HYBRID, LANGUAGE, TOWERS, VL
-from dsconvert.models.tensor_table import Spec, WeightSource, expand
+from dsconvert.models.stored_rows import stored_rows
+from dsconvert.models.tensor_table import Spec, expand
+from dsconvert.models.weights import WeightSource, widened
 from dsconvert.vision.config import Sam, Tower, VisionConfig
 
 Floats = npt.NDArray[np.float32]
@@ -46,7 +48,7 @@ def checkpoint_weights(source: WeightSource, specs: Iterable[Spec], vision: Visi
 
     def read(name: str) -> Floats:
         spec = by_name[name]
-        return np.ascontiguousarray(spec.forward(source.float32(spec.hf), vision))
+        return widened(stored_rows(spec, source.rows, 0, spec.rows)).reshape(spec.shape)
 
     return read
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from dsconvert.checkpoints.checkpoint import Checkpoint
-from dsconvert.checkpoints.safetensors_reader import Stored
+from dsconvert.checkpoints.safetensors_reader import part_of
 from dsconvert.models.architectures.deepseek_vl import (
     HYBRID,
     LANGUAGE,
@@ -54,23 +54,17 @@ def in_transformers_layout(
     new = {
         spec.gguf: spec for spec in (*expand(LANGUAGE.table, config), *expand(TOWERS[name, hybrid], vision))
     }
-    tensors = {new[spec.gguf].hf: _moved(checkpoint.tensors[spec.hf], spec, new[spec.gguf]) for spec in old}
+    tensors = {
+        new[spec.gguf].hf: part_of(checkpoint.tensors[spec.hf], *_taken(spec), new[spec.gguf].source)
+        for spec in old
+    }
     config = replace(config, architecture=name)
     return replace(checkpoint, tensors=tensors), config, replace(vision, architecture=name)
 
 
-def _moved(stored: Stored, old: Spec, new: Spec) -> Stored:
-    """A tensor, or the part of a fused one that is a tensor of its own, in its other shape."""
-    k, n = old.row.part
-    nbytes, rows = stored.nbytes // n, stored.shape[0] // n
-    assert stored.data is not None  # its type was checked
-    return replace(
-        stored,
-        shape=new.source,
-        nbytes=nbytes,
-        offset=None if stored.offset is None else stored.offset + k * nbytes,
-        data=stored.data[k * rows : (k + 1) * rows].reshape(new.source),
-    )
+def _taken(spec: Spec) -> tuple[int, int]:
+    """The rows of the original tensor that are this one: of a fused tensor a part, else all of them."""
+    return spec.part if spec.row.part else (0, spec.source[0])
 
 
 def model_config(

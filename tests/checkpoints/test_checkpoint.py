@@ -23,6 +23,7 @@ import tiny
 from dsconvert.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from dsconvert.checkpoints.hub_model import Repository, hub_error
 from dsconvert.errors import CheckpointError, ConversionError, UsageError
+from dsconvert.models.weights import widened
 
 ROOT = Path(__file__).parents[2]
 PEERS = ROOT.parent / "shared" / "data" / "peers"
@@ -70,10 +71,15 @@ def test_values_equal_what_torch_loads(tmp_path: Path, form: str, dtype: str, sh
     assert checkpoint.shapes() == {name: tuple(tensor.shape) for name, tensor in expected.items()}
     assert checkpoint.nbytes == sum(tensor.nbytes for tensor in expected.values())
     for name, tensor in expected.items():
-        raw, values = checkpoint.raw(name), checkpoint.float32(name)
+        raw, values = checkpoint.tensors[name].data, checkpoint.float32(name)
+        assert raw is not None
         assert checkpoint.dtype(name) == dtype
         assert raw.dtype == {"bf16": np.uint16, "f16": np.float16, "f32": np.float32}[dtype]
         assert not raw.flags.writeable
+        rows = checkpoint.rows(name, 1, 3)
+        assert np.shares_memory(rows, raw) == (dtype != "f16")
+        assert rows.dtype == (np.uint16 if dtype == "bf16" else np.float32)
+        assert np.array_equal(widened(rows), values[1:3])
         assert raw.shape == values.shape == tuple(tensor.shape)
         assert np.array_equal(values, tensor.float().numpy())
         assert values.flags.writeable
@@ -96,6 +102,28 @@ def test_every_bf16_value_becomes_the_same_float32(tmp_path: Path) -> None:
     assert np.array_equal(values.view(np.uint32), expected.view(np.uint32))
 
 
+def test_every_f16_value_becomes_the_same_float32(tmp_path: Path) -> None:
+    import torch
+
+    every = np.arange(1 << 16, dtype=np.uint32).astype(np.uint16).view(np.float16)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(tiny.safetensors_bytes({"x": every}))
+    (tmp_path / "config.json").write_text("{}")
+    expected = torch.from_numpy(every).float().numpy()
+    assert np.array_equal(open_checkpoint(path).rows("x", 0, 1 << 16), expected, equal_nan=True)
+
+
+def test_f64_is_rounded_to_float32(tmp_path: Path) -> None:
+    import torch
+
+    values = torch.tensor([1 / 3, 1e-310, -1e39, 2.0**-149, float("nan")], dtype=torch.float64)
+    torch.save({"x": values}, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text("{}")
+    rows = open_checkpoint(tmp_path).rows("x", 0, 5)
+    assert rows.dtype == np.float32
+    assert np.array_equal(rows, values.float().numpy(), equal_nan=True)
+
+
 def test_a_file_written_by_the_library_opens(tmp_path: Path) -> None:
     import torch
     from safetensors.torch import save_file
@@ -116,10 +144,12 @@ def test_an_unpadded_header_reads_the_same(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + values.tobytes())
     (tmp_path / "config.json").write_text("{}")
-    raw = open_checkpoint(path).raw("x")
+    checkpoint = open_checkpoint(path)
+    raw = checkpoint.tensors["x"].data
+    assert raw is not None
     assert not raw.flags.aligned
-    assert np.array_equal(raw, values)
-    assert np.require(raw[1:], requirements=["C", "A"]).flags.aligned
+    assert checkpoint.rows("x", 1, 3).flags.aligned
+    assert np.array_equal(checkpoint.rows("x", 1, 3), values[1:])
 
 
 def test_strided_and_shared_tensors_of_a_bin(tmp_path: Path) -> None:
@@ -139,6 +169,9 @@ def test_strided_and_shared_tensors_of_a_bin(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tmp_path)
     for name, tensor in state.items():
         assert np.array_equal(checkpoint.float32(name), tensor.detach().float().numpy()), name
+        rows = checkpoint.rows(name, 1, 3)
+        assert rows.flags.c_contiguous, name
+        assert np.array_equal(widened(rows), tensor[1:3].detach().float().numpy()), name
     assert checkpoint.location("transposed") is None
     first, tail = checkpoint.location("base"), checkpoint.location("tail")
     assert first is not None
@@ -150,7 +183,9 @@ def test_many_threads_read_the_same_bytes(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(small(tmp_path, shards=2, dtype="f32"))
     expected = {name: checkpoint.float32(name).tobytes() for name in checkpoint.shapes()}
     with ThreadPoolExecutor(8) as pool:
-        got = list(pool.map(lambda name: (name, checkpoint.raw(name).tobytes()), list(expected) * 50))
+        got = list(
+            pool.map(lambda name: (name, checkpoint.rows(name, 0, 1 << 20).tobytes()), list(expected) * 50)
+        )
     assert len(got) == 50 * len(expected)
     assert all(expected[name] == value for name, value in got)
 
@@ -171,7 +206,7 @@ def anonymous():
 
 before = anonymous()
 checkpoint = open_checkpoint(sys.argv[1])
-total = sum(int(checkpoint.raw(name).max()) for name in checkpoint.shapes())
+total = sum(int(checkpoint.rows(name, 0, 1 << 20).max()) for name in checkpoint.shapes())
 print(checkpoint.nbytes >> 10, anonymous() - before, "torch" in sys.modules)
 """
 
@@ -390,11 +425,15 @@ def test_a_model_that_transformers_saved() -> None:
     checkpoint = open_checkpoint(PEERS / "tiny256")
     expected = load_file(PEERS / "tiny256" / "model.safetensors")
     assert set(checkpoint.shapes()) == set(expected)
-    assert all(np.array_equal(checkpoint.raw(name), value) for name, value in expected.items())
+    assert all(np.array_equal(checkpoint.tensors[name].data, value) for name, value in expected.items())
 
 
 def _check_one(checkpoint: Checkpoint, name: str) -> None:
     checkpoint.check_readable([name])
+
+
+def _read_one(checkpoint: Checkpoint, name: str) -> None:
+    checkpoint.rows(name, 0, 1)
 
 
 def test_other_types_are_listed_and_refused_when_read(tmp_path: Path) -> None:
@@ -418,11 +457,11 @@ def test_other_types_are_listed_and_refused_when_read(tmp_path: Path) -> None:
         assert checkpoint.shapes() == {name: tuple(value.shape) for name, value in state.items()}
         assert checkpoint.dtype("fp8") == "f8_e4m3" if form == "safetensors" else "float8_e4m3fn"
         for name in state:
-            for read in (checkpoint.raw, checkpoint.float32, partial(_check_one, checkpoint)):
+            for read in (partial(_read_one, checkpoint), checkpoint.float32, partial(_check_one, checkpoint)):
                 with pytest.raises(CheckpointError, match=f"'{name}' is stored as .*save_pretrained"):
                     read(name)
     with pytest.raises(CheckpointError, match="holds no tensor 'other'"):
-        checkpoint.raw("other")
+        checkpoint.rows("other", 0, 1)
 
 
 # --- pytorch_model.bin -----------------------------------------------------------------------------------
@@ -447,7 +486,7 @@ def test_an_old_pickle_is_refused_and_the_hint_works(tmp_path: Path) -> None:
     assert command is not None
     subprocess.run([sys.executable, *shlex.split(command[1])], cwd=tmp_path, check=True)
     assert not (tmp_path / "ran").exists()
-    assert np.array_equal(open_checkpoint(path).raw("x"), values.numpy())
+    assert np.array_equal(open_checkpoint(path).tensors["x"].data, values.numpy())
 
 
 class Evil:

@@ -76,7 +76,7 @@ def reweighted(model: Path, folder: Path, **changes: Any) -> Path:
     """A copy with tensors replaced by name, or left out where the value is None."""
     shutil.copytree(model, folder)
     source = open_checkpoint(model)
-    stored = {name: np.array(source.raw(name)) for name in source.shapes()}
+    stored = {name: np.array(source.tensors[name].data) for name in source.shapes()}
     for name, value in changes.items():
         stored.pop(name, None)
         if value is not None:

@@ -173,7 +173,9 @@ def test_transformers_processor_takes_the_files(tmp_path: Path, sources: Any, hy
 def test_weights_in_a_torch_file_are_laid_out_anew_too(tmp_path: Path, sources: Any) -> None:
     folder = shutil.copytree(sources[False, "original"], tmp_path / "bin")
     source = open_checkpoint(folder)
-    tiny.write_bin(folder / "pytorch_model.bin", {n: np.array(source.raw(n)) for n in source.shapes()})
+    tiny.write_bin(
+        folder / "pytorch_model.bin", {n: np.array(source.tensors[n].data) for n in source.shapes()}
+    )
     (folder / "model.safetensors").unlink()
     run(folder, tmp_path / "a")
     run(sources[False, "original"], tmp_path / "b")
@@ -211,7 +213,7 @@ def test_what_cannot_be_laid_out_anew_is_refused_before_any_work(tmp_path: Path,
     with pytest.raises(CheckpointError, match="<nothing>"):
         next(iter(convert(calibrated.gptq_options(folder, out=tmp_path / "out", **SMALL))))
     source = open_checkpoint(sources[True, "original"])
-    stored = {name: np.array(source.raw(name)) for name in source.shapes()}
+    stored = {name: np.array(source.tensors[name].data) for name in source.shapes()}
     stored.pop("aligner.layers.1.bias")
     tiny_vl.write_weights(shutil.copytree(sources[True, "original"], tmp_path / "less"), stored)
     with pytest.raises(PlanError, match=r"aligner\.layers\.1\.bias"):

@@ -85,14 +85,34 @@ def test_the_tiny_checkpoints_configs(tmp_path: Path, rope: tiny.Rope) -> None:
     config = load_config(tiny.tiny_checkpoint(tmp_path, rope=rope, layers=1, tokenizer=False))
     assert config.rope_scaling == (LINEAR if rope == "linear" else None)
     assert config.rope_theta == (100000.0 if rope == "linear" else 10000.0)
-    assert config.dims == {"d": 64, "ff": 160, "q": 64, "kv": 32, "v": 512, "hd": 16, "layers": 1}
+    assert config.dims == {
+        "d": 64,
+        "ff": 160,
+        "q": 64,
+        "kv": 32,
+        "heads": 4,
+        "kv_heads": 2,
+        "v": 512,
+        "hd": 16,
+        "layers": 1,
+    }
 
 
 @pytest.mark.skipif(not PEER.exists(), reason=f"needs the trained model in {PEER}")
 def test_a_config_of_today() -> None:
     config = load_config(PEER)
     assert config.explicit_head_dim
-    assert config.dims == {"d": 256, "ff": 768, "q": 256, "kv": 256, "v": 1024, "hd": 64, "layers": 4}
+    assert config.dims == {
+        "d": 256,
+        "ff": 768,
+        "q": 256,
+        "kv": 256,
+        "heads": 4,
+        "kv_heads": 4,
+        "v": 1024,
+        "hd": 64,
+        "layers": 4,
+    }
 
 
 @pytest.mark.parametrize(

@@ -329,7 +329,7 @@ class Made:
         shape = self.all[name]
         if len(shape) == 1: return np.ones(shape, np.float32)
         return np.random.default_rng(len(name)).standard_normal(shape, np.float32) * np.float32(0.02)
-    def float32_rows(self, name, start, stop):
+    def rows(self, name, start, stop):
         peaks.append(rss())
         return np.full((stop - start, self.all[name][1]), 0.02, np.float32)
 

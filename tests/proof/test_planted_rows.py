@@ -187,11 +187,9 @@ def test_wrong_rows_are_found_and_named_in_folders(
     faithful = verify(tmp_path / "out")
     assert faithful.exit_code == 0, faithful.output
     whole: Callable[[Any, str], Floats] = kind.float32  # type: ignore[attr-defined]
-    part: Callable[[Any, str, int, int], Floats] = kind.float32_rows  # type: ignore[attr-defined]
+    part: Callable[[Any, str, int, int], Floats] = kind.rows  # type: ignore[attr-defined]
     monkeypatch.setattr(kind, "float32", lambda self, name: damaged(name, whole(self, name), 0))
-    monkeypatch.setattr(
-        kind, "float32_rows", lambda self, name, a, b: damaged(name, part(self, name, a, b), a)
-    )
+    monkeypatch.setattr(kind, "rows", lambda self, name, a, b: damaged(name, part(self, name, a, b), a))
     result = verify(tmp_path / "out")
     assert result.exit_code == 3, result.output
     details = said(result)

@@ -95,6 +95,6 @@ def test_rows_are_those_of_the_whole_tensor(tmp_path: Path) -> None:
         for source in (open_checkpoint(tmp_path), open_model(open_gguf(out))):
             for name, shape in source.shapes().items():
                 if len(shape) == 2:
-                    rows = source.float32_rows(name, 3, 20)
+                    rows = source.rows(name, 3, 20)
                     assert rows.dtype == np.float32
                     assert np.array_equal(rows, source.float32(name)[3:20]), (quant, name)

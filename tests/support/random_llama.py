@@ -44,7 +44,7 @@ class Memory:
     def float32(self, name: str) -> npt.NDArray[np.float32]:
         return self.tensors[name]
 
-    def float32_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
+    def rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         return self.tensors[name][start:stop]
 
     def nearest(self, name: str, start: int, rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32] | None:

@@ -1,12 +1,12 @@
-"""Quantization kernels: rows of bf16, f16 or f32 to ggml blocks, byte for byte as ggml's reference does.
+"""Quantization kernels: rows of bf16 or f32 to ggml blocks, byte for byte as ggml's reference does.
 
 Contract of the package (`quantize` is the only name that other packages need; `warm` and `compiled` let
-them say when the first run compiles):
+them say when the first run compiles, for a `source_of` rows):
 
     quantize(qtype, rows, out, importance=None) -> flags
 
-- `rows`: 2-D, C-contiguous [n_rows, n_cols]; uint16 (the bits of bf16), float16 or float32; n_cols is a
-  multiple of `qtype.block`.
+- `rows`: 2-D, C-contiguous [n_rows, n_cols]; uint16 (the bits of bf16) or float32; n_cols is a multiple of
+  `qtype.block`.
 - `out`: uint8, C-contiguous [n_rows, n_cols // block * size].
 - `importance`: float32 [n_cols], finite and not negative, or None: how much each column counts in the search
   for scales, as llama.cpp's importance matrices say. Types ignore it or need it, see qtypes.
@@ -41,7 +41,6 @@ OVERFLOW = 2
 
 SOURCES: dict[str, np.dtype[Any]] = {
     "bf16": np.dtype(np.uint16),
-    "f16": np.dtype(np.float16),
     "f32": np.dtype(np.float32),
 }
 # Values that are widened at a time where a kernel takes float32 only: 512 KiB, which stays in a core's cache.
@@ -81,15 +80,15 @@ def quantize(qtype: QType, rows: Array, out: Bytes, importance: Importance | Non
     Raises ValueError when the arrays break the contract.
     """
     _check(qtype, rows, out)
+    rows = rows if rows.flags.aligned else rows.copy()
     if not rows.size:
         return 0
     if (importance is not None and takes_importance(qtype)) or _by_rows_only(qtype):
         return _by_rows(qtype, rows, out, importance)
     flat, target = rows.reshape(-1), out.reshape(-1)
-    direct = _direct(qtype.name, rows.dtype)
-    if direct is not None and rows.flags.aligned:
-        return _run(direct, qtype, flat, target)
-    return _by_slabs(qtype, flat, target)
+    flags = _direct(qtype.name, rows.dtype)(_bits(flat, qtype), _units(target, qtype))
+    # The other types tell of an overflow themselves.
+    return flags or (_overflow(qtype, target) if qtype.block == SUPER else 0)
 
 
 def takes_importance(qtype: QType) -> bool:
@@ -102,8 +101,13 @@ def _by_rows_only(qtype: QType) -> bool:
     return qtype.name.startswith("iq")
 
 
+def source_of(rows: Array) -> str:
+    """What `warm` and `compiled` call rows of this type: "bf16" or "f32"."""
+    return next(name for name, dtype in SOURCES.items() if dtype == rows.dtype)
+
+
 def warm(qtypes: Iterable[QType], source: str, weighted: bool = False) -> None:
-    """Load or compile the kernels from `source` ("bf16", "f16" or "f32") to each of `qtypes`.
+    """Load or compile the kernels from `source` ("bf16" or "f32") to each of `qtypes`.
 
     `weighted` means those for an importance matrix. Call it once before threads start; `compiled` tells
     whether it will take seconds.
@@ -137,9 +141,7 @@ def _mark(qtype: QType, source: str, weighted: bool) -> str:
 
 def _check(qtype: QType, rows: Array, out: Bytes) -> None:
     if rows.dtype not in SOURCES.values() or rows.ndim != 2 or not rows.flags.c_contiguous:
-        raise ValueError(
-            f"rows must be C-contiguous uint16, float16 or float32, is {rows.dtype} {rows.shape}"
-        )
+        raise ValueError(f"rows must be C-contiguous uint16 or float32, is {rows.dtype} {rows.shape}")
     if rows.shape[1] % qtype.block:
         raise ValueError(f"{qtype.name} needs rows of a multiple of {qtype.block}, not {rows.shape[1]}")
     expected = (rows.shape[0], qtype.nbytes(rows.shape[1]))
@@ -147,13 +149,10 @@ def _check(qtype: QType, rows: Array, out: Bytes) -> None:
         raise ValueError(f"out must be C-contiguous uint8 {expected}, is {out.dtype} {out.shape}")
 
 
-def _direct(name: str, source: np.dtype[Any]) -> Kernel | None:
-    """The kernel that takes the source's own bits; None where they must be widened first."""
+def _direct(name: str, source: np.dtype[Any]) -> Kernel:
+    """The kernel that takes the source's own bits."""
     from converters.gguf.kernels import blocks, widen
 
-    if source == np.float16:
-        from_f16: dict[str, Kernel] = {"f16": widen.copy_f16, "f32": widen.widen_f16}
-        return from_f16.get(name)
     kernels: dict[str, Kernel] = {
         "f32": widen.widen,
         "f16": widen.narrow_f16,
@@ -171,32 +170,6 @@ def _direct(name: str, source: np.dtype[Any]) -> Kernel | None:
     return kernels[name]
 
 
-def _run(kernel: Kernel, qtype: QType, flat: Array, out: Bytes) -> int:
-    flags = kernel(_bits(flat, qtype), _units(out, qtype))
-    # The other types tell of an overflow themselves.
-    return flags or (_overflow(qtype, out) if qtype.block == SUPER else 0)
-
-
-def _by_slabs(qtype: QType, flat: Array, out: Bytes) -> int:
-    """Quantize by way of a small float32 scratch; blocks know no rows, so a slab is any run of blocks."""
-    from converters.gguf.kernels import widen
-
-    scratch = np.empty(min(SLAB, flat.size), dtype=np.float32)
-    take = widen.widen_f16 if flat.dtype == np.float16 else widen.widen
-    kernel = _direct(qtype.name, scratch.dtype)
-    assert kernel is not None  # float32 is taken by all
-    flags = 0
-    for start in range(0, flat.size, SLAB):
-        source = flat[start : start + SLAB]
-        source = source if source.flags.aligned else source.copy()
-        slab = scratch[: source.size]
-        part = out[qtype.nbytes(start) : qtype.nbytes(start + source.size)]
-        widened = take(_read_only(source.view(_UNSIGNED[source.itemsize])), slab)
-        # An overflow is told of finite values only.
-        flags |= widened or _run(kernel, qtype, slab, part)
-    return flags
-
-
 def _by_rows(qtype: QType, rows: Array, out: Bytes, importance: Importance | None) -> int:
     """Quantize with an importance matrix: by way of float32 too, in slabs of whole rows."""
     from converters.gguf.kernels import widen
@@ -212,13 +185,11 @@ def _by_rows(qtype: QType, rows: Array, out: Bytes, importance: Importance | Non
     weights = _read_only(np.require(importance, requirements=["C", "A"]))
     step = max(1, SLAB // columns)
     scratch = np.empty((min(step, len(rows)), columns), dtype=np.float32)
-    take = widen.widen_f16 if rows.dtype == np.float16 else widen.widen
     flags = 0
     for start in range(0, len(rows), step):
         source = rows[start : start + step].reshape(-1)
-        source = source if source.flags.aligned else source.copy()
         slab, part = scratch[: source.size // columns], out[start : start + step]
-        flags |= take(_read_only(source.view(_UNSIGNED[source.itemsize])), slab.reshape(-1))
+        flags |= widen.widen(_read_only(source.view(_UNSIGNED[source.itemsize])), slab.reshape(-1))
         kernel(slab, weights, part)
         flags |= _overflow(qtype, part.reshape(-1)) | (OVERFLOW if _beyond(qtype, slab) else 0)
     return flags

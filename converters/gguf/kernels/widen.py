@@ -1,8 +1,8 @@
-"""Float formats as bits: bf16 and f16 to float32 and back, exactly as ggml rounds them.
+"""Float formats as bits: bf16 to float32, and float32 to bf16 and f16 exactly as ggml rounds them.
 
 An array of bits says its format by its type: uint16 is bf16, uint32 is float32. float16 takes part only
-as a source of `widen_f16` and a target of `narrow_f16`. Integers alone do the work, so that the compiler
-may use vectors without being allowed to reorder floats. Importing this module imports numba.
+as the target of `narrow_f16`. Integers alone do the work, so that the compiler may use vectors without being
+allowed to reorder floats. Importing this module imports numba.
 """
 
 from __future__ import annotations
@@ -119,22 +119,6 @@ def widen(bits: Bits, out: npt.NDArray[np.float32]) -> int:
 
 
 @kernel
-def widen_f16(bits: Bits, out: npt.NDArray[np.float32]) -> int:
-    """float16 bits (uint16) [n] to float32 [n]; gives flags."""
-    largest = uint32(0)
-    for i in range(bits.size):
-        size = uint32(uint32(bits[i]) & uint32(0x7FFF))
-        sign = uint32(uint32(uint32(bits[i]) >> uint32(15)) << uint32(31))
-        # Moved 13 bits up a float16 is short of 2^112, subnormals too; the product is exact.
-        scaled = uint32(size << uint32(13)).view(np.float32) * uint32(0x77800000).view(np.float32)
-        special = uint32(INFINITY | uint32(size << uint32(13)))
-        value = special if size >= HALF_INFINITY else float32(scaled).view(np.uint32)
-        largest = max(largest, uint32(value))
-        out[i] = uint32(uint32(value) | sign).view(np.float32)
-    return int(flags_of(largest, False))
-
-
-@kernel
 def narrow_f16(bits: Bits, out: npt.NDArray[np.uint16]) -> int:
     """bf16 or float32 bits [n] to float16 bits [n]; gives flags."""
     largest = uint32(0)
@@ -166,24 +150,12 @@ def narrow_bf16(bits: Bits, out: npt.NDArray[np.uint16]) -> int:
     return int(flags_of(largest, overflow != uint32(0)))
 
 
-@inlined
-def copy(bits: Bits, out: npt.NDArray[np.uint16], infinity: Any) -> int:
-    """16-bit values as they are; NONFINITE where a magnitude reaches `infinity`."""
+@kernel
+def copy_bf16(bits: Bits, out: npt.NDArray[np.uint16]) -> int:
+    """bf16 bits [n] as they are; gives flags."""
     largest = uint16(0)
     for i in range(bits.size):
         size = uint16(bits[i] & uint16(0x7FFF))
         largest = size if size > largest else largest
         out[i] = bits[i]
-    return NONFINITE if largest >= infinity else 0
-
-
-@kernel
-def copy_f16(bits: Bits, out: npt.NDArray[np.uint16]) -> int:
-    """float16 bits [n] as they are; gives flags."""
-    return copy(bits, out, HALF_INFINITY)
-
-
-@kernel
-def copy_bf16(bits: Bits, out: npt.NDArray[np.uint16]) -> int:
-    """bf16 bits [n] as they are; gives flags."""
-    return copy(bits, out, BF16_INFINITY)
+    return NONFINITE if largest >= BF16_INFINITY else 0

@@ -104,9 +104,7 @@ def prove_pair(
     if any(check.name in READABLE and not check.passed for check in found):
         return
     same_towers(model, projector)
-    yield from check_weights(
-        model.checkpoint, projector, [(spec, model.towers.vision) for spec in model.towers.specs]
-    )
+    yield from check_weights(model.checkpoint, projector, model.towers.specs)
     for text, _ in texts:
         faults = pair_faults(text, projector)
         yield Check("pair", not faults, "; ".join(faults) or f"belongs to {text.path.name}")

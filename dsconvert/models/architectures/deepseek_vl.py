@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from dsconvert.models.architecture import Mount, mounted
 from dsconvert.models.architectures.llama import LLAMA
-from dsconvert.models.tensor_table import SQUEEZE, Row, Table, renamed
+from dsconvert.models.tensor_table import Row, Table, renamed
 
 ORIGINAL, VL, HYBRID = (
     "MultiModalityCausalLM",
@@ -24,7 +24,7 @@ ORIGINAL, VL, HYBRID = (
 
 
 def _pair(
-    hf: str, gguf: str, *shape: str, part: tuple[int, int] = (0, 1), depth: str = ""
+    hf: str, gguf: str, *shape: str, part: tuple[int, tuple[str, ...]] | None = None, depth: str = ""
 ) -> tuple[Row, ...]:
     """The rows of a weight and its bias."""
     return tuple(
@@ -53,7 +53,7 @@ def _siglip(at: str, names: dict[str, str], fused: bool) -> tuple[Row, ...]:
             f"v.blk.{{i}}.attn_{letter}",
             "c",
             "c",
-            part=(k, 3) if fused else (0, 1),
+            part=(k, ("c", "c", "c")) if fused else None,
             depth=deep,
         )
     rows += _pair(layer + names["out"], "v.blk.{i}.attn_out", "c", "c", depth=deep)
@@ -65,7 +65,7 @@ def _siglip(at: str, names: dict[str, str], fused: bool) -> tuple[Row, ...]:
 def _position(hf: str, leading: bool) -> Row:
     """The position table; the original has a leading axis of one."""
     row = Row(hf, "v.position_embd.weight", "vision", ("n", "c"))
-    return replace(row, transform=SQUEEZE, source=("1", "n", "c")) if leading else row
+    return replace(row, source=("1", "n", "c")) if leading else row
 
 
 ORIGINAL_SIGLIP = {
