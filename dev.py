@@ -67,7 +67,7 @@ def sample() -> None:
         "sample-q4_0.gguf",
         "--quant",
         "q4_0",
-        "--verify",
+        "--effort",
         "full",
         "--force",
     ]

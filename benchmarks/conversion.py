@@ -189,9 +189,9 @@ def main() -> None:
         show("llama.cpp convert_hf_to_gguf.py", convert)
     bf16 = given.work / "bf16.gguf"
     if not given.no_llama:
-        measure([*ours, "--quant", "bf16", "--outfile", str(bf16), "--verify", "off"])
+        measure([*ours, "--quant", "bf16", "--outfile", str(bf16), "--effort", "off"])
     for quant in given.quants.split(","):
-        cold = measure([*ours, "--quant", quant, "--outfile", str(out), "--verify", "off"])
+        cold = measure([*ours, "--quant", quant, "--outfile", str(out), "--effort", "off"])
         size = out.stat().st_size
         base = several(sys.executable, __file__, "--work", ".", "--floor", str(source), str(out), str(size))
         show(f"{quant}: read input, write output", base)
@@ -205,7 +205,7 @@ def main() -> None:
         show(f"{quant}: dsconvert, first run of this type", cold, today)
         show(
             f"{quant}: dsconvert",
-            several(*ours, "--quant", quant, "--outfile", str(out), "--verify", "off"),
+            several(*ours, "--quant", quant, "--outfile", str(out), "--effort", "off"),
             today,
         )
         show(f"{quant}: dsconvert with proof", several(*ours, "--quant", quant, "--outfile", str(out)), today)

@@ -87,7 +87,7 @@ def main() -> None:
         work = given.work or Path(folder)
         asked: dict[str, Any] = {
             "calib": "builtin", "calib_samples": given.samples, "calib_len": given.length,
-            "verify": "off", "force": True,
+            "effort": "off", "force": True,
         }  # fmt: skip
         for bpw in map(float, given.bpw.split(",")):
             options = calibrated.exl2_options(
@@ -102,7 +102,7 @@ def main() -> None:
             line(f"exl2 --bpw {bpw:g}", open_model(work / f"{bpw}").bits, job, work / f"{bpw}", seconds, more)
         out = work / "q4_0.gguf"
         seconds, _ = run(
-            gguf.convert(output.Options(given.model, outfile=out, quants=("q4_0",), verify="off", force=True))
+            gguf.convert(output.Options(given.model, outfile=out, quants=("q4_0",), effort="off", force=True))
         )
         line("gguf --quant q4_0", 4.5, job, out, seconds)
         plain = calibrated.gptq_options(given.model, bits=4, group_size=128, out=work / "gptq", **asked)

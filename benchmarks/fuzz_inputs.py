@@ -157,10 +157,10 @@ def _converted(root: Path) -> None:
         (root / folder).mkdir()
     list(
         convert(
-            Options(str(root / "model"), quants=("f32",), outfile=root / "gguf" / "model.gguf", verify="off")
+            Options(str(root / "model"), quants=("f32",), outfile=root / "gguf" / "model.gguf", effort="off")
         )
     )
-    options = Options("sample-vl:", quants=("f16",), outfile=root / "pair" / "model.gguf", verify="off")
+    options = Options("sample-vl:", quants=("f16",), outfile=root / "pair" / "model.gguf", effort="off")
     list(convert(options))
     projector = next(path for path in (root / "pair").iterdir() if "mmproj" in path.name)
     projector.rename(root / "pair" / "mmproj.gguf")
@@ -202,7 +202,7 @@ def _quantized(root: Path) -> None:
     from dsconvert.checkpoints.safetensors_writer import from_stored
     from dsconvert.quantization.run_state import State
 
-    small: dict[str, Any] = {"calib": "builtin", "calib_samples": 2, "calib_len": 64, "verify": "off"}
+    small: dict[str, Any] = {"calib": "builtin", "calib_samples": 2, "calib_len": 64, "effort": "off"}
     model = str(root / "model")
     list(gptq.convert(calibrated.gptq_options(model, group_size=32, out=root / "gptq", **small)))
     for folder in ("measurement", "state"):
@@ -440,7 +440,7 @@ def convert_f32(folder: Path, out: Path) -> object:
     from converters.gguf.output import Options
 
     return list(
-        convert(Options(str(folder), quants=("f32",), outfile=out / "x.gguf", verify="off", threads=1))
+        convert(Options(str(folder), quants=("f32",), outfile=out / "x.gguf", effort="off", threads=1))
     )
 
 
@@ -530,17 +530,17 @@ class Kind:
     alone: bool = False
 
 
-GGUF = ("gguf", "{input}", "-o", "{output}/x.gguf", "--quant", "f32", "--verify", "off")
+GGUF = ("gguf", "{input}", "-o", "{output}/x.gguf", "--quant", "f32", "--effort", "off")
 VERIFY = ("verify", "{input}/model.gguf", "--against", "{bases}/model", "--windows", "1", "--length", "32")
 FOLDER = ("verify", "{input}", "--against", "{bases}/model", "--windows", "1", "--length", "32")
 MATRIX = ("gguf", "{bases}/model", "-o", "{output}/x.gguf", "--quant", "q4_k_m", "--dry-run", "--imatrix")
-SMALL = ("--verify", "off", "--calib-samples", "1", "--calib-len", "16", "--group-size", "32")
+SMALL = ("--effort", "off", "--calib-samples", "1", "--calib-len", "16", "--group-size", "32")
 CALIB = ("gptq", "{bases}/model", "-o", "{output}/x", *SMALL, "--calib", "{input}")
 INSPECT = ("inspect", "{input}/model.gguf")
 LOGITS = ("verify", "{bases}/gguf/model.gguf", "--against", "{bases}/model", "--kld-base", "{input}/base.kld")
 SPECIALS = ("special_tokens_map.json", "generation_config.json", "added_tokens.json", "tokenizer_config.json")
 RECORDS = ("job.json", "block-00000.json", "measured-00000.json")
-FEW = ("--calib", "builtin", "--calib-samples", "1", "--calib-len", "16", "--verify", "off")
+FEW = ("--calib", "builtin", "--calib-samples", "1", "--calib-len", "16", "--effort", "off")
 MEASURED = ("exl2", "{bases}/model", "-o", "{output}/x", *FEW, "--measurement", "{input}/measurement.json")
 TEXTS = ("a.txt", "b.jsonl", "c.json", "chat.jsonl")
 QUANTIZED = ("config.json", "quantize_config.json")

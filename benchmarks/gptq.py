@@ -61,7 +61,7 @@ def child(asked: dict[str, Any]) -> None:
     out = Path(asked["out"])
     options = calibrated.gptq_options(
         asked["model"], out=out, calib="builtin", calib_samples=asked["samples"],
-        calib_len=asked["length"], verify="off", force=True, device="cpu",
+        calib_len=asked["length"], effort="off", force=True, device="cpu",
     )  # fmt: skip
     torch.set_num_threads(asked["threads"])
     found: dict[str, float] = {}

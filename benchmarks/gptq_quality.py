@@ -89,7 +89,7 @@ def setting(given: argparse.Namespace, model: str, scheme: dict[str, int], folde
     """All results of one model, width and group size, a line each; gives how many are worse."""
     shared: dict[str, Any] = {
         **scheme, "out": folder / "out", "calib": "builtin", "calib_samples": given.samples,
-        "calib_len": given.length, "mse": not given.no_mse, "verify": "off", "force": True,
+        "calib_len": given.length, "mse": not given.no_mse, "effort": "off", "force": True,
     }  # fmt: skip
     head = f"{Path(model).name:<12} {scheme['bits']} bits g{scheme['group_size']:<4}"
     with rounding():

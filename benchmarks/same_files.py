@@ -20,20 +20,21 @@ import numpy as np
 
 sys.path.pop(0)  # this folder, whose gguf.py hides the library
 
+from converters.gguf import importance_file
 from converters.gguf.convert import convert
 from converters.gguf.file_types import MIXTURES
 from converters.gguf.mixtures import needs_importance
 from converters.gguf.output import Options
 from converters.gguf.parse import open_gguf
+from converters.outputs import open_reference
 from dsconvert.calibration.request import CalibrationRequest
-from dsconvert.commands.imatrix import make
 
 QUANTIZE = Path(__file__).with_name("llama_quantize.py")
 SAMPLES, LENGTH = 16, 256  # windows of the calibration text, and their tokens
 
 
 def ours(model: str, quant: str, out: Path, imatrix: Path | None = None) -> None:
-    for _ in convert(Options(model, (quant,), out, verify="off", force=True, imatrix=imatrix)):
+    for _ in convert(Options(model, (quant,), out, effort="off", force=True, imatrix=imatrix)):
         pass
 
 
@@ -50,7 +51,8 @@ def compare(first: Path, second: Path) -> tuple[int, list[str]]:
 
 def measured(model: str, text: str, out: Path) -> Path:
     """The importance matrix of a model on a calibration text."""
-    for _ in make(model, outfile=out, wanted=CalibrationRequest(text, SAMPLES, LENGTH), force=True):
+    options = importance_file.Options(out, CalibrationRequest(text, SAMPLES, LENGTH), force=True)
+    for _ in importance_file.make(options, lambda: open_reference(model)):
         pass
     return out
 

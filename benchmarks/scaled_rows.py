@@ -42,7 +42,7 @@ def quantized(model: Path, kind: str, folder: Path) -> tuple[Floats, str]:
         "gptq": ["gptq", model, "--bits", rate, *TEXT, "-o", out],
         "exl2": ["exl2", model, "--bpw", rate, *TEXT, "-o", out],
     }.get(method, ["gguf", model, "-q", kind, "--pure", "-o", out.with_suffix(".gguf")])
-    made = CliRunner().invoke(cli, [*map(str, words), "--verify", "off", "--quiet"])
+    made = CliRunner().invoke(cli, [*map(str, words), "--effort", "off", "--quiet"])
     if made.exit_code:
         sys.exit(made.output)
     opened = open_output(Path(str(words[words.index("-o") + 1])))

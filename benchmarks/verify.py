@@ -83,7 +83,7 @@ def convert(folder: Path, types: Sequence[str], imatrix: bool, dither: bool) -> 
     files = {name: folder / f"smollm2-{kind}{'imatrix-' * imatrix}{name}.gguf" for name in types}
     for name, path in files.items():
         if not path.exists():
-            dsconvert("gguf", model, "--quant", name, "--outfile", path, "--verify", "off", *options)
+            dsconvert("gguf", model, "--quant", name, "--outfile", path, "--effort", "off", *options)
     return model, files
 
 

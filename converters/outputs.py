@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 
 from dsconvert.checkpoints.checkpoint import open_checkpoint
-from dsconvert.checkpoints.locate import in_folder
+from dsconvert.checkpoints.locate import SAMPLES, in_folder, locate
 from dsconvert.errors import UsageError
 from dsconvert.models.architectures import find_architecture
 from dsconvert.models.config import load_config, load_json
@@ -16,6 +16,7 @@ from dsconvert.models.diagnosis import stated_method
 from dsconvert.models.language_model import language_model
 from dsconvert.proof.result import sizes_by_type
 from dsconvert.proof.sources import Opened, Reference, commonest, folder_text, is_plain
+from tokenizer_tools import show
 from tokenizer_tools.load import load_tokenizer
 
 
@@ -64,6 +65,21 @@ def open_output(path: Path) -> Opened:
             why=f"known: GGUF files, 16-bit folders, {', '.join(OPENERS)}",
         )
     return OPENERS[method](path)
+
+
+def open_tokenizer(path: Path) -> show.Opened:
+    """The tokenizer of a GGUF file, a model folder, a tokenizer.json or a tokenizer.model.
+
+    Raises TokenizerError, and what the reader of GGUF files raises.
+    """
+    if path.suffix != ".gguf":
+        if str(path) in SAMPLES:
+            return show.open_folder(locate(str(path)))
+        bare = os.path.isdir(path) and not os.path.exists(path / "tokenizer.json")
+        return show.open_folder(in_folder(path).path if bare else path)
+    from converters.gguf.parse import open_gguf
+
+    return show.open_metadata(path, open_gguf(path).keys)
 
 
 def _open_checkpoint(path: Path) -> Opened:

@@ -41,10 +41,9 @@ def say_json(value: Any) -> None:
 
 
 def fail(error: ConversionError, as_json: bool = False) -> int:
-    """Tell an error and give the exit code of a stopped command."""
+    """Show an error; returns the exit code of a stopped command."""
     if as_json:
-        fields = {"what": error.what, "where": error.where, "why": error.why, "hint": error.hint}
-        say_json({"event": "error", "kind": type(error).__name__, **fields})
+        say_json(error.as_dict())
     else:
         note(f"error: {error}")
     return STOPPED
@@ -83,7 +82,7 @@ def table(
 
 
 def follow(events: Generator[Event, None, Result], quiet: bool = False) -> Result:
-    """Show a stream of events while it runs, as `render` does, and give what it returns."""
+    """Show a stream of events while it runs, as `render` does, and return its result."""
     found: list[Result] = []
 
     def stream() -> Iterator[Event]:
@@ -94,7 +93,7 @@ def follow(events: Generator[Event, None, Result], quiet: bool = False) -> Resul
 
 
 def render(events: Iterable[Event], *, as_json: bool = False, quiet: bool = False, plan: bool = False) -> int:
-    """Show a stream of events while it runs and give the exit code: 0, or 3 when a check failed.
+    """Show a stream of events while it runs and return the exit code: 0, or 3 when a check failed.
 
     `quiet` keeps warnings and failed checks only; `plan` shows the table of every tensor.
     """

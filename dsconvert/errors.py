@@ -11,12 +11,17 @@ ConversionError            anything that stops a command; exit code 2
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class ConversionError(Exception):
     """What went wrong, where, why, and the next command to try.
 
     `what` is one sentence without a final full stop; `where` a file or tensor; `why` the evidence;
-    `hint` what to do next. `str()` gives them as one paragraph.
+    `hint` what to do next. `str()` returns them as one paragraph.
+
+    >>> str(ConversionError("is not a file", where="a.gguf", why="It is a folder", hint="Name a file in it"))
+    'a.gguf: is not a file. It is a folder. Name a file in it.'
     """
 
     def __init__(self, what: str, *, where: object = "", why: str = "", hint: str = "") -> None:
@@ -28,6 +33,11 @@ class ConversionError(Exception):
         parts = [text, self.why, self.hint]
         paragraph = ". ".join(part.rstrip(".") for part in parts if part) + "."
         return " ".join(paragraph.split())  # a file's name may hold a line break
+
+    def as_dict(self) -> dict[str, Any]:
+        """The error in the JSON form of events."""
+        fields = {"what": self.what, "where": self.where, "why": self.why, "hint": self.hint}
+        return {"event": "error", "kind": type(self).__name__, **fields}
 
 
 class UsageError(ConversionError):

@@ -252,7 +252,7 @@ def test_a_compiler_that_cannot_be_loaded_is_told() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on address space, which Linux has")
 def test_little_address_space_is_no_fault_of_ours(tmp_path: Path) -> None:
     model = tiny.tiny_checkpoint(tmp_path / "model")
-    words = f"-m dsconvert gguf {model} -o {tmp_path / 'x.gguf'} --quant q4_k_m --verify off"
+    words = f"-m dsconvert gguf {model} -o {tmp_path / 'x.gguf'} --quant q4_k_m --effort off"
     for kilobytes in (250_000, 300_000, 350_000, 400_000):
         command = f"ulimit -v {kilobytes}; exec {sys.executable} {words} --force"
         done = subprocess.run(

@@ -103,7 +103,7 @@ def run(*arguments: str) -> None:
 def run_gguf(checkpoint: Path, stem: str, kinds: tuple[str, ...], *options: str) -> dict[str, Path]:
     """Files of several types, made by one run of the command."""
     out = checkpoint.parent / f"{stem}.gguf"
-    fixed = ["--verify", "off", "--threads", str(THREADS)]
+    fixed = ["--effort", "off", "--threads", str(THREADS)]
     run("gguf", str(checkpoint), "--outfile", str(out), "--quant", ",".join(kinds), *fixed, *options)
     return {kind: out.with_name(f"{stem}-{kind}.gguf") for kind in kinds}
 

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from dsconvert import console, streams
 from dsconvert.cli import cli
 from dsconvert.commands import run
+from dsconvert.commands.display import Display
 from dsconvert.errors import CheckpointError
 from dsconvert.texts.hub_files import host
 
@@ -130,7 +131,7 @@ def test_what_a_conversion_says_of_a_strangers_model_is_escaped(
 
 
 def convert(model: Path, out: Path, streams: str) -> subprocess.CompletedProcess[str]:
-    command = f"{sys.executable} -m dsconvert gguf {model} -o {out} --quant f32 --verify off {streams}"
+    command = f"{sys.executable} -m dsconvert gguf {model} -o {out} --quant f32 --effort off {streams}"
     return subprocess.run(["bash", "-c", command], check=False, capture_output=True, text=True, timeout=300)
 
 
@@ -192,7 +193,7 @@ def test_whatever_is_left_is_one_paragraph(
         raise error
 
     with pytest.raises(SystemExit) as left:
-        run.run(work, as_json=False, debug=False)
+        run.run(work, Display(), debug=False)
     assert left.value.code == console.STOPPED
     assert said in capsys.readouterr().err
 
@@ -202,7 +203,7 @@ def test_leaving_is_left_alone() -> None:
         raise SystemExit(7)
 
     with pytest.raises(SystemExit) as left:
-        run.run(work, as_json=False, debug=False)
+        run.run(work, Display(), debug=False)
     assert left.value.code == 7
 
 

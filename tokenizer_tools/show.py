@@ -1,17 +1,18 @@
-"""Opens any file that holds a tokenizer, and tells its pre-tokenizer, for `dsconvert tokenizer`."""
+"""A tokenizer on its own, as `dsconvert tokenizer` shows it: opened, described, encoding, compared."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsconvert.errors import TokenizerError
-from tokenizer_tools import sentencepiece_model
+from dsconvert.errors import TokenizerError, UsageError
+from tokenizer_tools import parity, sentencepiece_model
 from tokenizer_tools.kinds import KINDS, kind_of
-from tokenizer_tools.library import open_json, read_object, read_text
+from tokenizer_tools.library import open_json, read_object, read_text, tokens
 from tokenizer_tools.load import read_tokens
 from tokenizer_tools.rebuild import rebuild
 from tokenizer_tools.steps import PreTokenizer, from_gguf
@@ -61,3 +62,30 @@ def open_metadata(path: Path, keys: Mapping[str, Any]) -> Opened:
     """The tokenizer rebuilt from a GGUF file's keys alone; raises TokenizerError."""
     tokenizer, kind = rebuild(keys, path), KINDS[str(keys["tokenizer.ggml.model"])]
     return Opened(path, tokenizer, from_gguf(keys, path), keys.get("tokenizer.ggml.pre"), kind.words)
+
+
+def described(opened: Opened) -> dict[str, Any]:
+    """The tokenizer as plain data: kind, runtime name and, where it states them, its regex steps."""
+    found: dict[str, Any] = {"kind": opened.kind, "runtime": opened.runtime}
+    if opened.spec:
+        steps = [vars(step) for step in opened.spec.steps]
+        found["pre_tokenizer"] = {"sha256": opened.spec.sha256, "flavor": "oniguruma", "steps": steps}
+    return found
+
+
+def encoded(opened: Opened, text: str) -> dict[str, Any]:
+    """A text with its ids and tokens; raises UsageError for text that is not UTF-8, TokenizerError."""
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        raise UsageError("--encode needs text in UTF-8", where=text)
+    ids, pieces = tokens(opened.tokenizer, text, opened.path)
+    return {"text": text, "ids": ids, "tokens": pieces}
+
+
+def compared(
+    first: Opened, second: Opened, lines_file: Path | None, strings: int, seed: int
+) -> dict[str, Any]:
+    """The comparison of two tokenizers' ids: on the probes, the lines of a file and random strings."""
+    lines = read_text(lines_file).splitlines() if lines_file else []
+    texts = chain(parity.PROBES, lines, parity.random_texts(seed, strings))
+    encoders = parity.encoder(first.tokenizer), parity.encoder(second.tokenizer)
+    return asdict(parity.compare_ids(*encoders, texts))

@@ -52,7 +52,7 @@ def convert(options: Options) -> Iterator[Event]:
             path.rename(part / path.name)
     nbytes = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     yield Finished(str(out), nbytes, time.monotonic() - started)
-    if options.run.verify != "off":
+    if options.run.effort != "off":
         yield from prove_folder(job)
 
 

@@ -24,10 +24,10 @@ def evaluation(job: Job) -> Windows:
 def prove(job: Job, choice: Choice) -> Iterator[Event]:
     """Read the folder back and compare it with the checkpoint; one Check for each thing compared.
 
-    `--verify off` checks nothing and says so. "quick" sizes the comparison of blocks and logits to some 20
+    `--effort off` checks nothing and says so. "quick" sizes the comparison of blocks and logits to some 20
     seconds, "full" runs all of it.
     """
-    if job.run.verify == "off":
+    if job.run.effort == "off":
         yield Step("verification is off: the folder was not read back")
         return
     yield check_structure(job, choice, open_model(job.out))
@@ -43,7 +43,7 @@ def prove_folder(job: Job) -> Iterator[Event]:
         (job.model.source, job.model.config),
         language_model(model, load_config(job.out)),
         evaluation(job),
-        "full" if job.run.verify == "full" else "quick",
+        "full" if job.run.effort == "full" else "quick",
         model.limits,
         job.run.device,
     )

@@ -24,7 +24,7 @@ class Options:
     pre: str | None = None
     split_max_size: int | None = None
     threads: int = 0
-    verify: str = "quick"
+    effort: str = "quick"
     force: bool = False
     dry_run: bool = False
     allow_nonfinite: bool = False

@@ -34,12 +34,12 @@ WINDOW = 128  # tokens; short, so that one fits where time is scarce
 def prove(job: Job, seconds: float = 0.0) -> Iterator[Event]:
     """Read every output back and compare it with the checkpoint; one Check for each thing compared.
 
-    `--verify off` checks nothing and says so. Else structure, token ids, chat template and sampled rows of
+    `--effort off` checks nothing and says so. Else structure, token ids, chat template and sampled rows of
     every tensor are compared; then "full" runs both models over a page of text, and "quick" as much of that
     as fits into a fifth of the `seconds` that the conversion took: all of a small model, at least one block
     of a big one, in numpy, since importing torch alone takes longer. What was chosen is said.
     """
-    if job.options.verify == "off":
+    if job.options.effort == "off":
         yield Step("verification is off: the files were not read back")
         return
     budget = QUICK_SHARE * seconds / len(job.outputs)
@@ -66,14 +66,14 @@ def _prove_projector(job: Job, towers: Towers, output: Output) -> Iterator[Event
     yield check_structure(job, output, file)
     model = projector_proof.Pictured(job.checkpoint, job.config, job.tokenizer, towers)
     parameters = sum(prod(spec.shape) for spec in towers.specs)
-    compute = job.options.verify == "full" or parameters <= QUICK_PARAMETERS
+    compute = job.options.effort == "full" or parameters <= QUICK_PARAMETERS
     projector = job.options.mmproj_quant
     texts = [
         (open_gguf(text.paths[0]), projector_proof.limit_of(text.quant, projector)) for text in job.outputs
     ]
     yield from projector_proof.prove_pair(model, file, texts, compute=compute)
     if not compute:
-        yield Step("image embeddings were not compared; --verify full does it")
+        yield Step("image embeddings were not compared; --effort full does it")
 
 
 def use_threads(count: int) -> None:
@@ -109,11 +109,11 @@ def _check_logits(job: Job, output: Output, model: GGUFModel, seconds: float) ->
     length = min(WINDOW, job.config.context_length, len(ids))
     page = windows.consecutive(np.array(ids, np.int64), length, job.tokenizer.first_id)
     source, config = language_model(job.checkpoint, job.config)
-    full, needed = job.options.verify == "full", BLOCK_BYTES * time_budget.block_weights(config)
+    full, needed = job.options.effort == "full", BLOCK_BYTES * time_budget.block_weights(config)
     free = free_memory()
     if not full and needed > free / 2:
         short = f"two decoder blocks need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
-        yield Step(f"no blocks were run and no logits compared: {short}; --verify full does it all the same")
+        yield Step(f"no blocks were run and no logits compared: {short}; --effort full does it all the same")
         compare.check_sizes(config, model.config)
         yield from compare.judge_config(compare.config_differences(config, model.config))
         return

@@ -21,10 +21,10 @@ def evaluation(job: Job) -> Windows:
 def prove(job: Job) -> Iterator[Event]:
     """Read the folder back and compare it with the checkpoint; one Check for each thing compared.
 
-    `--verify off` checks nothing and says so. "quick" sizes the comparison of blocks and logits to some 20
+    `--effort off` checks nothing and says so. "quick" sizes the comparison of blocks and logits to some 20
     seconds, "full" runs all of it.
     """
-    mode = job.run.verify
+    mode = job.run.effort
     if mode == "off":
         yield Step("verification is off: the folder was not read back")
         return

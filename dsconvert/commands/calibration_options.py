@@ -1,35 +1,37 @@
-"""The options on calibration text, which every command that calibrates takes."""
+"""The options on calibration text, which every command that calibrates takes as one CalibrationRequest."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from dsconvert.commands.given import refuse
+from dsconvert.commands.shared_options import apply, seed_option
 
 if TYPE_CHECKING:
     from dsconvert.calibration.request import CalibrationRequest
-    from dsconvert.quantization.plan import RunOptions
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 NAMES = ("calib", "calib_chat", "calib_column", "calib_samples", "calib_len", "seed", "offline")
-RUN_NAMES = ("add_bos", "out", "resume", "force", "device", "verify")
 
 
-def calibration_options(text: str | None, length: int) -> Callable[[Command], Command]:
-    """Add the options to a command; without a default `text` it calibrates only when asked to."""
+def calibration_options(text: str | None, length: int) -> Callable[[Command], Callable[..., Any]]:
+    """Add the options to a command, which receives them as `calibration`.
+
+    `text` is the default text; without one, `calibration` is None unless the user names a text. Raises
+    UsageError for options that have no effect beside the others.
+    """
     options = (
         click.option(
             "--calib",
             default=text,
             show_default=text is not None,
             metavar="c4|wikitext2|builtin|FILE|DIR",
-            help="Calibration text."
-            if text
-            else "Measure an importance matrix on this text on the way, instead of --imatrix.",
+            help="Calibration text" + ("." if text else ", to measure an importance matrix on the way."),
         ),
         click.option(
             "--calib-samples",
@@ -58,52 +60,47 @@ def calibration_options(text: str | None, length: int) -> Callable[[Command], Co
             metavar="NAME",
             help="Column of a file of rows that holds the text, or the conversation.",
         ),
-        click.option("--seed", type=int, default=0, show_default=True, help="Which windows are drawn."),
-        click.option(
-            "--offline", is_flag=True, help="Take cached texts or the built-in one; ask no network."
-        ),
+        seed_option,
+        click.option("--offline", is_flag=True, help="Use cached texts or the built-in one, and no network."),
     )
 
-    def add(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
+    def add(command: Command) -> Callable[..., Any]:
+        @wraps(command)
+        def with_request(
+            *,
+            calib: str | None,
+            calib_chat: Path | None,
+            calib_column: str,
+            calib_samples: int,
+            calib_len: int,
+            seed: int,
+            offline: bool,
+            **others: Any,
+        ) -> Any:
+            from dsconvert.calibration.request import CalibrationRequest
+
+            check_text(calib, calib_chat)
+            request: CalibrationRequest | None = None
+            if calib is not None or calib_chat is not None:
+                request = CalibrationRequest(
+                    text=calib or "",
+                    samples=calib_samples,
+                    length=calib_len,
+                    seed=seed,
+                    chat=calib_chat,
+                    offline=offline,
+                    column=calib_column,
+                )
+            return command(calibration=request, **others)
+
+        return apply(with_request, options)
 
     return add
 
 
-bos_option = click.option(
-    "--add-bos/--no-add-bos",
-    default=None,
-    help="Put BOS before a text, or not, whatever the tokenizer's files say.",
-)
-
-
-def check_calibration(asked: Mapping[str, Any]) -> None:
-    """Raises UsageError where --calib is given beside --calib-chat, which takes its place."""
-    if asked["calib_chat"] is not None:
+def check_text(text: str | None, chat: Path | None) -> None:
+    """Raises UsageError for --calib beside --calib-chat, and for options on a text where neither is given."""
+    if chat is not None:
         refuse("calib", where="beside --calib-chat", hint="Give one of them")
-
-
-def wanted_of(asked: dict[str, Any]) -> CalibrationRequest | None:
-    """Take the options out of `asked` and give what they mean: None without a text.
-
-    Raises UsageError where an option says how to draw from a text that is not there.
-    """
-    from dsconvert.calibration.request import CalibrationRequest
-
-    check_calibration(asked)
-    text, chat, column, samples, length, seed, offline = (asked.pop(name) for name in NAMES)
-    if text is None and chat is None:
+    elif text is None:
         refuse(*NAMES, where="without a calibration text", hint="Give --calib c4, or --calib-chat FILE")
-        return None
-    return CalibrationRequest(text or "", samples, length, seed, None, chat, offline, column)
-
-
-def run_options_of(model: str, asked: dict[str, Any]) -> RunOptions:
-    """Take what every calibrated conversion is asked for out of `asked`; raises what `wanted_of` raises."""
-    from dsconvert.calibration.request import CalibrationRequest
-    from dsconvert.quantization.plan import RunOptions
-
-    wanted = wanted_of(asked) or CalibrationRequest()
-    return RunOptions(model, wanted, *(asked.pop(name) for name in RUN_NAMES))

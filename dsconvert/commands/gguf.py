@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
-from dsconvert.commands.calibration_options import bos_option, calibration_options, wanted_of
+from dsconvert.commands import shared_options as shared
+from dsconvert.commands.calibration_options import calibration_options
 from dsconvert.commands.given import refuse
 from dsconvert.commands.numbers import size
-from dsconvert.commands.run import run
+from dsconvert.commands.run import command
+
+if TYPE_CHECKING:
+    from dsconvert.calibration.request import CalibrationRequest
+    from dsconvert.commands.display import Display
 
 
 def _quants(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
@@ -38,11 +43,9 @@ def _overrides(
     return tuple(pairs)
 
 
-@click.command()
-@click.argument("model_path", required=False, default="")
-@click.option(
-    "-o", "--outfile", type=click.Path(path_type=Path), help="Output file; default MODEL-QUANT.gguf here."
-)
+@command
+@shared.model_argument
+@shared.out_option()
 @click.option(
     "-q",
     "--quant",
@@ -68,7 +71,7 @@ def _overrides(
     help="Importance matrix (dsconvert imatrix, llama-imatrix): quantize what counts more exactly.",
 )
 @calibration_options(None, 512)
-@bos_option
+@shared.bos_option
 @click.option("--pre", metavar="NAME", help="The runtime's pre-tokenizer, when none is proven to fit.")
 @click.option(
     "--split-max-size",
@@ -76,9 +79,7 @@ def _overrides(
     metavar="SIZE",
     help="Split into files of at most this size (4G, 500M).",
 )
-@click.option(
-    "--mmproj", type=click.Path(path_type=Path), help="Projector file of a model with a vision tower."
-)
+@shared.mmproj_option
 @click.option("--no-mmproj", is_flag=True, help="Convert the language model alone.")
 @click.option(
     "--mmproj-quant",
@@ -87,49 +88,51 @@ def _overrides(
     show_default=True,
     help="Type of the projector's matrices.",
 )
-@click.option(
-    "--device",
-    default="auto",
-    show_default=True,
-    help="Of --calib and --verify full: auto, cpu, cuda, cuda:N.",
-)
-@click.option("--threads", type=click.IntRange(1, 256), help="Worker threads; default one per core.")
-@click.option(
-    "--verify",
-    type=click.Choice(["off", "quick", "full"]),
-    default="quick",
-    show_default=True,
-    help="How much of the result is proven against the checkpoint.",
-)
-@click.option("--force", is_flag=True, help="Replace an existing output, never a file that is read.")
-@click.option(
-    "--allow-nonfinite", is_flag=True, help="Convert weights that hold NaN or infinity all the same."
-)
+@shared.device_option
+@shared.threads_option
+@shared.conversion_effort
+@shared.force_option
+@click.option("--allow-nonfinite", is_flag=True, help="Convert weights that hold NaN or infinity, too.")
 @click.option("--dry-run", is_flag=True, help="Show every tensor, type and exact size; write nothing.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a line for everything that happens.")
-@click.option("--quiet", is_flag=True, help="Only warnings and failures.")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def gguf(model_path: str, as_json: bool, quiet: bool, debug: bool, threads: int | None, **asked: Any) -> None:
+def gguf(
+    model_path: str,
+    out: Path | None,
+    quants: tuple[str, ...],
+    overrides: tuple[tuple[str, str], ...],
+    pure: bool,
+    imatrix: Path | None,
+    calibration: CalibrationRequest | None,
+    add_bos: bool | None,
+    pre: str | None,
+    split_max_size: int | None,
+    mmproj: Path | None,
+    no_mmproj: bool,
+    mmproj_quant: str,
+    device: str,
+    threads: int | None,
+    effort: str,
+    force: bool,
+    allow_nonfinite: bool,
+    dry_run: bool,
+    display: Display,
+) -> int:
     """Convert a checkpoint to GGUF for llama.cpp, in one pass, and prove the result.
 
     MODEL_PATH is a Hugging Face folder, a .safetensors file, a hub id, or an embedded sample: `sample:`, or
     `sample-vl:` with a vision tower; default: the current folder. Exit code 0: converted and proven,
     2: stopped, 3: a check failed.
     """  # fmt: skip
+    from converters.gguf.convert import convert
+    from converters.gguf.output import Options
 
-    def work() -> int:
-        from converters.gguf.convert import convert
-        from converters.gguf.output import Options
-        from dsconvert import console
-
-        wanted = wanted_of(asked)
-        if asked["no_mmproj"]:
-            refuse("mmproj_quant", where="with --no-mmproj", hint="Leave one of them out")
-        if wanted is None and asked["verify"] != "full":
-            refuse(
-                "device", where="without --calib and --verify full", hint="A plain conversion uses the CPU"
-            )
-        options = Options(model=model_path, threads=threads or 0, calibration=wanted, **asked)
-        return console.render(convert(options), as_json=as_json, quiet=quiet, plan=options.dry_run)
-
-    run(work, as_json=as_json, debug=debug)
+    if no_mmproj:
+        refuse("mmproj_quant", where="with --no-mmproj", hint="Leave one of them out")
+    if calibration is None and effort != "full":
+        refuse("device", where="without --calib and --effort full", hint="A plain conversion uses the CPU")
+    options = Options(
+        model=model_path, quants=quants, outfile=out, overrides=overrides, pure=pure, pre=pre,
+        split_max_size=split_max_size, threads=threads or 0, effort=effort, force=force, dry_run=dry_run,
+        allow_nonfinite=allow_nonfinite, mmproj=mmproj, no_mmproj=no_mmproj, mmproj_quant=mmproj_quant,
+        device=device, imatrix=imatrix, add_bos=add_bos, calibration=calibration,
+    )  # fmt: skip
+    return display.events(convert(options), plan=dry_run)

@@ -1,4 +1,4 @@
-"""Options that were given on the command line, and the refusal of those that say nothing there."""
+"""Options on the command line that have no effect beside others, and their refusal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dsconvert.errors import UsageError
 
 
 def given(*names: str) -> tuple[str, ...]:
-    """Which of the parameters `names` of the running command were given, each as its option is written."""
+    """Those of the parameters `names` of the running command that its user typed, by their long option."""
     context = click.get_current_context()
     typed = [
         option
@@ -16,12 +16,12 @@ def given(*names: str) -> tuple[str, ...]:
         if option.name in names
         and context.get_parameter_source(option.name) is click.core.ParameterSource.COMMANDLINE
     ]
-    return tuple(max(option.opts, key=len) for option in typed)
+    return tuple(next(name for name in option.opts if name.startswith("--")) for option in typed)
 
 
 def refuse(*names: str, where: str, hint: str) -> None:
-    """Raises UsageError when one of the parameters `names` was given `where` it says nothing."""
-    found = given(*names)
-    if found:
-        verb = "say" if len(found) > 1 else "says"
-        raise UsageError(f"{', '.join(found)} {verb} nothing {where}", hint=hint)
+    """Raises UsageError when one of the parameters `names` was given `where` it has no effect."""
+    options = given(*names)
+    if options:
+        verb = "have" if len(options) > 1 else "has"
+        raise UsageError(f"{', '.join(options)} {verb} no effect {where}", hint=hint)

@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from dsconvert.commands.calibration_options import bos_option, calibration_options, run_options_of
-from dsconvert.commands.numbers import Number
-from dsconvert.commands.run import on_each_rank, run
+from dsconvert.commands import shared_options as shared
+from dsconvert.commands.calibration_options import calibration_options
+from dsconvert.commands.run import command, on_each_rank
 
 if TYPE_CHECKING:
-    from dsconvert.events import Event
+    from dsconvert.calibration.request import CalibrationRequest
+    from dsconvert.commands.display import Display
 
 
-def _number(ctx: click.Context, param: click.Parameter, value: str) -> int:
-    return int(value)
-
-
-@click.command()
-@click.argument("model_path", required=False, default="")
+@command
+@shared.model_argument
 @click.option(
     "-b",
     "--bits",
     type=click.Choice(["2", "3", "4", "8"]),
     default="4",
     show_default=True,
-    callback=_number,
+    callback=shared.integer,
     help="Bits per weight.",
 )
 @click.option(
@@ -37,7 +33,7 @@ def _number(ctx: click.Context, param: click.Parameter, value: str) -> int:
     type=click.Choice(["32", "64", "128", "-1"]),
     default="128",
     show_default=True,
-    callback=_number,
+    callback=shared.integer,
     help="Inputs that share a scale; -1: all of a row.",
 )
 @click.option(
@@ -52,13 +48,7 @@ def _number(ctx: click.Context, param: click.Parameter, value: str) -> int:
 @click.option(
     "--sym/--asym", default=True, show_default=True, help="One zero point for all, or one per group."
 )
-@click.option(
-    "--damp",
-    type=Number(0, 1),
-    default=0.05,
-    show_default=True,
-    help="Fraction of the mean of H's diagonal that is added to it.",
-)
+@shared.damp_option
 @click.option(
     "--mse/--no-mse",
     default=True,
@@ -66,54 +56,54 @@ def _number(ctx: click.Context, param: click.Parameter, value: str) -> int:
     help="Search each scale for the least squared error, weighted by what it costs; or min-max.",
 )
 @calibration_options("c4", 2048)
-@bos_option
-@click.option(
-    "-o",
-    "--out",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Output folder; default MODEL-gptq-4bit-128g here.",
-)
-@click.option("--resume", is_flag=True, help="Go on with a run that was stopped, to the same bytes.")
-@click.option(
-    "--force",
-    is_flag=True,
-    help="Replace a model folder that holds nothing else and no input, or drop an unfinished run.",
-)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@shared.bos_option
+@shared.out_option()
+@shared.resume_option
+@shared.force_option
+@shared.device_option
 @click.option(
     "--language-only",
     is_flag=True,
     help="Of a model with a vision tower, a plain folder of its language model.",
 )
 @click.option("--lm-head", is_flag=True, help="Quantize the output layer too, which not every runtime reads.")
-@click.option(
-    "--verify",
-    type=click.Choice(["off", "quick", "full"]),
-    default="quick",
-    show_default=True,
-    help="How much of the result is proven against the checkpoint.",
-)
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a line for everything that happens.")
-@click.option("--quiet", is_flag=True, help="Only warnings and failures.")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def gptq(model_path: str, as_json: bool, quiet: bool, debug: bool, **asked: Any) -> None:
+@shared.conversion_effort
+def gptq(
+    model_path: str,
+    bits: int,
+    group_size: int,
+    act_order: bool,
+    dynamic_groups: bool,
+    sym: bool,
+    damp: float,
+    mse: bool,
+    calibration: CalibrationRequest,
+    add_bos: bool | None,
+    out: Path | None,
+    resume: bool,
+    force: bool,
+    device: str,
+    language_only: bool,
+    lm_head: bool,
+    effort: str,
+    display: Display,
+) -> int:
     """Quantize a checkpoint by GPTQ with calibration, block by block, and prove the result.
 
     MODEL_PATH is a Hugging Face folder, a .safetensors file, a hub id, or `sample:` (the embedded sample);
     default: the current folder. Several GPUs: torchrun --nproc-per-node N -m dsconvert gptq ... Exit code 0:
     quantized and proven, 2: stopped, 3: a check failed.
     """  # fmt: skip
+    from converters.gptq.convert import convert
+    from converters.gptq.plan import Options
+    from dsconvert.quantization.plan import RunOptions
 
-    def work() -> int:
-        from converters.gptq.convert import convert
-        from converters.gptq.plan import Options
-        from dsconvert import console
-
-        def show(events: Iterator[Event]) -> int:
-            return console.render(events, as_json=as_json, quiet=quiet)
-
-        options = Options(run_options_of(model_path, asked), **asked)
-        return on_each_rank(lambda ranks: convert(options, ranks), show)
-
-    run(work, as_json=as_json, debug=debug)
+    run = RunOptions(
+        model=model_path, calibration=calibration, add_bos=add_bos, out=out, resume=resume, force=force,
+        device=device, effort=effort,
+    )  # fmt: skip
+    options = Options(
+        run=run, bits=bits, group_size=group_size, act_order=act_order, dynamic_groups=dynamic_groups,
+        sym=sym, damp=damp, mse=mse, language_only=language_only, lm_head=lm_head,
+    )  # fmt: skip
+    return on_each_rank(lambda ranks: convert(options, ranks), display.events)

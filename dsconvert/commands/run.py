@@ -6,9 +6,16 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
 
 from dsconvert.checkpoints.output_plan import PART, left
+from dsconvert.commands.display import STANDARD_OUTPUT, Display
+from dsconvert.commands.shared_options import DISPLAY_OPTIONS
 from dsconvert.errors import ConversionError
 
 if TYPE_CHECKING:
@@ -18,7 +25,37 @@ if TYPE_CHECKING:
     from dsconvert.quantization.ranks import Ranks
 
 
-def run(work: Callable[[], int], *, as_json: bool, debug: bool) -> None:
+def command(function: Callable[..., int]) -> click.Command:
+    """A command of a function that takes options and returns the exit code.
+
+    Adds --json, --quiet and --debug; the first two reach the function as `display`, a Display.
+    """
+
+    @wraps(function)
+    def running(json_file: Path | None, quiet: bool, debug: bool, **options: Any) -> None:
+        on_output = json_file == Path(STANDARD_OUTPUT)
+        display = Display(on_output, None if on_output else json_file, quiet)
+
+        def work() -> int:
+            try:
+                display.check(options.get("out"))
+            except ConversionError as error:
+                if debug:
+                    raise
+                return replace(display, json_file=None).fail(error)  # into no file that is not ours to write
+            code = function(display=display, **options)
+            display.save()
+            return code
+
+        run(work, display, debug=debug)
+
+    made = click.command()(running)
+    for option in DISPLAY_OPTIONS:
+        made = option(made)
+    return made
+
+
+def run(work: Callable[[], int], display: Display, *, debug: bool) -> None:
     """Run a command's work and leave with its exit code; errors become one paragraph and exit code 2."""
     from dsconvert import console
     from dsconvert.quantization.ranks import leave
@@ -36,16 +73,16 @@ def run(work: Callable[[], int], *, as_json: bool, debug: bool) -> None:
     except ConversionError as error:
         if debug:
             raise
-        code = console.fail(error, as_json)
+        code = display.fail(error)
     except KeyboardInterrupt as error:
         traceback.clear_frames(error.__traceback__)  # ends what was under way, so that it can tidy up
-        code = console.fail(_interrupted(), as_json)
+        code = display.fail(_interrupted())
     except (SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # a library's panic is no Exception
         if debug:
             raise
-        code = console.fail(_unexpected(error), as_json)
+        code = display.fail(_unexpected(error))
     leave(code)
 
 
@@ -73,7 +110,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 
 def _interrupted() -> ConversionError:
-    """What stands where after an interruption."""
+    """The error of an interruption, which names the unfinished files."""
     if not left:
         return ConversionError("interrupted", why="No unfinished file was left")
     kept = [path for path in left if path.suffix != PART]

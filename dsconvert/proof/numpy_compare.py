@@ -85,7 +85,7 @@ def check(
         least = min(LEAST_BLOCKS, config.layers)
         yield Step(
             f"verifying blocks for about {max(seconds, 0):.1f} s, at least {least} of {config.layers}, on "
-            f"{chosen.windows.length} tokens, each on the reference's input; --verify full runs all of it"
+            f"{chosen.windows.length} tokens, each on the reference's input; --effort full runs all of it"
         )
     comparison = yield from compare_in_numpy(reference, candidate, config, chosen, candidate_config, threads)
     if chosen.blocks is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,7 +17,7 @@ from dsconvert.errors import ConversionError
 from dsconvert.proof.compare import Comparison
 from dsconvert.proof.figures import Figures
 from dsconvert.proof.thresholds import Thresholds, Verdict
-from dsconvert.reading import read_head, read_object
+from dsconvert.reading import parse_json, read_head, read_text
 from dsconvert.texts.windows import Windows
 
 if TYPE_CHECKING:
@@ -28,6 +27,14 @@ Decode = Callable[[Sequence[int]], str]
 WORST, CONTEXT = 20, 24
 GENERATOR = '<meta name="generator" content="dsconvert">'  # what a page of ours is known by
 JSON_LIMIT = 1 << 30
+# The keys by which JSON of ours is known: events, a proof, a comparison, `inspect`, `tokenizer`.
+JSON_KEYS = (
+    {"event"},
+    {"title", "passed", "provenance"},
+    {"title", "outputs"},
+    {"files", "pairing_id"},
+    {"file", "kind", "runtime"},
+)
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,7 @@ class Outcome:
 
 OUTCOME_COLUMNS = ("output", "MB", "bits per weight", "PPL", "PPL ratio", "mean KLD", "99 % KLD",
                    "same top p", "verdict")  # fmt: skip
+OUTCOME_FIGURES = frozenset(range(1, len(OUTCOME_COLUMNS) - 1))  # the columns that hold numbers
 
 
 def outcome_row(outcome: Outcome) -> tuple[str, ...]:
@@ -190,7 +198,7 @@ def save_page(path: Path, text: str) -> None:
 
 
 def save_json(path: Path, text: str) -> None:
-    """Write a proof's JSON so that it is complete or not there; OutputError, also for a stranger's file."""
+    """Write JSON of a command so that it is complete or absent; OutputError, also for a stranger's file."""
     _save(path, text, JSON)
 
 
@@ -203,12 +211,23 @@ def is_page(path: Path) -> bool:
 
 
 def is_json(path: Path) -> bool:
-    """Whether a file is the JSON of a proof, or of several."""
+    """Whether a file is JSON that a command wrote: all of it, or its first line, is an object of ours."""
     try:
-        found = read_object(path, JSON_LIMIT)
+        text = read_text(path, JSON_LIMIT)
+        for part in (text.partition("\n")[0], text):
+            if _is_ours(part, path):
+                return True
+    except ConversionError:
+        pass
+    return False
+
+
+def _is_ours(text: str, path: Path) -> bool:
+    try:
+        value = parse_json(text, path)
     except ConversionError:
         return False
-    return {"title", "passed", "provenance"} <= found.keys() or found.keys() == {"title", "outputs"}
+    return isinstance(value, dict) and any(keys <= value.keys() for keys in JSON_KEYS)
 
 
 @dataclass(frozen=True)
@@ -219,14 +238,9 @@ class Kind:
     known: Callable[[Path], bool]
 
 
-PAGE, JSON = Kind("report of dsconvert", is_page), Kind("JSON of a proof", is_json)
+PAGE, JSON = Kind("report of dsconvert", is_page), Kind("JSON of dsconvert", is_json)
 
 
 def _save(path: Path, text: str, kind: Kind) -> None:
     check_side_file(path, ours=kind.known, kind=kind.name)
     write_file(path, text.encode("utf-8", "replace"), replace=True)
-
-
-def as_json(report: Report) -> str:
-    """`as_dict` as text."""
-    return json.dumps(as_dict(report), indent=1, allow_nan=False) + "\n"

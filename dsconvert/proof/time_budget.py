@@ -81,7 +81,7 @@ def choose(
     blocks = tuple(sorted({int(i) for i in spread}))
     text = (
         f"blocks {', '.join(map(str, blocks))} of {config.layers} on {short} tokens, each on the reference's "
-        f"input; all of it would take about {reading + n * window:.0f} s: --verify full"
+        f"input; all of it would take about {reading + n * window:.0f} s: --effort full"
     )
     return Effort(Windows(windows.tokens[:1, :short], windows.first[:1]), blocks, len(blocks) * block, text)
 

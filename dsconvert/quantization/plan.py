@@ -29,7 +29,7 @@ class RunOptions:
     resume: bool = False
     force: bool = False
     device: str = "auto"
-    verify: str = "quick"
+    effort: str = "quick"
 
 
 class Tokenizer(Protocol):

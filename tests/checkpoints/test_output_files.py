@@ -25,10 +25,10 @@ from click.testing import CliRunner, Result
 from dsconvert.cli import cli
 
 SMALL = ("--calib", "builtin", "--calib-samples", "2", "--calib-len", "64")
-GPTQ = ("gptq", *SMALL, "--group-size", "32", "--verify", "off")
-EXL2 = ("exl2", *SMALL, "--bpw", "6", "--verify", "off")
+GPTQ = ("gptq", *SMALL, "--group-size", "32", "--effort", "off")
+EXL2 = ("exl2", *SMALL, "--bpw", "6", "--effort", "off")
 IMATRIX = ("imatrix", *SMALL)
-GGUF = ("gguf", "--verify", "off")
+GGUF = ("gguf", "--effort", "off")
 
 
 def run(*arguments: object) -> Result:
@@ -672,6 +672,7 @@ class TestKilledPublications:
 INTERRUPTED = """
 import os, signal, sys
 from pathlib import Path
+from dsconvert.commands.display import Display
 from dsconvert.commands.run import run
 from dsconvert.console import render
 from dsconvert.events import Step
@@ -700,7 +701,7 @@ def events():
             finally:
                 sys.stderr = stderr
 
-run(lambda: render(events()), as_json=False, debug=False)
+run(lambda: render(events()), Display(), debug=False)
 """
 
 

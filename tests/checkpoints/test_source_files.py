@@ -53,12 +53,12 @@ def model(tmp_path: Path) -> Path:
     return tiny.tiny_checkpoint(tmp_path / "model", d=128, ff=160, layers=1, shards=2)
 
 
-def events_of(kind: str, model: Path, out: Path, verify: str = "off") -> Any:
+def events_of(kind: str, model: Path, out: Path, effort: str = "off") -> Any:
     if kind == "gguf":
-        return to_gguf(Gguf(str(model), outfile=out, verify=verify))
+        return to_gguf(Gguf(str(model), outfile=out, effort=effort))
     if kind == "gptq":
-        return to_gptq(calibrated.gptq_options(model, out=out, group_size=32, verify=verify, **ASKED))
-    return to_exl2(calibrated.exl2_options(model, out=out, bpw=6.0, verify=verify, **ASKED))
+        return to_gptq(calibrated.gptq_options(model, out=out, group_size=32, effort=effort, **ASKED))
+    return to_exl2(calibrated.exl2_options(model, out=out, bpw=6.0, effort=effort, **ASKED))
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -105,7 +105,7 @@ def test_what_is_none_of_the_models_may_change(model: Path, tmp_path: Path) -> N
 def test_verify_and_imatrix_look_again_too(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from converters.gguf import calibrate
+    from converters.gguf import importance_file
     from dsconvert.proof import time_budget
 
     out = tmp_path / "out.gguf"
@@ -120,7 +120,7 @@ def test_verify_and_imatrix_look_again_too(
         return changed
 
     monkeypatch.setattr(time_budget, "run", after(time_budget.run))
-    monkeypatch.setattr(calibrate, "measure_inputs", after(calibrate.measure_inputs))
+    monkeypatch.setattr(importance_file, "measure_inputs", after(importance_file.measure_inputs))
     asked = ["verify", str(out), "--against", str(model), "--windows", "1", "--length", "64"]
     matrix = tmp_path / "i.gguf"
     small = ["--calib", "builtin", "--calib-samples", "2", "--calib-len", "64"]
@@ -134,13 +134,14 @@ def test_verify_and_imatrix_look_again_too(
 CUT = """
 import os, sys
 from pathlib import Path
+from dsconvert.commands.display import Display
 from dsconvert.commands.run import run
 from dsconvert.console import render
 kind, model, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 if kind == "gguf":
     from converters.gguf.convert import convert
     from converters.gguf.output import Options
-    options = Options(str(model), outfile=out, verify="off", threads=2)
+    options = Options(str(model), outfile=out, effort="off", threads=2)
 else:
     import calibrated
     from converters.gptq.convert import convert
@@ -153,7 +154,7 @@ def events():
             os.truncate(model / "model.safetensors", 0)
         yield event
 
-run(lambda: render(events(), quiet=True), as_json=False, debug=False)
+run(lambda: render(events(), quiet=True), Display(), debug=False)
 """
 
 

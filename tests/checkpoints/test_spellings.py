@@ -80,7 +80,7 @@ def write(folder: Path, model: Model, form: str = "safetensors") -> Path:
 def converted(model: Path, out: Path) -> tuple[bytes, str]:
     """The bytes of the GGUF file, and all warnings on the way."""
     path = out / "out.gguf"
-    events = list(convert(Options(str(model), outfile=path, quants=("q8_0",), verify="off", force=True)))
+    events = list(convert(Options(str(model), outfile=path, quants=("q8_0",), effort="off", force=True)))
     return path.read_bytes(), "\n".join(event.text for event in events if isinstance(event, Warn))
 
 
@@ -507,8 +507,8 @@ FLAWS = ("wrapper", "v_head.summary.weight", "bitsandbytes", "read as LlamaForCa
 def test_quantized_folders_are_the_same_and_carry_no_old_statement(
     tmp_path: Path, left_over: Path, clean: Path, words: tuple[str, ...]
 ) -> None:
-    said = command(*words, left_over, *CALIB, "--out", tmp_path / "a", "--verify", "off")
-    command(*words, clean, *CALIB, "--out", tmp_path / "b", "--verify", "off")
+    said = command(*words, left_over, *CALIB, "--out", tmp_path / "a", "--effort", "off")
+    command(*words, clean, *CALIB, "--out", tmp_path / "b", "--effort", "off")
     for path in sorted((tmp_path / "b").iterdir()):
         assert (tmp_path / "a" / path.name).read_bytes() == path.read_bytes(), path.name
     assert all(flaw in said for flaw in FLAWS)

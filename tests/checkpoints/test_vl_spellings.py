@@ -22,7 +22,7 @@ def tiny_towers(monkeypatch: pytest.MonkeyPatch) -> None:
 def converted(folder: Path) -> tuple[bytes, bytes]:
     """The text file and the projector."""
     out, projector = folder / "out.gguf", folder / "mmproj.gguf"
-    asked = Options(str(folder / "model"), outfile=out, mmproj=projector, quants=("q8_0",), verify="off")
+    asked = Options(str(folder / "model"), outfile=out, mmproj=projector, quants=("q8_0",), effort="off")
     assert list(convert(asked))
     return out.read_bytes(), projector.read_bytes()
 

@@ -33,7 +33,7 @@ def verify(text: Path, mmproj: Path, *options: object, against: object = "sample
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     out = tmp_path_factory.mktemp("pair") / "vl.gguf"
-    made = command("gguf", "sample-vl:", "-q", "q8_0", "-o", out, "--verify", "off", "--threads", 2)
+    made = command("gguf", "sample-vl:", "-q", "q8_0", "-o", out, "--effort", "off", "--threads", 2)
     assert made.exit_code == 0, made.output
     return out, out.with_name("mmproj-vl.gguf")
 
@@ -60,7 +60,7 @@ def test_the_pair_passes_in_all_reports(pair: tuple[Path, Path], tmp_path: Path)
 
 def test_the_verdict_is_that_of_a_conversion(tmp_path: Path) -> None:
     out = tmp_path / "vl.gguf"
-    made = command("gguf", "sample-vl:", "-q", "q4_0", "-o", out, "--verify", "full", "--json")
+    made = command("gguf", "sample-vl:", "-q", "q4_0", "-o", out, "--effort", "full", "--json")
     events = [json.loads(line) for line in made.stdout.splitlines()]
     found = json.loads(verify(out, out.with_name("mmproj-vl.gguf"), "--json", "-").stdout)
 
@@ -176,13 +176,13 @@ def test_what_is_no_pair_is_an_error(
     text, mmproj = pair
     copy = shutil.copy(text, tmp_path / "copy.gguf")
     gptq, exl2 = tmp_path / "gptq", tmp_path / "exl2"
-    small = ("--calib", "builtin", "--calib-samples", 2, "--calib-len", 64, "--verify", "off", "--quiet")
+    small = ("--calib", "builtin", "--calib-samples", 2, "--calib-len", 64, "--effort", "off", "--quiet")
     for folder, bits in ((gptq, ("--bits", 4)), (exl2, ("--bpw", 4))):
         made = command(folder.name, "sample:", *bits, "--out", folder, *small)
         assert made.exit_code == 0, made.output
     tiny_vl.tiny_towers(monkeypatch)
     other = tiny_vl.vl_checkpoint(tmp_path / "other", tiny_vl.VL())
-    assert command("gguf", other, "-q", "f16", "-o", tmp_path / "o.gguf", "--verify", "off").exit_code == 0
+    assert command("gguf", other, "-q", "f16", "-o", tmp_path / "o.gguf", "--effort", "off").exit_code == 0
     for output, against, projector, said in (
         (text, "sample:", mmproj, "the checkpoint has no vision tower"),
         (text, "sample-vl:", copy, "--mmproj should be a projector"),

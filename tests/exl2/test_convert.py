@@ -37,7 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(model: Path | str, out: Path, **asked: Any) -> list[Event]:
-    return list(convert(calibrated.exl2_options(model, out=out, **{**SMALL, "verify": "off", **asked})))
+    return list(convert(calibrated.exl2_options(model, out=out, **{**SMALL, "effort": "off", **asked})))
 
 
 def test_the_sample_is_quantized_and_passes_its_verdict(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_shapes_that_the_runtime_cannot_run_are_refused_before_any_work(tmp_path
 def test_of_a_model_with_towers_they_are_written_beside(tmp_path: Path, layout: Any, hybrid: bool) -> None:
     source = tiny_vl.vl_checkpoint(tmp_path / "model", tiny_vl.VL(hybrid=hybrid, d=128, ff=352), layout)
     out = tmp_path / "out"
-    events = run(source, out, verify="full", bpw=6.0)
+    events = run(source, out, effort="full", bpw=6.0)
     checks = {e.name: e.passed for e in events if isinstance(e, Check)}
     assert len(checks) == 7
     assert all(checks.values()), checks
@@ -225,7 +225,7 @@ def test_the_other_backend_is_driven_and_its_failure_told(
     script.write_text("import sys\nprint('out of memory at layer 2')\nsys.exit(1)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
     monkeypatch.setattr(backend, "check_installed", lambda: None)
-    options = calibrated.exl2_options(model, out=tmp_path / "theirs", **{**SMALL, "verify": "off"})
+    options = calibrated.exl2_options(model, out=tmp_path / "theirs", **{**SMALL, "effort": "off"})
     config = load_json(model / "config.json")
     rope = {"rope_parameters": {"rope_theta": 20000.0, "rope_type": "default"}}
     tiny.write_json(model / "config.json", config | rope)

@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.tiny_checkpoint(path, layers=3, d=256, ff=512, heads=HEADS, kv_heads=KV_HEADS)
     for quant in ("f32", "bf16", "q8_0", "q4_0"):
         for _ in convert(
-            Options(str(path), outfile=path / f"{quant}.gguf", quants=(quant,), pure=True, verify="off")
+            Options(str(path), outfile=path / f"{quant}.gguf", quants=(quant,), pure=True, effort="off")
         ):
             pass
     return path

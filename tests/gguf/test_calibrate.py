@@ -50,10 +50,10 @@ def test_on_the_way_gives_the_bytes_of_the_way_through_a_file(tmp_path: Path, mo
     """Several types from one measurement, one of which cannot do without."""
     quants, plain = "q4_0,q4_k_m,q2_k_s", tmp_path / "plain.gguf"
     dsconvert("imatrix", model, *SMALL, "-o", tmp_path / "m.gguf")
-    common = ["gguf", model, "--verify", "off", "-q", quants]
+    common = ["gguf", model, "--effort", "off", "-q", quants]
     dsconvert(*common, "--imatrix", tmp_path / "m.gguf", "-o", tmp_path / "through.gguf")
     dsconvert(*common, *SMALL, "-o", tmp_path / "ours.gguf")
-    dsconvert("gguf", model, "--verify", "off", "-q", "q4_0", "-o", plain)
+    dsconvert("gguf", model, "--effort", "off", "-q", "q4_0", "-o", plain)
     for quant in quants.split(","):
         ours, through = (open_gguf(tmp_path / f"{name}-{quant}.gguf") for name in ("ours", "through"))
         same_but_for_the_name(ours, through)
@@ -70,7 +70,7 @@ def test_on_the_way_gives_the_bytes_of_the_way_through_a_file(tmp_path: Path, mo
 
 def test_of_a_model_with_a_tower_the_language_model_is_measured(tmp_path: Path) -> None:
     dsconvert("imatrix", "sample-vl:", *SMALL, "-o", tmp_path / "m.gguf")
-    common = ["gguf", "sample-vl:", "--verify", "off", "-q", "q4_0"]
+    common = ["gguf", "sample-vl:", "--effort", "off", "-q", "q4_0"]
     dsconvert(*common, "--imatrix", tmp_path / "m.gguf", "-o", tmp_path / "through.gguf")
     dsconvert(*common, *SMALL, "-o", tmp_path / "ours.gguf")
     ours, through = (open_gguf(tmp_path / f"{name}.gguf") for name in ("ours", "through"))
@@ -88,7 +88,7 @@ def test_conversations_are_written_with_the_models_template(tmp_path: Path) -> N
     (model / "chat_template.jinja").write_text(template, "utf-8")
     chat.write_text("\n".join(json.dumps({"messages": turns}) for _ in range(3)), "utf-8")
     asked = ["--calib-chat", chat, "--calib-samples", "3", "--calib-len", "64"]
-    common = ["gguf", model, "--verify", "off", "-q", "q4_0"]
+    common = ["gguf", model, "--effort", "off", "-q", "q4_0"]
     dsconvert("imatrix", model, *asked, "-o", tmp_path / "m.gguf")
     dsconvert(*common, "--imatrix", tmp_path / "m.gguf", "-o", tmp_path / "through.gguf")
     dsconvert(*common, *asked, "-o", tmp_path / "ours.gguf")
@@ -102,8 +102,8 @@ def test_conversations_are_written_with_the_models_template(tmp_path: Path) -> N
     [
         (["--calib", "builtin", "--imatrix", "m.gguf"], "--imatrix and --calib contradict each other"),
         (["--calib-chat", "none.jsonl"], "none.jsonl: is no file"),
-        (["--calib-samples", "3"], "--calib-samples says nothing without a calibration text"),
-        (["--seed", "3"], "--seed says nothing without a calibration text"),
+        (["--calib-samples", "3"], "--calib-samples has no effect without a calibration text"),
+        (["--seed", "3"], "--seed has no effect without a calibration text"),
         (["--calib", "c5"], "neither a known text"),
         (["--calib", "builtin", "--calib-samples", "9000000"], "ask for less"),
         (["-q", "q2_k_s"], "--calib c4"),
@@ -124,7 +124,7 @@ def test_an_existing_output_is_refused_before_anything_is_measured(tmp_path: Pat
 
 def test_nothing_is_measured_for_types_that_take_none(tmp_path: Path, model: Path) -> None:
     out = tmp_path / "out.gguf"
-    done = dsconvert("gguf", model, "--verify", "off", "-q", "q8_0", "-o", out, *SMALL)
+    done = dsconvert("gguf", model, "--effort", "off", "-q", "q8_0", "-o", out, *SMALL)
     assert "--calib changes nothing" in done.output
     assert "block 1" not in done.output
     assert "quantize.imatrix.dataset" not in open_gguf(out).keys
@@ -132,7 +132,7 @@ def test_nothing_is_measured_for_types_that_take_none(tmp_path: Path, model: Pat
 
 def test_the_plan_is_exact_and_comes_before_the_measurement(tmp_path: Path, model: Path) -> None:
     out = tmp_path / "out.gguf"
-    done = dsconvert("gguf", model, "--verify", "off", "-q", "q4_0", "-o", out, "--json", *SMALL)
+    done = dsconvert("gguf", model, "--effort", "off", "-q", "q4_0", "-o", out, "--json", *SMALL)
     events = [json.loads(line) for line in done.stdout.splitlines()]
     kinds = [event["event"] for event in events]
     (planned,) = (event for event in events if event["event"] == "planned")
@@ -150,7 +150,7 @@ def test_without_it_no_torch_is_loaded(tmp_path: Path, model: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from converters.gguf.convert import convert;"
         "from converters.gguf.output import Options;"
-        "list(convert(Options(sys.argv[1], ('q4_0',), Path(sys.argv[2]), verify='off')));"
+        "list(convert(Options(sys.argv[1], ('q4_0',), Path(sys.argv[2]), effort='off')));"
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script, model, tmp_path / "out.gguf"], check=True)

@@ -33,7 +33,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(model: Path | str, out: Path, **asked: Any) -> list[Event]:
-    asked.setdefault("verify", "off")
+    asked.setdefault("effort", "off")
     return list(convert(Options(str(model), outfile=out, **asked)))
 
 
@@ -276,7 +276,7 @@ def test_wrong_architecture_is_named(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_proof_of_the_sample(tmp_path: Path) -> None:
-    events = run("sample:", tmp_path / "out.gguf", quants=("q4_0",), verify="full")
+    events = run("sample:", tmp_path / "out.gguf", quants=("q4_0",), effort="full")
     checks = {event.name: event for event in events if isinstance(event, Check)}
     assert {"structure", "token ids", "chat template", "weights", "mean KLD"} <= set(checks)
     assert all(check.passed for check in checks.values())
@@ -293,7 +293,7 @@ def test_proof_fails_on_another_models_weights(checkpoint: Path, tmp_path: Path)
     other = tiny.tiny_checkpoint(tmp_path / "other", d=256, ff=512, heads=4, kv_heads=2, seed=1)
     out = tmp_path / "out.gguf"
     run(checkpoint, out)
-    job = prepare(Options(str(other), outfile=out, force=True, verify="quick"))
+    job = prepare(Options(str(other), outfile=out, force=True, effort="quick"))
     failed = {event.name for event in prove(job) if isinstance(event, Check) and not event.passed}
     assert "weights" in failed
 

@@ -33,7 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def file(model: Path) -> GGUFFile:
     out = model.with_name("tiny.gguf")
-    made = command("gguf", model, "-q", "q8_0", "-o", out, "--verify", "off")
+    made = command("gguf", model, "-q", "q8_0", "-o", out, "--effort", "off")
     assert made.exit_code == 0, made.output
     return open_gguf(out)
 
@@ -125,7 +125,7 @@ def test_an_odd_number_of_pictures_is_named(key: str, projector: GGUFFile, tmp_p
 @pytest.fixture(scope="module")
 def projector(tmp_path_factory: pytest.TempPathFactory) -> GGUFFile:
     out = tmp_path_factory.mktemp("pair") / "text.gguf"
-    made = command("gguf", "sample-vl:", "-q", "q8_0", "-o", out, "--verify", "off")
+    made = command("gguf", "sample-vl:", "-q", "q8_0", "-o", out, "--effort", "off")
     assert made.exit_code == 0, made.output
     return open_gguf(out.with_name("mmproj-text.gguf"))
 
@@ -148,7 +148,7 @@ def test_a_folder_of_another_class_is_an_ordinary_error(kind: str, tmp_path: Pat
     if kind != "16-bit":
         folder = tmp_path / kind
         calibration = ("--calib", "builtin", "--calib-samples", 1, "--calib-len", 32)
-        made = command(kind, model, "-b", 4, *calibration, "-o", folder, "--verify", "off")
+        made = command(kind, model, "-b", 4, *calibration, "-o", folder, "--effort", "off")
         assert made.exit_code == 0, made.output
     other = of_another_class(folder, tmp_path / "other")
     asked = [("verify", other, "--against", model), ("compare", other, "--against", model)]
@@ -193,7 +193,7 @@ def test_biases_are_sampled_right(dtype: Any, tmp_path: Path) -> None:
     """q and k biases lie in RoPE's order too, and have one axis."""
     pytest.importorskip("torch")
     model = tiny.tiny_checkpoint(tmp_path / "model", bias=True, dtype=dtype)
-    for quants, options in (("f32,f16,q8_0", ()), ("q8_0", ("--verify", "full"))):
+    for quants, options in (("f32,f16,q8_0", ()), ("q8_0", ("--effort", "full"))):
         made = command("gguf", model, "-q", quants, "-o", tmp_path / "a.gguf", "--force", *options)
         assert made.exit_code == 0, made.output
         assert made.output.count("ok    weights") == 2 * len(quants.split(","))

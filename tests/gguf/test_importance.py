@@ -174,7 +174,7 @@ def test_every_tensor_has_the_bytes_that_ggml_gives_it(tmp_path: Path, checkpoin
     matrix = write_gguf(tmp_path / "m.gguf", sums, {})
     outs = tmp_path / "plain.gguf", tmp_path / "out.gguf"
     for out, kind, used in ((outs[0], "f32", None), (outs[1], quant, matrix)):
-        list(convert(Options(str(checkpoint), (kind,), out, verify="off", imatrix=used)))
+        list(convert(Options(str(checkpoint), (kind,), out, effort="off", imatrix=used)))
     plain, made = (open_gguf(out) for out in outs)
     assert made.keys["quantize.imatrix.file"] == "m.gguf"
     weighted = 0
@@ -196,7 +196,7 @@ def test_what_goes_without_is_named(tmp_path: Path, checkpoint: Path) -> None:
     del sums["blk.1.ffn_up.weight"]
     sums["blk.0.attn_q.weight"] = np.ones(D + 1, np.float32)
     matrix = write_gguf(tmp_path / "m.gguf", sums, {"blk.0.ffn_down.weight": 0})
-    options = Options(str(checkpoint), ("q4_0",), tmp_path / "o.gguf", verify="off", imatrix=matrix)
+    options = Options(str(checkpoint), ("q4_0",), tmp_path / "o.gguf", effort="off", imatrix=matrix)
     events = list(convert(options))
     notes = [event.text for event in events if isinstance(event, Warn) and "importance" in event.text]
     text = "\n".join(notes)

@@ -20,7 +20,7 @@ model, folder, attempts = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 out = folder / "out.gguf"
 
 def run():
-    list(convert(Options(model, quants=("q4_0", "q6_k"), outfile=out, force=True, verify="off", threads=2)))
+    list(convert(Options(model, quants=("q4_0", "q6_k"), outfile=out, force=True, effort="off", threads=2)))
 
 def files():
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.glob("*.gguf")}

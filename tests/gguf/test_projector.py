@@ -58,7 +58,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[bool, str], P
 
 
 def run(model: Path, out: Path, **asked: Any) -> list[Event]:
-    asked.setdefault("verify", "off")
+    asked.setdefault("effort", "off")
     asked.setdefault("quants", ("f16",))
     return list(convert(Options(str(model), outfile=out, **asked)))
 
@@ -259,16 +259,16 @@ def test_keys_of_the_hybrid_projector(models: Any, tmp_path: Path) -> None:
 
 
 def test_what_no_runtime_can_do_is_said_at_the_end(models: Any, tmp_path: Path) -> None:
-    events = run(models[True, "transformers"], tmp_path / "out.gguf", verify="quick")
+    events = run(models[True, "transformers"], tmp_path / "out.gguf", effort="quick")
     assert isinstance(events[-1], Warn)
     assert "cannot read this projector" in events[-1].text
-    small = run(models[False, "transformers"], tmp_path / "small.gguf", verify="quick")
+    small = run(models[False, "transformers"], tmp_path / "small.gguf", effort="quick")
     assert not any(isinstance(e, Warn) and "cannot read" in e.text for e in small)
 
 
 @SIZES
 def test_the_proof_passes_and_covers_the_projector(hybrid: bool, models: Any, tmp_path: Path) -> None:
-    events = run(models[hybrid, "original"], tmp_path / "out.gguf", verify="quick", quants=("q8_0",))
+    events = run(models[hybrid, "original"], tmp_path / "out.gguf", effort="quick", quants=("q8_0",))
     checks = {e.name: e for e in events if isinstance(e, Check)}
     assert all(check.passed for check in checks.values())
     assert {"mean KLD", "mmproj structure", "mmproj tensors", "mmproj weights", "mmproj pair"} <= set(checks)
@@ -299,7 +299,7 @@ def test_names_and_options_of_the_projector(models: Any, tmp_path: Path, monkeyp
     assert sorted(path.name for path in tmp_path.glob("*c*")) == ["c-f16.gguf", "c-q8_0.gguf"]
     assert (tmp_path / "else" / "p.gguf").is_file()
     monkeypatch.chdir(tmp_path / "else")
-    list(convert(Options(str(model), quants=("f16", "q8_0"), verify="off")))
+    list(convert(Options(str(model), quants=("f16", "q8_0"), effort="off")))
     assert {p.name for p in Path().iterdir()} >= {
         "model-f16.gguf",
         "model-q8_0.gguf",
@@ -627,7 +627,7 @@ def test_progress_counts_fused_tensors_once(models: Any, tmp_path: Path) -> None
 
 
 def test_the_embedded_sample_with_pictures(tmp_path: Path) -> None:
-    events = list(convert(Options("sample-vl:", ("q8_0",), tmp_path / "s.gguf", verify="quick")))
+    events = list(convert(Options("sample-vl:", ("q8_0",), tmp_path / "s.gguf", effort="quick")))
     checks = {e.name: e for e in events if isinstance(e, Check)}
     assert all(check.passed for check in checks.values())
     assert {"mean KLD", "mmproj images", "mmproj pair"} <= set(checks)

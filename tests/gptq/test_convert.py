@@ -37,7 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(model: Path | str, out: Path, **asked: Any) -> list[Event]:
-    return list(convert(calibrated.gptq_options(model, out=out, **{**SMALL, "verify": "off", **asked})))
+    return list(convert(calibrated.gptq_options(model, out=out, **{**SMALL, "effort": "off", **asked})))
 
 
 def test_the_sample_is_quantized_and_passes_its_verdict(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_the_verdict_is_about_the_weights_in_the_folder(
         return packed
 
     monkeypatch.setattr(flow, "packed_of", wrong)
-    events = run("sample:", tmp_path / "out", verify="quick", group_size=128)
+    events = run("sample:", tmp_path / "out", effort="quick", group_size=128)
     assert any(isinstance(e, Check) and not e.passed for e in events)
 
 
@@ -255,7 +255,7 @@ def test_the_folder_is_named_after_the_settings(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    options = calibrated.gptq_options(model, **{**SMALL, "bits": 3, "verify": "off"})
+    options = calibrated.gptq_options(model, **{**SMALL, "bits": 3, "effort": "off"})
     (finished,) = (e for e in convert(options) if isinstance(e, Finished))
     assert finished.path == str(tmp_path / "model-gptq-3bit-32g")
 
@@ -296,7 +296,7 @@ def test_the_plan_is_exact(tmp_path: Path, model: Path) -> None:
 
 @pytest.mark.parametrize("bits", [2, 8])
 def test_a_faithful_result_passes_at_every_width(tmp_path: Path, bits: int) -> None:
-    events = run("sample:", tmp_path / "out", verify="quick", bits=bits, group_size=-1)
+    events = run("sample:", tmp_path / "out", effort="quick", bits=bits, group_size=-1)
     checks = [e for e in events if isinstance(e, Check)]
     assert len(checks) >= 5
     assert [check.detail for check in checks if not check.passed] == []
@@ -304,7 +304,7 @@ def test_a_faithful_result_passes_at_every_width(tmp_path: Path, bits: int) -> N
 
 def test_the_head_is_quantized_where_asked(tmp_path: Path, model: Path, stopped: Stopped) -> None:
     """After the last block, on what the final norm gives; read back, judged, and resumed as a block is."""
-    events = run("sample:", tmp_path / "sample", verify="quick", lm_head=True, group_size=128)
+    events = run("sample:", tmp_path / "sample", effort="quick", lm_head=True, group_size=128)
     assert all(e.passed for e in events if isinstance(e, Check))
     assert load_json(tmp_path / "sample" / "config.json")["quantization_config"]["lm_head"] is True
     read, source = open_model(tmp_path / "sample"), open_checkpoint("sample:")
@@ -344,7 +344,7 @@ def test_the_head_of_a_model_with_a_tower(tmp_path: Path, language_only: bool) -
 def test_a_model_with_a_tower(tmp_path: Path, language_only: bool) -> None:
     """Whole, or its language model as a plain Llama folder; the tower stays as it is."""
     out = tmp_path / "out"
-    events = run("sample-vl:", out, verify="quick", language_only=language_only)
+    events = run("sample-vl:", out, effort="quick", language_only=language_only)
     assert all(e.passed for e in events if isinstance(e, Check))
     config, read = load_json(out / "config.json"), open_model(out)
     source = open_checkpoint("sample-vl:")

@@ -42,7 +42,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[bool, str], 
 
 
 def run(model: Path, out: Path, **asked: Any) -> list[Event]:
-    return list(convert(calibrated.gptq_options(model, out=out, **{**SMALL, "verify": "off", **asked})))
+    return list(convert(calibrated.gptq_options(model, out=out, **{**SMALL, "effort": "off", **asked})))
 
 
 def same_tensors(first: Path, second: Path) -> None:
@@ -96,7 +96,7 @@ def pixels(o: VL) -> dict[str, Any]:
 
 @SIZES
 def test_both_layouts_give_the_same_folder(tmp_path: Path, sources: Any, hybrid: bool) -> None:
-    events = run(sources[hybrid, "original"], tmp_path / "a", verify="quick", bits=8)
+    events = run(sources[hybrid, "original"], tmp_path / "a", effort="quick", bits=8)
     checks = [event for event in events if isinstance(event, Check)]
     assert {"structure", "tokenizer", "weights", "mean KLD"} <= {check.name for check in checks}
     assert [check.detail for check in checks if not check.passed] == []

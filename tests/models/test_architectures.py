@@ -58,7 +58,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def file_of(model: Path, out: Path, quant: str = "f32") -> Path:
-    list(convert(Options(str(model), (quant,), out, verify="off", force=True)))
+    list(convert(Options(str(model), (quant,), out, effort="off", force=True)))
     return out
 
 

@@ -93,7 +93,7 @@ def test_what_the_converter_drops_fails_every_proof(
         assert DROPPED[what][1] in made.stderr
     ask = ("verify", out, "--against", model, "--windows", 1, "--length", 128)
     for effort in ("quick", "full"):
-        found = command(*ask, "--verify", effort)
+        found = command(*ask, "--effort", effort)
         assert found.exit_code == 3, found.output
         assert DROPPED[what][1] in found.stderr
     monkeypatch.undo()

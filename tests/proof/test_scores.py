@@ -90,7 +90,7 @@ def test_rows_are_those_of_the_whole_tensor(tmp_path: Path) -> None:
     tiny.tiny_checkpoint(tmp_path, layers=1, d=256, ff=512, heads=4, kv_heads=2)
     for quant in ("f32", "bf16", "q8_0", "q6_k", "q4_0"):
         out = tmp_path / f"{quant}.gguf"
-        for _ in convert(Options(str(tmp_path), (quant,), out, pure=True, verify="off")):
+        for _ in convert(Options(str(tmp_path), (quant,), out, pure=True, effort="off")):
             pass
         for source in (open_checkpoint(tmp_path), open_model(open_gguf(out))):
             for name, shape in source.shapes().items():

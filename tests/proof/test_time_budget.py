@@ -49,7 +49,7 @@ def test_a_big_model_on_a_cpu_gets_a_sample_of_blocks() -> None:
     assert chosen.windows.tokens.shape == (1, 256)
     assert chosen.seconds < 30
     assert "of 30 on 256 tokens" in chosen.text
-    assert "--verify full" in chosen.text
+    assert "--effort full" in chosen.text
     assert time_budget.choose(config, many(20), "quick", "cpu", seconds=5).blocks == (0, 15)
 
 

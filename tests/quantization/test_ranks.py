@@ -124,7 +124,7 @@ def test_a_share_of_the_windows_alone_gives_other_hessians() -> None:
 
 def test_the_folder_is_valid_and_near_that_of_one_process(tmp_path: Path, model: Path, whole: Path) -> None:
     options: dict[str, Any] = {"calib": "builtin", "calib_samples": 5, "calib_len": 64, "group_size": 32}
-    list(convert(calibrated.gptq_options(model, out=tmp_path / "one", verify="off", **options)))
+    list(convert(calibrated.gptq_options(model, out=tmp_path / "one", effort="off", **options)))
     one, two = open_model(tmp_path / "one"), open_model(whole)
     assert one.shapes() == two.shapes()
     equal = [(one.float32(f"{n}.weight") == two.float32(f"{n}.weight")).mean() for n in one.linears]

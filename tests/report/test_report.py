@@ -23,6 +23,7 @@ from dsconvert.proof.thresholds import thresholds_for
 from dsconvert.proof.time_budget import compare_blocks
 from dsconvert.report import charts
 from dsconvert.report import page as report_page
+from dsconvert.streams import as_json
 from dsconvert.texts import windows
 
 pytest.importorskip("torch")
@@ -137,7 +138,9 @@ def test_worst_tokens_are_the_largest_in_their_context(report: rp.Report) -> Non
 
 
 def test_json_holds_the_figures_and_no_infinities(report: rp.Report) -> None:
-    value = json.loads(rp.as_json(report), parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
+    value = json.loads(
+        as_json(rp.as_dict(report)), parse_constant=lambda name: pytest.fail(f"{name} in JSON")
+    )
     assert report.comparison.figures is not None
     assert value["figures"]["kld"]["value"] == report.comparison.figures.kld.value
     assert value["passed"] == report.verdict.passed
@@ -155,7 +158,7 @@ def test_a_broken_model_has_a_report_that_says_so() -> None:
     assert "FAIL" in text
     assert "the candidate gives non-finite values after block 1" in text
     assert "not finite" in text
-    value = json.loads(rp.as_json(report))
+    value = json.loads(as_json(rp.as_dict(report)))
     assert value["passed"] is False
     assert value["figures"] is None
     assert value["broken"] in value["reasons"]
@@ -210,7 +213,7 @@ def test_only_a_file_of_its_kind_is_overwritten(tmp_path: Path, report: rp.Repor
     page, proof, other = tmp_path / "r.html", tmp_path / "r.json", tmp_path / "other"
     for _ in range(2):  # each over the first, too
         rp.save_page(page, report_page.as_html(report))
-        rp.save_json(proof, rp.as_json(report))
+        rp.save_json(proof, as_json(rp.as_dict(report)))
     rp.save_page(page, report_page.comparison_page("several", []))
     rp.save_page(page, report_page.as_html(report))
     before = {path: path.read_bytes() for path in (page, proof)}
@@ -218,16 +221,16 @@ def test_only_a_file_of_its_kind_is_overwritten(tmp_path: Path, report: rp.Repor
         other.write_bytes(content)
         with pytest.raises(OutputError, match="is no report"):
             rp.save_page(other, "x")
-        with pytest.raises(OutputError, match="is no JSON of a proof"):
+        with pytest.raises(OutputError, match="is no JSON of dsconvert"):
             rp.save_json(other, "x")
         assert other.read_bytes() == content
     with pytest.raises(OutputError, match="is no report"):
         rp.save_page(proof, "x")
-    with pytest.raises(OutputError, match="is no JSON of a proof"):
+    with pytest.raises(OutputError, match="is no JSON of dsconvert"):
         rp.save_json(page, "x")
     assert before == {path: path.read_bytes() for path in (page, proof)}
     other.write_bytes(b"")  # nothing is lost with it
-    rp.save_json(other, rp.as_json(report))
+    rp.save_json(other, as_json(rp.as_dict(report)))
     with pytest.raises(OutputError, match="two outputs"):
         rp.check_targets(page, page)
 

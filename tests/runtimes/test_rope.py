@@ -135,7 +135,7 @@ def folder(out: Path, changes: dict[str, Any]) -> Path:
 
 
 def converted(model: Path, out: Path) -> list[Any]:
-    return list(convert(Options(str(model), ("f32",), out, verify="off")))
+    return list(convert(Options(str(model), ("f32",), out, effort="off")))
 
 
 def token_ids() -> npt.NDArray[np.int64]:

@@ -28,7 +28,7 @@ def main(kind: str, model: str, folder: Path, kills: int, settings: dict[str, An
     out, state = folder / "out", folder / "out.state"
     make = {"gptq": calibrated.gptq_options, "exl2": calibrated.exl2_options}[kind]
     text = {"calib": "builtin", "calib_samples": 4, "calib_len": 128}
-    options = make(model, out=out, resume=True, verify="off", **text, **settings)
+    options = make(model, out=out, resume=True, effort="off", **text, **settings)
 
     def attempt(seconds: float | None) -> int:
         pid = os.fork()

@@ -22,7 +22,7 @@ TEXT = {
     "calib": "text", "calib_samples": "samples", "calib_len": "length", "seed": "seed", "calib_chat": "chat",
     "calib_column": "column", "offline": "offline",
 }  # fmt: skip
-RUN = ("add_bos", "out", "resume", "force", "device", "verify")
+RUN = ("add_bos", "out", "resume", "force", "device", "effort")
 
 
 def _split(model: Path | str, asked: dict[str, Any]) -> tuple[RunOptions, dict[str, Any]]:

@@ -77,7 +77,7 @@ def digests(commands: Mapping[str, tuple[str, ...]], checkout: Path = ROOT) -> I
     for name, command in commands.items():
         with tempfile.TemporaryDirectory() as folder:
             words = [word.replace("OUT/", f"{folder}/") for word in command]
-            asked = [] if command[0] == "imatrix" else ["--verify", "off"]
+            asked = [] if command[0] == "imatrix" else ["--effort", "off"]
             subprocess.run(
                 [sys.executable, "-m", "dsconvert", *words, *asked, "--quiet"],
                 env=variables, cwd=folder, check=True,

@@ -46,11 +46,11 @@ def events(kind: str, model: str, out: Path) -> Any:
     if kind == "gguf":
         from converters.gguf.output import Options
 
-        return convert(Options(model, ("q4_0", "q8_0"), out, verify="off", threads=2))
+        return convert(Options(model, ("q4_0", "q8_0"), out, effort="off", threads=2))
     import calibrated
 
     make = {"gptq": calibrated.gptq_options, "exl2": calibrated.exl2_options}[kind]
-    return convert(make(model, out=out, calib="builtin", calib_samples=2, calib_len=64, verify="off"))
+    return convert(make(model, out=out, calib="builtin", calib_samples=2, calib_len=64, effort="off"))
 
 
 def measured(kind: str, model: Path, out: Path, loads_torch: bool = False) -> int:

@@ -131,7 +131,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("template")
     model = tiny_vl.vl_checkpoint(root / "m", VL())
     tiny_vl.tiny.write_json(model / "chat_template.json", {"chat_template": LIST_ONLY})
-    list(convert(Options(str(model), ("f16",), root / "x.gguf", verify="off")))
+    list(convert(Options(str(model), ("f16",), root / "x.gguf", effort="off")))
     return root / "x.gguf", root / "mmproj-x.gguf"
 
 

@@ -47,7 +47,7 @@ class Model:
         """The projector file of a type, made when it is asked for."""
         path = self.text.with_name(f"mmproj-{quant}.gguf")
         if not path.exists():
-            asked = {"force": True, "verify": "off", "mmproj": path, "mmproj_quant": quant}
+            asked = {"force": True, "effort": "off", "mmproj": path, "mmproj_quant": quant}
             list(convert(Options(str(self.folder), ("f16",), self.text, **asked)))
         return path
 
@@ -220,7 +220,7 @@ def test_llamacpp_refuses_a_projector_of_another_width(models: dict[bool, Model]
     list(
         convert(
             Options(
-                str(tiny_vl.vl_checkpoint(tmp_path / "m", o)), ("f16",), tmp_path / "x.gguf", verify="off"
+                str(tiny_vl.vl_checkpoint(tmp_path / "m", o)), ("f16",), tmp_path / "x.gguf", effort="off"
             )
         )
     )
@@ -253,7 +253,7 @@ def test_preprocessing_apart(name: str, limit: float, tmp_path: Path) -> None:
     from transformers.models.deepseek_vl.image_processing_pil_deepseek_vl import DeepseekVLImageProcessorPil
 
     folder = tiny_vl.vl_checkpoint(tmp_path / "m", VL(image=96, dtype="f32"))
-    list(convert(Options(str(folder), ("f16",), tmp_path / "x.gguf", verify="off", mmproj_quant="f32")))
+    list(convert(Options(str(folder), ("f16",), tmp_path / "x.gguf", effort="off", mmproj_quant="f32")))
     towers, vision = file_towers(tmp_path / "mmproj-x.gguf")
     photo = np.ascontiguousarray(getattr(data, name)()[..., :3])
     half = [0.5, 0.5, 0.5]
