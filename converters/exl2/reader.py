@@ -182,7 +182,7 @@ def _stated_outputs(folder: Path) -> dict[str, int]:
     config = load_config(folder)
     arch = ARCHITECTURES.get(config.architecture)
     specs = expand(arch.table, config) if arch else []
-    return {spec.hf: spec.shape[0] for spec in specs if len(spec.shape) == 2}
+    return {name: spec.source[0] for spec in specs if len(spec.source) == 2 for name in spec.names}
 
 
 def _open_linear(checkpoint: Checkpoint, linear: str, outputs: Mapping[str, int]) -> Linear:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from converters.gguf.parse import GGUFFile
+from converters.gguf.qtypes import QTYPES, QType
 from converters.gguf.rope import magnitude
 from converters.gguf.rounding import nearest
 from dsconvert.errors import CheckpointError
@@ -13,8 +14,8 @@ from dsconvert.models.architecture import Architecture
 from dsconvert.models.architectures import BY_GGUF_NAME
 from dsconvert.models.config import ModelConfig
 from dsconvert.models.rope import RopeScaling
-from dsconvert.models.stored_rows import by_source, source_rows
-from dsconvert.models.tensor_table import Spec, plan_stored
+from dsconvert.models.stored_rows import by_source, source_rows, stored_rows
+from dsconvert.models.tensor_table import HEADS_TURNED, Spec, plan_stored
 from dsconvert.models.weights import Floats
 
 LIMIT, GREATEST = 1 << 31, 1e30  # as in config.json
@@ -61,7 +62,7 @@ class GGUFModel:
         return {name: specs[0].source for name, specs in self.specs.items()}
 
     def dtype(self, name: str) -> str:
-        return self.file.tensors[self.specs[name][0].gguf].qtype.name
+        return min((self._qtype(spec) for spec in self.specs[name]), key=lambda qtype: qtype.bits).name
 
     def rows(self, name: str, start: int, stop: int) -> Floats:
         return source_rows(self.specs[name], name, self._stored, start, stop)
@@ -75,7 +76,26 @@ class GGUFModel:
         return tensor.rows(start, stop) if len(tensor.shape) > 1 else tensor.rows(0, 1)[0, start:stop, None]
 
     def nearest(self, name: str, start: int, rows: Floats) -> Floats | None:
-        return nearest(rows, self.file.tensors[self.specs[name][0].gguf].qtype)
+        """As WeightSource says; where the file has rows in several places, only whole heads are rounded."""
+        specs, stop = self.specs[name], start + len(rows)
+        if len(specs) == 1 and specs[0].row.transform is not HEADS_TURNED:
+            return nearest(rows, self._qtype(specs[0]))
+        height = specs[0].source[0] // specs[0].units
+        whole = not specs[0].row.transform.units or not (start % height or stop % height)
+        if not whole or any(self._qtype(spec).name not in QTYPES for spec in specs):
+            return None
+        named = {spec.gguf: spec for spec in specs}
+
+        def rounded(gguf: str, first: int, end: int) -> Floats:
+            stored = stored_rows(named[gguf], lambda name, a, b: rows[a - start : b - start], first, end)
+            found = nearest(stored, self._qtype(named[gguf]))
+            assert found is not None  # its type is written here, and its rows fill the type's blocks
+            return found
+
+        return source_rows(specs, name, rounded, start, stop)
+
+    def _qtype(self, spec: Spec) -> QType:
+        return self.file.tensors[spec.gguf].qtype
 
 
 def open_model(file: GGUFFile) -> GGUFModel:

@@ -60,13 +60,13 @@ def describe(job: Job) -> Iterator[Event]:
     if job.towers is not None and job.towers.left_out:
         yield Step(job.towers.left_out)
     sources = {spec.gguf: spec for spec in job.tensors}
-    names = {spec.hf for spec in job.towers.specs} if job.towers is not None else set()
+    names = {name for spec in job.towers.specs for name in spec.names} if job.towers is not None else set()
     tower_nbytes = sum(job.checkpoint.tensors[name].nbytes for name in names)
     for output in job.every_output:
         rows = []
         for tensor in output.tensors.values():
-            hf = sources[tensor.name].hf if tensor.name in sources else ""
-            kind = job.checkpoint.dtype(hf) if hf else "derived"
+            spec = sources.get(tensor.name)
+            hf, kind = (spec.hf, job.checkpoint.dtype(spec.names[0])) if spec else ("", "derived")
             rows.append(TensorPlan(tensor.name, hf, tensor.shape, kind, tensor.qtype.name, tensor.nbytes))
         files = tuple(map(str, output.paths))
         sizes = tuple(layout.nbytes for layout in output.layouts)

@@ -107,7 +107,7 @@ def _prepare(options: Options) -> Job:
     config = load_config(checkpoint.folder)
     architecture = find_architecture(config.architecture, checkpoint.folder / "config.json")
     specs = tuple(plan(architecture.table, config, checkpoint.shapes()))
-    checkpoint.check_readable(spec.hf for spec in specs)
+    checkpoint.check_readable(name for spec in specs for name in spec.names)
     derived = architecture.derived(config)
     matrix = importance.read(options.imatrix) if options.imatrix is not None else None
     tokenizer = load_tokenizer(checkpoint.folder, config.vocab_size, options.add_bos)

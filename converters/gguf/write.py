@@ -111,7 +111,8 @@ def _chunks(job: Job, parts: list[PartFile]) -> Iterator[Chunk]:
             read = partial(stored_rows, spec, job.checkpoint.rows, start, stop)
             share = nbytes * stop // spec.rows - nbytes * start // spec.rows
             last = stop == spec.rows
-            yield Chunk(spec.gguf, spec.hf, read, start * columns, share, targets, last, importance)
+            source = spec.names[start * spec.many // spec.rows]
+            yield Chunk(spec.gguf, source, read, start * columns, share, targets, last, importance)
     for name, values in job.derived.items():
         yield Chunk(name, name, partial(np.reshape, values, (-1, 1)), 0, 0, _targets(job, parts, name), True)
 

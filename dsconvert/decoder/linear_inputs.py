@@ -65,8 +65,13 @@ def groups(decoder: st.Decoder, index: int) -> list[tuple[str, ...]]:
     here = set(decoder.blocks[index].values())
     architecture = find_architecture(decoder.config.architecture)
     specs = expand(architecture.table, decoder.config)
-    own = [spec for spec in specs if spec.hf in here and spec.hf.endswith(".weight")]
-    return [tuple(spec.hf for spec in own if spec.role == role) for role in architecture.groups]
+    own = [
+        (name, spec.role)
+        for spec in specs
+        for name in spec.names
+        if name in here and name.endswith(".weight")
+    ]
+    return [tuple(name for name, of in own if of == role) for role in architecture.groups]
 
 
 def walk(

@@ -49,7 +49,8 @@ def language_model(
         check_shapes(architecture.table, config, source.shapes())
         return source, config
     specs, decoder = plan(architecture.table, config, source.shapes()), architecture.decoder
-    outer = {spec.gguf: spec.hf for spec in specs}
-    names = {spec.hf: outer[spec.gguf] for spec in expand(decoder.table, config) if spec.gguf in outer}
+    outer = {spec.gguf: spec.names for spec in specs}
+    inner = [spec for spec in expand(decoder.table, config) if spec.gguf in outer]
+    names = {own: name for spec in inner for own, name in zip(spec.names, outer[spec.gguf], strict=True)}
     config = replace(config, architecture=decoder.hf_class, tied="output.weight" not in outer)
     return Inner(source, names), config

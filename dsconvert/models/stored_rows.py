@@ -18,7 +18,7 @@ def chunks(spec: Spec, values: int) -> Iterator[tuple[int, int]]:
     A range is of one tensor of the checkpoint, and takes whole units or whole rows of it: `stored_rows` of
     all ranges reads nothing twice.
     """
-    each = spec.rows // len(spec.names)
+    each = spec.rows // spec.many
     least = _per_unit(spec) if spec.row.transform.units else _per_row(spec)
     step = max(1, values * spec.rows // spec.values // least) * least
     for first in range(0, spec.rows, each):
@@ -31,7 +31,7 @@ def stored_rows(spec: Spec, read: Read, start: int, stop: int) -> Array:
 
     `read` gives rows of the checkpoint's tensors, as WeightSource.rows does; the result is of its type.
     """
-    each, parts = spec.rows // len(spec.names), []
+    each, parts = spec.rows // spec.many, []
     for index in range(start // each, -(-stop // each)):
         span = max(start - index * each, 0), min(stop - index * each, each)
         parts.append(_of_one(spec, spec.names[index], read, *span))
@@ -108,14 +108,14 @@ def joined(parts: Sequence[Array], axis: int = 0) -> Array:
 
 def _first(spec: Spec, name: str) -> int:
     """The first of the stored rows that are made of the checkpoint's tensor `name`."""
-    return spec.names.index(name) * (spec.rows // len(spec.names))
+    return spec.names.index(name) * (spec.rows // spec.many)
 
 
 def _per_unit(spec: Spec) -> int:
     """Stored rows of a unit."""
-    return spec.rows // len(spec.names) // spec.units
+    return spec.rows // spec.many // spec.units
 
 
 def _per_row(spec: Spec) -> int:
     """Stored rows of a row of the source."""
-    return spec.rows // len(spec.names) // (spec.part[1] - spec.part[0])
+    return spec.rows // spec.many // (spec.part[1] - spec.part[0])

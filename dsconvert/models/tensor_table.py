@@ -64,21 +64,31 @@ def _same(x: Array) -> Array:
     return x
 
 
+def _turned(x: Array) -> Array:
+    """[heads, rows, columns] -> view [heads, columns, rows]."""
+    return x.swapaxes(1, 2)
+
+
 IDENTITY = Transform(_same, _same)
 # Hugging Face rotates halves; of some architectures llama.cpp rotates adjacent pairs.
 ROPE_Q = Transform(_interleave, _separate, "heads")
 ROPE_K = Transform(_interleave, _separate, "kv_heads")
+# A slice of each head's rows, as it is or with rows and columns changed about (MLA's kv_b).
+HEADS = Transform(_same, _same, "heads")
+HEADS_TURNED = Transform(_turned, _turned, "heads")
 
 
 @dataclass(frozen=True)
 class Row:
     """A row: Hugging Face name, GGUF name, role, shape in the letters of `ModelConfig.dims`.
 
-    `{i}` in a name stands for the layer, counted by the dimension `depth`; a dimension "letter.layer" goes
-    before one that all layers share. `part=(k, sizes)` takes the k-th of the slices, of these sizes, of each
-    unit's rows (see Transform). `source` is the shape in the checkpoint where that is another. An `optional`
-    row may be absent, in all layers. `when` names the config flag without which the row must be absent.
-    `tied_to` names the row whose tensor the runtime uses instead.
+    `{i}` in a name stands for the layer: those from the dimension `first` on and before `depth`, which is all
+    of them unless a table says otherwise; a dimension "letter.layer" goes before one that all layers share.
+    `{e}` in `hf` stands for the expert: the stored tensor stacks their matrices in its first dimension.
+    `part=(k, sizes)` takes the k-th of the slices, of these sizes, of each unit's rows (see Transform).
+    `source` is the shape in the checkpoint, of one expert, where that is another. An `optional` row may be
+    absent, in all layers. `when` names the config flag without which the row must be absent. `tied_to` names
+    the row whose tensor the runtime uses instead. A size that all models share may stand as a number.
     """
 
     hf: str
@@ -90,6 +100,7 @@ class Row:
     optional: bool = False
     when: str = ""
     tied_to: str = ""
+    first: str = "0"
     depth: str = "layers"
     source: tuple[str, ...] = ()
 
@@ -116,8 +127,9 @@ class Table:
 class Spec:
     """A row with its layer: one tensor of one model.
 
-    `shape` is the stored tensor's, rows first, `source` the checkpoint's. `units` counts its units of rows
-    (see Transform), of each of which it takes the rows `part[0]` to `part[1]` - 1.
+    `hf` is a pattern where it is made of many tensors. `shape` is the stored tensor's, rows first, `source`
+    that of each of the checkpoint's. `units` counts its units of rows (see Transform), of each of which it
+    takes the rows `part[0]` to `part[1]` - 1.
     """
 
     hf: str
@@ -133,7 +145,12 @@ class Spec:
     @property
     def names(self) -> tuple[str, ...]:
         """The checkpoint's tensors that it is made of, in order."""
-        return (self.hf,)
+        return tuple(self.hf.replace("{e}", str(e)) for e in range(self.many))
+
+    @property
+    def many(self) -> int:
+        """How many tensors of the checkpoint it is made of."""
+        return self.shape[0] if "{e}" in self.hf else 1
 
     @property
     def rows(self) -> int:
@@ -162,23 +179,28 @@ def expand(table: Table, config: Sizes) -> list[Spec]:
     single = [row for row in table.rows if "{i}" not in row.hf]
     layered = [row for row in table.rows if "{i}" in row.hf]
     specs = [_spec(row, dims, None) for row in single]
-    for i in range(max((dims[row.depth] for row in layered), default=0)):
-        specs += [_spec(row, dims, i) for row in layered if i < dims[row.depth]]
+    spans = [(row, range(_size(row.first, dims), _size(row.depth, dims))) for row in layered]
+    for i in range(max((span.stop for _, span in spans), default=0)):
+        specs += [_spec(row, dims, i) for row, span in spans if i in span]
     return specs
 
 
-def _spec(row: Row, dims: Mapping[str, int], layer: int | None) -> Spec:
-    def size(letter: str) -> int:
-        return int(dims.get(f"{letter}.{layer}", dims.get(letter, letter)))
+def _size(letter: str, dims: Mapping[str, int], layer: int | None = None) -> int:
+    return int(dims.get(f"{letter}.{layer}", dims.get(letter, letter)))
 
-    shape = tuple(map(size, row.shape))
-    units = size(row.transform.units or "1")
-    sizes = tuple(map(size, row.part[1])) if row.part else ()
-    source = tuple(map(size, row.source)) or (sum(sizes) or shape[0], *shape[1:])
+
+def _spec(row: Row, dims: Mapping[str, int], layer: int | None) -> Spec:
+    def sizes(letters: Iterable[str]) -> tuple[int, ...]:
+        return tuple(_size(letter, dims, layer) for letter in letters)
+
+    shape, slices = sizes(row.shape), sizes(row.part[1] if row.part else ())
+    (units,) = sizes((row.transform.units or "1",))
+    each = shape[1:] if "{e}" in row.hf else shape
+    source = sizes(row.source) or (sum(slices) or each[0], *each[1:])
     part = (0, source[0] // units)
     if row.part:
         k = row.part[0]
-        part = (sum(sizes[:k]), sum(sizes[: k + 1]))
+        part = (sum(slices[:k]), sum(slices[: k + 1]))
     number = "" if layer is None else str(layer)
     hf, gguf = (name.replace("{i}", number) for name in (row.hf, row.gguf))
     return Spec(hf, gguf, row.role, shape, layer, row, source, units, part)
@@ -192,11 +214,11 @@ def plan(table: Table, config: Sizes, shapes: Mapping[str, tuple[int, ...]]) -> 
     """
     candidates = expand(table, config)
     # An optional tensor is there in every layer or in none.
-    begun = {spec.row.hf for spec in candidates if spec.row.optional and spec.hf in shapes}
+    begun = {spec.row.hf for spec in candidates if spec.row.optional and _begun(spec, shapes)}
     wanted = [spec for spec in candidates if _wanted(spec, config, shapes, begun)]
-    known = {spec.hf for spec in wanted}
+    known = {name for spec in wanted for name in spec.names}
     dropped = [re.compile(pattern) for pattern in table.drop]
-    missing = [spec.hf for spec in wanted if spec.hf not in shapes]
+    missing = list(dict.fromkeys(name for spec in wanted for name in spec.names if name not in shapes))
     unknown = [n for n in shapes if n not in known and not any(p.fullmatch(n) for p in dropped)]
     if missing or unknown:
         heads = {spec.hf for spec in wanted if spec.row.tied_to}
@@ -211,7 +233,7 @@ def plan(table: Table, config: Sizes, shapes: Mapping[str, tuple[int, ...]]) -> 
             hint=hint,
         )
     for spec in wanted:
-        _check_shape(spec, shapes[spec.hf])
+        _check_shape(spec, shapes)
     return wanted
 
 
@@ -235,14 +257,17 @@ def _wanted(spec: Spec, config: Sizes, shapes: Mapping[str, tuple[int, ...]], be
         return False
     if spec.row.optional:
         return spec.row.hf in begun
-    return spec.hf in shapes or not (spec.row.tied_to and config.tied)
+    return _begun(spec, shapes) or not (spec.row.tied_to and config.tied)
+
+
+def _begun(spec: Spec, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    return any(name in shapes for name in spec.names)
 
 
 def check_shapes(table: Table, config: Sizes, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raise PlanError for the first tensor of the table that has another shape than the config says."""
     for spec in expand(table, config):
-        if spec.hf in shapes:
-            _check_shape(spec, shapes[spec.hf])
+        _check_shape(spec, shapes)
 
 
 def _listed(label: str, names: list[str], others: list[str]) -> str:
@@ -257,10 +282,13 @@ def _listed(label: str, names: list[str], others: list[str]) -> str:
     return f"{len(names)} {label}: {', '.join(shown)}{more}"
 
 
-def _check_shape(spec: Spec, shape: tuple[int, ...]) -> None:
-    if shape != spec.source:
-        raise PlanError(
-            f"has shape {list(shape)}, config.json asks for {list(spec.source)}",
-            where=spec.hf,
-            hint=resized(spec.row.source or spec.row.shape, shape, spec.source),
-        )
+def _check_shape(spec: Spec, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    for name in spec.names:
+        shape = shapes.get(name, spec.source)
+        if shape != spec.source:
+            letters = spec.row.source or spec.row.shape[-len(spec.source) :]
+            raise PlanError(
+                f"has shape {list(shape)}, config.json asks for {list(spec.source)}",
+                where=name,
+                hint=resized(letters, shape, spec.source),
+            )

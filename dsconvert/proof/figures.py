@@ -105,8 +105,7 @@ class RowFault:
 class TensorError:
     """The error of a tensor's values: `snr` = 10 log10(sum base^2 / sum (q - base)^2) dB, inf if equal.
 
-    `rows` of it were compared each on its own, with `faults`. `lost` is the dB that plain rounding to the
-    same type has more, of the rows that were held against it; None where none was.
+    `rows` of it were compared each on its own, with `faults`.
     """
 
     name: str
@@ -115,7 +114,6 @@ class TensorError:
     snr: float
     rows: int = 0
     faults: tuple[RowFault, ...] = ()
-    lost: float | None = None
 
 
 def token_figures(

@@ -83,9 +83,10 @@ def select(model: str, language_only: bool, head: bool = False) -> Selection:
         checkpoint, outer, vision = in_transformers_layout(checkpoint, outer)
     architecture = find_architecture(outer.architecture, checkpoint.folder / "config.json")
     specs = plan(architecture.table, outer, checkpoint.shapes())
-    checkpoint.check_readable(spec.hf for spec in specs)
+    checkpoint.check_readable(name for spec in specs for name in spec.names)
     source, config = language_model(checkpoint, outer)
-    inside = {spec.gguf: spec.hf for spec in plan(architecture.decoder.table, config, source.shapes())}
+    own = {spec.gguf: spec.names for spec in plan(architecture.decoder.table, config, source.shapes())}
+    inside = {name: n for spec in specs for name, n in zip(spec.names, own[spec.gguf], strict=True)}
     whole = architecture.mount is None or not language_only
     heads = [spec for spec in specs if head and spec.role == "head"]
     if head and (not heads or config.tied):
@@ -101,15 +102,15 @@ def select(model: str, language_only: bool, head: bool = False) -> Selection:
         checkpoint,
         source,
         config,
-        linears={inside[spec.gguf]: _linear(spec, inside[spec.gguf], whole) for spec in chosen},
+        linears={
+            inside[name]: Linear(inside[name], name if whole else inside[name], spec.source, spec.role)
+            for spec in chosen
+            for name in spec.names
+        },
         kept=_kept(checkpoint, outer, rest, inside, whole),
         raw=_whole_config(outer, config.tied) if whole else plain_config(config),
         vision=vision,
     )
-
-
-def _linear(spec: Spec, name: str, whole: bool) -> Linear:
-    return Linear(name, spec.hf if whole else name, spec.shape, spec.role)
 
 
 def _is_linear(spec: Spec) -> bool:
@@ -120,13 +121,14 @@ def _kept(
     checkpoint: Checkpoint, config: ModelConfig, rest: list[Spec], inside: Mapping[str, str], whole: bool
 ) -> dict[str, str]:
     """What is copied: the `rest` of the language model, and of a bigger model all its other parts."""
+    names = [name for spec in rest for name in spec.names]
     if not whole:
-        return {inside[spec.gguf]: spec.hf for spec in rest}
-    language = {spec.hf: spec.hf for spec in rest}
+        return {inside[name]: name for name in names}
+    language = {name: name for name in names}
     architecture = find_architecture(config.architecture)
     if architecture.mount is None:
         return language
-    known = {spec.hf for spec in plan(architecture.table, config, checkpoint.shapes())}
+    known = {name for spec in plan(architecture.table, config, checkpoint.shapes()) for name in spec.names}
     return {name: name for name in checkpoint.tensors if name in language or name not in known}
 
 

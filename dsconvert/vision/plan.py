@@ -55,7 +55,7 @@ def plan_towers(checkpoint: Checkpoint, config: ModelConfig, tokenizer: Tokenize
     shapes = checkpoint.shapes()
     arch = towers(config.architecture, vision.sam is not None, shapes)
     specs = tuple(plan(arch, vision, shapes))
-    checkpoint.check_readable(spec.hf for spec in specs)
+    checkpoint.check_readable(name for spec in specs for name in spec.names)
     stated = config.raw.get("image_token_id")
     token, token_id = image_token(tokenizer, vision.processor.token, stated, checkpoint.folder)
     unused = tuple(name for name in shapes if any(re.fullmatch(pattern, name) for pattern in UNUSED))

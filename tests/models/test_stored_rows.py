@@ -10,7 +10,7 @@ import pytest
 from dsconvert.models.architectures.llama import LLAMA
 from dsconvert.models.config import normalise
 from dsconvert.models.stored_rows import by_source, chunks, source_rows, stored_rows
-from dsconvert.models.tensor_table import IDENTITY, Row, Spec, Table, expand
+from dsconvert.models.tensor_table import HEADS, HEADS_TURNED, IDENTITY, Row, Spec, Table, expand
 
 LLAMAS: dict[str, dict[str, Any]] = {
     "tiny": {"num_key_value_heads": 2},
@@ -124,3 +124,34 @@ def test_axes_behind_the_first_are_rows_too() -> None:
     specs = expand(Table(table), Sizes(c=8, p=5, n=12))
     assert [spec.rows for spec in specs] == [8 * 3 * 5, 12]
     check_both_ways(specs, values(specs, np.float32))
+
+
+def test_experts_are_stacked_in_order() -> None:
+    """Ranges end where an expert ends, so that one expert is read at a time."""
+    table = (Row("experts.{e}.up", "up_exps", "gate_up", ("E", "m", "d")),)
+    specs = expand(Table(table), Sizes(E=11, m=6, d=8))
+    tensors = values(specs, np.float32)
+    for e in range(11):
+        tensors[f"experts.{e}.up"] += 1000 * e
+    stored = check_both_ways(specs, tensors, at_once=4 * 8)
+    expected = np.stack([tensors[f"experts.{e}.up"] for e in range(11)])
+    assert np.array_equal(stored["up_exps"].reshape(11, 6, 8), expected)
+    assert list(chunks(specs[0], 4 * 8))[:3] == [(0, 4), (4, 6), (6, 10)]
+
+
+@pytest.mark.parametrize("at_once", [1, 100, 1 << 20])
+def test_slices_and_transposes_within_heads(at_once: int) -> None:
+    """MLA's kv_b: of each head the first rows turned, the last as they are (llama.cpp's absorbed form)."""
+    heads, nope, v, rank = 5, 6, 4, 7
+    source, sizes = ("kvb", "rank"), ("nope", "value")
+    table = (
+        Row("kv_b", "k_b", "qkv", ("heads", "rank", "nope"), HEADS_TURNED, part=(0, sizes), source=source),
+        Row("kv_b", "v_b", "qkv", ("heads", "value", "rank"), HEADS, part=(1, sizes), source=source),
+    )
+    dims = {"heads": heads, "nope": nope, "value": v, "rank": rank, "kvb": heads * (nope + v)}
+    specs = expand(Table(table), Sizes(**dims))
+    tensors = values(specs, np.float32)
+    stored = check_both_ways(specs, tensors, at_once)
+    by_head = tensors["kv_b"].reshape(heads, nope + v, rank)
+    assert np.array_equal(stored["k_b"].reshape(heads, rank, nope), by_head[:, :nope].transpose(0, 2, 1))
+    assert np.array_equal(stored["v_b"].reshape(heads, v, rank), by_head[:, nope:])

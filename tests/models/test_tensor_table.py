@@ -11,7 +11,17 @@ import tiny
 from dsconvert.errors import PlanError
 from dsconvert.models.architectures.llama import LLAMA
 from dsconvert.models.config import ModelConfig, normalise
-from dsconvert.models.tensor_table import ROPE_K, ROPE_Q, SOLVE_ORDER, Table, expand, plan, prefixed
+from dsconvert.models.tensor_table import (
+    ROPE_K,
+    ROPE_Q,
+    SOLVE_ORDER,
+    Row,
+    Table,
+    expand,
+    plan,
+    plan_stored,
+    prefixed,
+)
 
 TINY = tiny.Tiny()
 SIZES: dict[str, dict[str, Any]] = {
@@ -212,3 +222,71 @@ def test_an_empty_checkpoint_and_a_strange_one() -> None:
     text = refused({"transformer.wte.weight": (50257, 768), "transformer.wpe.weight": (1024, 768)})
     assert "21 missing" in text
     assert "2 unknown" in text
+
+
+# --- rows of some layers, and of many tensors --------------------------------------------------------------
+
+
+class Toy:
+    """A config of nothing but dimensions: three layers, the first dense, four experts in the others."""
+
+    architecture, tied = "Toy", False
+
+    def __init__(self) -> None:
+        self.dims = {"layers": 3, "dense": 1, "E": 4, "m": 6, "ff": 10, "d": 8}
+
+
+TOY = Table(
+    (
+        Row("layers.{i}.norm", "blk.{i}.norm", "norm", ("d",)),
+        Row("layers.{i}.up", "blk.{i}.ffn_up", "gate_up", ("ff", "d"), depth="dense"),
+        Row("layers.{i}.experts.{e}.up", "blk.{i}.ffn_up_exps", "gate_up", ("E", "m", "d"), first="dense"),
+    )
+)
+
+
+def toy_shapes() -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {f"layers.{i}.norm": (8,) for i in range(3)}
+    experts = {f"layers.{i}.experts.{e}.up": (6, 8) for i in (1, 2) for e in range(4)}
+    return {**shapes, "layers.0.up": (10, 8), **experts}
+
+
+def test_rows_of_some_layers_and_of_many_tensors() -> None:
+    specs = plan(TOY, Toy(), toy_shapes())
+    assert {spec.gguf: spec.shape for spec in specs} == {
+        "blk.0.norm": (8,),
+        "blk.0.ffn_up": (10, 8),
+        "blk.1.norm": (8,),
+        "blk.1.ffn_up_exps": (4, 6, 8),
+        "blk.2.norm": (8,),
+        "blk.2.ffn_up_exps": (4, 6, 8),
+    }
+    assert specs[3].names == tuple(f"layers.1.experts.{e}.up" for e in range(4))
+    assert plan_stored(TOY, Toy(), {spec.gguf: spec.shape for spec in specs}) == specs
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"layers.1.experts.2.up": None}, "1 missing: 'layers.1.experts.2.up'"),
+        ({"layers.1.experts.4.up": (6, 8)}, "1 unknown: 'layers.1.experts.4.up'"),
+        ({"layers.2.up": (10, 8)}, "1 unknown: 'layers.2.up'"),
+        ({"layers.0.experts.0.up": (6, 8)}, "1 unknown: 'layers.0.experts.0.up'"),
+        (
+            {"layers.2.experts.3.up": (8, 6)},
+            "layers.2.experts.3.up: has shape [8, 6], config.json asks for [6, 8]",
+        ),
+    ],
+)
+def test_each_expert_and_layer_is_checked(changes: dict[str, Any], said: str) -> None:
+    shapes = {name: shape for name, shape in (toy_shapes() | changes).items() if shape is not None}
+    with pytest.raises(PlanError) as caught:
+        plan(TOY, Toy(), shapes)
+    assert said in str(caught.value)
+
+
+def test_a_file_without_the_experts_is_refused_by_its_own_names() -> None:
+    shapes = {spec.gguf: spec.shape for spec in plan(TOY, Toy(), toy_shapes())}
+    del shapes["blk.2.ffn_up_exps"]
+    with pytest.raises(PlanError, match=r"1 missing: 'blk\.2\.ffn_up_exps'"):
+        plan_stored(TOY, Toy(), shapes)
