@@ -88,20 +88,28 @@ def from_stored(stored: Stored) -> Piece:
 
 
 def write_safetensors(
-    path: Path, pieces: Mapping[str, Piece], done: Callable[[str, Piece], None] = lambda name, piece: None
+    path: Path,
+    pieces: Mapping[str, Piece],
+    done: Callable[[str, Piece], None] = lambda name, piece: None,
+    seen: Callable[[bytes | memoryview], None] = lambda chunk: None,
 ) -> int:
     """Write `pieces` to `path` and sync it; gives its size in bytes.
 
     Wider types come first, so that every tensor is aligned to its type; the header is padded to 8 bytes
-    (safetensors README). `done` is called after each tensor. Raises OutputError when the disk refuses.
+    (safetensors README). `done` is called after each tensor, `seen` with all bytes that are
+    written, a digest's update, say. Raises OutputError when the disk refuses.
     """
     ordered = sorted(pieces.items(), key=lambda item: -BITS[item[1].dtype])
     header, total = _header(dict(ordered))
     try:
         with open(path, "wb", opener=_not_through_a_link) as file:
             file.write(header)
+            seen(header)
             for name, piece in ordered:
-                written = sum(file.write(chunk) for chunk in piece.chunks())
+                written = 0
+                for chunk in piece.chunks():
+                    written += file.write(chunk)
+                    seen(chunk)
                 if written != piece.nbytes:
                     raise AssertionError(f"{name} gave {written} bytes, {piece.nbytes} were announced")
                 done(name, piece)

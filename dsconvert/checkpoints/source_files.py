@@ -48,13 +48,13 @@ class SourceFile:
 
 def remember(paths: Iterable[Path]) -> tuple[SourceFile, ...]:
     """The files among `paths` as they are now; a link counts as what it leads to."""
-    return tuple(found for path in paths if (found := _seen(path)) is not None)
+    return tuple(found for path in paths if (found := seen(path)) is not None)
 
 
 def check_unchanged(files: Iterable[SourceFile]) -> None:
     """Raises CheckpointError that names the first file that is not as it was remembered."""
     for file in files:
-        now = _seen(file.path)
+        now = seen(file.path)
         if now == file:
             continue
         if now is None:
@@ -126,7 +126,8 @@ def _check_inside(folder: Path, files: Iterable[Path]) -> None:
             )
 
 
-def _seen(path: Path) -> SourceFile | None:
+def seen(path: Path) -> SourceFile | None:
+    """The file as it is now, None where there is none."""
     try:
         status = path.stat()
     except (OSError, ValueError):

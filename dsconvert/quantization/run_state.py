@@ -14,7 +14,7 @@ import re
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from dsconvert.checkpoints.output_files import sync_folder, write_error
 from dsconvert.checkpoints.output_plan import check_place, left, look
 from dsconvert.checkpoints.safetensors_reader import Stored, read_safetensors
 from dsconvert.checkpoints.safetensors_writer import Piece, write_safetensors
+from dsconvert.checkpoints.source_files import SourceFile, seen
 from dsconvert.errors import CheckpointError, OutputError, short
 from dsconvert.reading import RECORD, open_regular, read_object
 
@@ -34,9 +35,13 @@ KEYS = {"model", "options", "calibration", "version"}  # of job.json, whatever t
 
 @dataclass(frozen=True)
 class State:
-    """The blocks that are finished; `folder` is this process's alone while it is open."""
+    """The blocks that are finished; `folder` is this process's alone while it is open.
+
+    `known` are the digests and files of the blocks that were written or read by it: none is hashed twice.
+    """
 
     folder: Path
+    known: dict[int, tuple[str, SourceFile | None]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def begun(self) -> bool:
@@ -65,8 +70,10 @@ class State:
         found: list[dict[str, Any]] = []
         while (record := _read(path := self._record(len(found)))) is not None:
             block = self._block(len(found))
-            if not block.exists() or _digest(block) != record.get("sha256"):
+            now, sha256 = seen(block), str(record.get("sha256"))
+            if not now or (self.known.get(len(found)) != (sha256, now) and _digest(block) != sha256):
                 raise _changed(block, path)
+            self.known[len(found)] = sha256, now
             if not _sound(record.get("linears")):
                 raise _changed(path, path)
             found.append(record)
@@ -74,10 +81,11 @@ class State:
 
     def save(self, index: int, pieces: Mapping[str, Piece], record: Mapping[str, Any]) -> None:
         """Keep a finished block: its packed tensors, and a record of how it went."""
-        block = self._block(index)
+        block, digest = self._block(index), hashlib.sha256()
         try:
-            write_safetensors(block, pieces)
-            self._publish(self._record(index), {"sha256": _digest(block), **record})
+            write_safetensors(block, pieces, seen=digest.update)
+            self._publish(self._record(index), {"sha256": digest.hexdigest(), **record})
+            self.known[index] = digest.hexdigest(), seen(block)
         except OSError as error:
             raise write_error(block, error) from error
 

@@ -1,0 +1,56 @@
+"""What a run keeps beside its output: a block's bytes are hashed once, when they are written or read."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dsconvert.checkpoints.safetensors_writer import from_array
+from dsconvert.errors import OutputError
+from dsconvert.quantization import run_state
+from dsconvert.quantization.run_state import State
+
+RECORD = {"linears": [{"name": "a", "fell_back": None}]}
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files that are read to be hashed."""
+    found: list[Path] = []
+    digest = run_state._digest
+    monkeypatch.setattr(run_state, "_digest", lambda path: [found.append(path), digest(path)][1])
+    return found
+
+
+def test_a_block_is_hashed_as_it_is_written(tmp_path: Path, hashed: list[Path]) -> None:
+    state = State(tmp_path)
+    for index in range(2):
+        state.save(index, {"a": from_array(np.arange(999 + index, dtype=np.float32))}, RECORD)
+    records = state.records()
+    assert not hashed
+    files = [tmp_path / f"block-{index:05d}.safetensors" for index in range(2)]
+    assert [r["sha256"] for r in records] == [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+
+
+def test_another_process_hashes_a_block_once(tmp_path: Path, hashed: list[Path]) -> None:
+    State(tmp_path).save(0, {"a": from_array(np.arange(999, dtype=np.float32))}, RECORD)
+    state = State(tmp_path)
+    assert state.records() == state.records()
+    assert [path.name for path in hashed] == ["block-00000.safetensors"]
+
+
+@pytest.mark.parametrize("changed", ["block-00000.safetensors", "block-00000.json"])
+def test_what_changes_after_it_was_written_is_refused(changed: str, tmp_path: Path) -> None:
+    state = State(tmp_path)
+    state.save(0, {"a": from_array(np.arange(999, dtype=np.float32))}, RECORD)
+    digest = state.records()[0]["sha256"]
+    data = (tmp_path / changed).read_bytes()
+    (tmp_path / changed).write_bytes(
+        data.replace(digest.encode(), b"0" * 64) if "json" in changed else data[:-1] + b"!"
+    )
+    for one in (state, State(tmp_path)):
+        with pytest.raises(OutputError, match="is not as it was written"):
+            one.records()
