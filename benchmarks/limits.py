@@ -11,7 +11,7 @@ the least and the median. A limit belongs between the largest of the second and 
 
 from __future__ import annotations
 
-import sys
+import argparse
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,7 +104,11 @@ def shown(label: str, found: Doubles) -> str:
 
 
 def main() -> None:
-    for model in sys.argv[1:] or sys.exit(__doc__):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("models", nargs="+")
+    for model in parser.parse_args().models:
         reference = open_reference(model)
         inputs = moments(reference)
         print(f"{model}\n{'output':44} dB lost: min, median, max | loss ratio: same | zeroed: min, median")

@@ -7,7 +7,7 @@ The scales are chosen by the walk's own loss: a squared error of row i costs D_i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -93,13 +93,12 @@ def solve(W: torch.Tensor, H: torch.Tensor, groups: Sequence[Group], damp: float
     problem = prepare(W, H, damp)
     if problem.factor is None:
         plain = _nearest(problem, groups)
-        loss = error_feedback.loss(plain.error, H[problem.order][:, problem.order])
+        loss = error_feedback.loss(problem.Wt - plain.values, H[problem.order][:, problem.order])
         return _solved(problem, plain, loss, loss, 0.0, problem.why)
-    walked, losses = _walk(problem, problem.factor, groups)
-    plain = _nearest(problem, groups, walked.grids)
     factor = problem.factor
-    loss = error_feedback.undamped(losses, walked.error, factor)
-    rtn_loss = error_feedback.rounding_loss(plain.error, factor)
+    walked, loss = _walk(problem, factor, groups)
+    plain = _nearest(problem, groups, walked.grids)
+    rtn_loss = error_feedback.rounding_loss(problem.Wt - plain.values, factor)
     if not loss <= rtn_loss:
         why = f"its loss {loss:.4g} is above round-to-nearest's"
         return _solved(problem, plain, rtn_loss, rtn_loss, factor.damp, why)
@@ -108,38 +107,39 @@ def solve(W: torch.Tensor, H: torch.Tensor, groups: Sequence[Group], damp: float
 
 @dataclass(frozen=True, eq=False)
 class _Rounded:
-    """Codes [K, N], what they stand for, the grid of each group, and W^T less that."""
+    """Codes [K, N], what they stand for, and the grid of each group."""
 
     codes: torch.Tensor
     values: torch.Tensor
     grids: list[Grid]
-    error: torch.Tensor
 
 
-def _walk(
-    problem: Problem, factor: error_feedback.Factor, groups: Sequence[Group]
-) -> tuple[_Rounded, torch.Tensor]:
-    """What the walk chooses, and the damped loss of each output [N]."""
-    import torch
-
+def _walk(problem: Problem, factor: error_feedback.Factor, groups: Sequence[Group]) -> tuple[_Rounded, float]:
+    """What the walk chooses, and its loss without the damping."""
     Wt, cost = problem.Wt, problem.cost
-    codes = torch.empty(Wt.shape, dtype=torch.uint8, device=Wt.device)
-    values = torch.empty_like(Wt)
-    starts, owner = _starts(groups), [g for g, group in enumerate(groups) for _ in range(group.rows)]
+    starts = _starts(groups)
+    bits = {start: group.bits for start, group in zip(starts, groups, strict=True)}
     grids: list[Grid] = []
 
-    def find(i: int, current: torch.Tensor) -> None:
-        grids.append(find_grid(current, groups[owner[i]].bits, cost[i : i + len(current)]))
+    def grid_of(run: slice, moved: Callable[[], torch.Tensor]) -> error_feedback.Grid:
+        maxq = (1 << bits[run.start]) - 1
+        grids.append(find_grid(moved(), bits[run.start], cost[run]))
+        scale = grids[-1].scale[None]
+        zero = scale.new_full(scale.shape, (maxq + 1) // 2)
+        return error_feedback.Grid(scale, zero, [0] * (run.stop - run.start), maxq, half=True)
 
-    def to_grid(i: int, w: torch.Tensor) -> torch.Tensor:
-        bits, scale = groups[owner[i]].bits, grids[-1].scale
-        q = to_codes(w, scale, bits)
-        codes[i] = q
-        values[i] = from_codes(q, scale, bits)
-        return values[i]
+    codes, loss = error_feedback.walk(Wt, factor, list(starts.values()), grid_of)
+    return _Rounded(codes, _values(codes, grids, groups), grids), loss
 
-    error, losses = error_feedback.walk(Wt, factor, starts, find, to_grid)
-    return _Rounded(codes, values, grids, error), losses
+
+def _values(codes: torch.Tensor, grids: Sequence[Grid], groups: Sequence[Group]) -> torch.Tensor:
+    """What codes [K, N] stand for."""
+    import torch
+
+    values = torch.empty(codes.shape, device=codes.device)
+    for (start, end), grid, group in zip(_starts(groups).items(), grids, groups, strict=True):
+        values[start:end] = from_codes(codes[start:end], grid.scale, group.bits)
+    return values
 
 
 def _nearest(problem: Problem, groups: Sequence[Group], grids: list[Grid] | None = None) -> _Rounded:
@@ -148,15 +148,12 @@ def _nearest(problem: Problem, groups: Sequence[Group], grids: list[Grid] | None
 
     Wt, cost = problem.Wt, problem.cost
     codes = torch.empty(Wt.shape, dtype=torch.uint8, device=Wt.device)
-    values = torch.empty_like(Wt)
     found: list[Grid] = []
     for (start, end), group in zip(_starts(groups).items(), groups, strict=True):
         part = Wt[start:end]
         found.append(grids[len(found)] if grids else find_grid(part, group.bits, cost[start:end]))
-        q = to_codes(part, found[-1].scale, group.bits)
-        codes[start:end] = q
-        values[start:end] = from_codes(q, found[-1].scale, group.bits)
-    return _Rounded(codes, values, found, Wt - values)
+        codes[start:end] = to_codes(part, found[-1].scale, group.bits)
+    return _Rounded(codes, _values(codes, found, groups), found)
 
 
 def _starts(groups: Sequence[Group]) -> dict[int, int]:

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from converters.gguf.parse import GGUFFile, StoredTensor
+from converters.gguf.rounding import nearest
 from dsconvert.events import Check
 from dsconvert.models.stored_rows import stored_rows
 from dsconvert.models.tensor_table import Spec
@@ -66,7 +67,8 @@ def sampled(spec: Spec, source: WeightSource, stored: StoredTensor) -> Matrix:
         seen[chosen] = True
         first, end = int(chosen[0]), int(chosen[-1]) + 1
         exact = widened(stored_rows(spec, source.rows, first, end))
-        matrix.add(exact, stored.rows(first, end), labels=labels[chosen])
+        rounded = nearest(exact, stored.qtype) if not start else None  # a call costs what 8 rows cost
+        matrix.add(exact, stored.rows(first, end), rounded, labels=labels[chosen])
     return matrix
 
 

@@ -29,6 +29,7 @@ from dsconvert.proof.figures import (
     hidden_error,
     summary,
 )
+from dsconvert.proof.nearest_rows import lost
 from dsconvert.proof.row_faults import Floats, faults
 from dsconvert.proof.row_sums import Matrix
 from dsconvert.proof.scores import Scores, scored_states
@@ -192,13 +193,15 @@ def tensor_error(
     kind, shape = sources[1].dtype(names[1]), sources[1].shapes()[names[1]]
     if len(shape) != 2:
         return TensorError(names[1], kind, shape, matrix.decibel)
+    rounded = matrix.against_nearest()
 
     def again(row: int) -> tuple[Floats, Floats]:
         base, candidate = (widened(s.rows(n, row, row + 1)) for s, n in zip(sources, names, strict=True))
         return base[0], candidate[0]
 
     found = faults(matrix, names[1], kind, head_dim, again)
-    return TensorError(names[1], kind, shape, matrix.decibel, matrix.count, found)
+    less = None if rounded is None else lost(rounded, kind)
+    return TensorError(names[1], kind, shape, matrix.decibel, matrix.count, found, less)
 
 
 @dataclass(frozen=True)
@@ -225,9 +228,13 @@ class Run:
     def read(self, *names: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The same tensor of both, in the decoders' dtype, its error noted before it is rounded to it."""
         base, candidate = (st.read(d, name) for d, name in zip(self.pair, names, strict=True))
-        self.note(names, Matrix().add(base, candidate))
+        self.note(names, Matrix().add(base, candidate, self.rounded(names[1], 0, base)))
         dtype = self.pair[0].dtype
         return base.to(dtype), candidate.to(dtype)
+
+    def rounded(self, name: str, start: int, base: torch.Tensor) -> Floats | None:
+        """What plain rounding makes of the reference's rows from `start` on of the candidate's `name`."""
+        return self.pair[1].source.nearest(name, start, base.reshape(-1, base.shape[-1]).cpu().numpy())
 
     def apply(self, index: int, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
         """What block `index` of both makes of their hidden states; its tensors are compared too."""
@@ -262,7 +269,8 @@ class Run:
         parts: tuple[list[torch.Tensor], ...] = ([], [])
         for rows in st.slices(config.vocab_size, config.hidden_size):
             both = [st.read(decoder, st.EMBED, rows) for decoder in self.pair]
-            matrix.add(*both, labels=range(rows.start, rows.stop))
+            rounded = self.rounded(st.EMBED, rows.start, both[0])
+            matrix.add(both[0], both[1], rounded, labels=range(rows.start, rows.stop))
             wanted = torch.from_numpy(used[(used >= rows.start) & (used < rows.stop)] - rows.start)
             for part, table in zip(parts, both, strict=True):
                 part.append(table[wanted.to(table.device)])
@@ -295,7 +303,8 @@ class Run:
         scores = Scores(torch.from_numpy(places["target"]).to(states[0].device), config.vocab_size)
         for part in st.slices(config.vocab_size, config.hidden_size):
             heads = [st.read(decoder, decoder.head, part) for decoder in self.pair]
-            matrix.add(*heads, labels=range(part.start, part.stop))
+            rounded = self.rounded(self.pair[1].head, part.start, heads[0])
+            matrix.add(heads[0], heads[1], rounded, labels=range(part.start, part.stop))
             heads = [head.to(self.pair[0].dtype) for head in heads]
             for rows in st.chunks(0, len(states[0]), len(heads[0])):
                 both = [(x[rows] @ head.T).float() for x, head in zip(states, heads, strict=True)]

@@ -105,7 +105,8 @@ class RowFault:
 class TensorError:
     """The error of a tensor's values: `snr` = 10 log10(sum base^2 / sum (q - base)^2) dB, inf if equal.
 
-    `rows` of it were compared each on its own, with `faults`.
+    `rows` of it were compared each on its own, with `faults`. `lost` is the dB that plain rounding to the
+    same type has more, of the rows that were held against it; None where none was.
     """
 
     name: str
@@ -114,6 +115,7 @@ class TensorError:
     snr: float
     rows: int = 0
     faults: tuple[RowFault, ...] = ()
+    lost: float | None = None
 
 
 def token_figures(

@@ -5,7 +5,8 @@ lengths and noise say what the type and its quantizer do to rows of this model: 
 less noise than 4 bits make, but the lengths of rows of 256 values in 4 bits agree to .006. The limits were
 set by faithful files of every type (ggml's quantizers with and without importance, GPTQ, EXL2; trained and
 heavy-tailed rows). What they do not see: 1.05 on one row where the lengths spread by more than .01, as in
-2 and 3 bits of GPTQ and EXL2 with rows of a few hundred values (.03 and .013 for 256).
+2 and 3 bits of GPTQ and EXL2 with rows of a few hundred values (.03 and .013 for 256). Where plain rounding
+of the same rows is known, `nearest_rows` sees more: in a file that was quantized plainly any row.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dsconvert.proof.figures import RowFault
-from dsconvert.proof.row_sums import Matrix, RowSums
+from dsconvert.proof.nearest_rows import unlike_rows
+from dsconvert.proof.row_sums import Matrix, NearestSums, RowSums
 
 Flags = npt.NDArray[np.bool_]
 Values = npt.NDArray[np.float64]
@@ -88,11 +90,26 @@ def faults(
 
     Heads of `head_dim` are named where rows or columns lie in heads; `again` as in `row_faults`.
     """
-    rows = matrix.rows()
-    found = row_faults(rows, kind, again, head_dim if name.endswith(HEADED_ROWS) else 0)
+    rows, head = matrix.rows(), head_dim if name.endswith(HEADED_ROWS) else 0
+    found = row_faults(rows, kind, again, head)
+    if (rounded := matrix.against_nearest()) is not None:
+        found = _with_unlike(found, rows, rounded, kind, head)
     clear = np.median(rows.signal) > CLEAR * _unseen(kind, rows.columns)
     columns = column_faults(matrix, head_dim if name.endswith(HEADED_COLUMNS) else 0) if clear else ()
     return columns if columns and 2 * len(found) > len(rows.signal) else found + columns
+
+
+def _with_unlike(
+    found: tuple[RowFault, ...], rows: RowSums, rounded: NearestSums, kind: str, head: int
+) -> tuple[RowFault, ...]:
+    """`found` without the rows that are the rounded ones, and with those that are not like the others."""
+    at = np.searchsorted(rows.labels, rounded.labels)
+    names = [_named("row", int(label), head) for label in rounded.labels]
+    unlike = unlike_rows(rounded, kind, _unseen(kind, rows.columns), rows.peaks[at])
+    same = {names[int(i)] for i in np.flatnonzero(rounded.apart == 0)}
+    kept = tuple(fault for fault in found if fault.where not in same)
+    known = {fault.where for fault in kept}
+    return kept + tuple(RowFault(names[i], why) for i, why in unlike.items() if names[i] not in known)
 
 
 def told(found: tuple[RowFault, ...]) -> str:

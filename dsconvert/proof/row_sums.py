@@ -62,6 +62,23 @@ class RowSums:
 
 
 @dataclass(frozen=True)
+class NearestSums:
+    """Of rows w of the base: what the candidate q has of each, and what plain rounding n would have.
+
+    `noise` and `plain` are the energies of q - w and n - w, `apart` that of q - n, `length` and `due` those
+    of q and n; `signal` that of w. float64 [rows] each, `labels` the rows' numbers.
+    """
+
+    labels: Labels
+    signal: Doubles
+    noise: Doubles
+    plain: Doubles
+    apart: Doubles
+    length: Doubles
+    due: Doubles
+
+
+@dataclass(frozen=True)
 class _Part:
     labels: Labels
     rows: Doubles
@@ -77,22 +94,41 @@ class Matrix:
     """
 
     parts: list[_Part] = field(default_factory=list)
+    rounded: list[tuple[Labels, Doubles]] = field(default_factory=list)
 
-    def add(self, base: Any, candidate: Any, *, labels: Sequence[int] | Labels = ()) -> Matrix:
+    def add(
+        self, base: Any, candidate: Any, nearest: Any = None, *, labels: Sequence[int] | Labels = ()
+    ) -> Matrix:
         """Count rows [rows, columns] of both, float32 in numpy or torch, and give the matrix back.
 
-        `labels` are the rows' numbers, those from 0 on by default.
+        `nearest` is what plain rounding to the candidate's type makes of the base's rows, where that is
+        known; `labels` are the rows' numbers, those from 0 on by default.
         """
         width = CUDA_CHUNK
         if getattr(base, "is_cuda", None) is not True:
             base, candidate, width = np.asarray(base), np.asarray(candidate), CHUNK
-        base, candidate = (x.reshape(-1, x.shape[-1]) for x in (base, candidate))
+            nearest = None if nearest is None else np.asarray(nearest)
+        elif nearest is not None:
+            nearest = base.new_tensor(nearest)
+        base, candidate, nearest = (
+            None if x is None else x.reshape(-1, x.shape[-1]) for x in (base, candidate, nearest)
+        )
         numbers = np.asarray(labels, np.int64) if len(labels) else np.arange(len(base))
         for rows in _cut(base.shape[0], base.shape[1], width):
             across, down = sums(base[rows], candidate[rows])
             energies = _energies(across, base[rows], candidate[rows])
             self.parts.append(_Part(numbers[rows], across, down, energies))
+            if nearest is not None:
+                self.rounded.append((numbers[rows], nearest_sums(base[rows], candidate[rows], nearest[rows])))
         return self
+
+    def against_nearest(self) -> NearestSums | None:
+        """The sums of every row that was rounded, by number; None where none was."""
+        if not self.rounded:
+            return None
+        labels = np.concatenate([part[0] for part in self.rounded])
+        order = np.argsort(labels, kind="stable")
+        return NearestSums(labels[order], *np.concatenate([part[1] for part in self.rounded], 1)[:, order])
 
     def rows(self) -> RowSums:
         """The sums of every row so far, by number."""
@@ -133,6 +169,13 @@ def sums(base: Any, candidate: Any) -> tuple[Doubles, Doubles]:
         weight = 1 / (signal + (signal == 0))
         columns = [weight @ square, weight @ noise, weight @ along]
     return _doubles(rows), _doubles(columns)
+
+
+def nearest_sums(base: Any, candidate: Any, made: Any) -> Doubles:
+    """The six sums of NearestSums of rows [rows, columns] of the base, the candidate and the rounded base."""
+    with np.errstate(all="ignore"):
+        differences = (base, candidate - base, made - base, candidate - made, candidate, made)
+        return _doubles([(x * x).sum(1) for x in differences])
 
 
 def _energies(across: Doubles, base: Any, candidate: Any) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from dsconvert.errors import UsageError
 from dsconvert.events import Check
+from dsconvert.proof.nearest_rows import most_lost
 from dsconvert.proof.row_faults import told
 
 if TYPE_CHECKING:
@@ -209,30 +210,53 @@ def judge_blocks(blocks: tuple[BlockError, ...], limits: Thresholds) -> list[Che
 
 
 def judge_tensors(tensors: tuple[TensorError, ...]) -> list[Check]:
-    """One check per tensor below its type's floor or with a wrong row, or one that says that none is.
+    """One check per tensor that lost too much or with a wrong row, or one that says that none is.
 
     None without tensors. The rows of a tensor that is wrong in most of them are not told one by one.
     """
     if not tensors:
         return []
-    bad = [t for t in tensors if not t.snr >= snr_floor(t.type)]  # a NaN is below every floor
+    bad = [t for t in tensors if _lost_too_much(t) or _below_floor(t)]
     wrong = [t for t in tensors if t.faults and not (t in bad and 2 * len(t.faults) > t.rows)]
     if not bad and not wrong:
-        worst = min(tensors, key=lambda t: t.snr - snr_floor(t.type))
-        rows = f"{sum(t.rows for t in tensors):,} rows each on its own"
-        nearest = f"nearest to it: {worst.name}, {_decibel(worst.snr)} ({worst.type})"
-        detail = f"{len(tensors)} tensors above their type's floor, {rows}; {nearest}"
-        return [Check("weights", True, detail, worst.snr)]
+        return [_sound(tensors)]
     rows_wrong = [Check("weights", False, f"{t.name}: {told(t.faults)}", float(len(t.faults))) for t in wrong]
     return rows_wrong + [
-        Check(
-            "weights",
-            False,
-            f"{t.name}: signal to noise {_decibel(t.snr)}, {t.type} should reach {snr_floor(t.type):g} dB",
-            t.snr,
-        )
+        Check("weights", False, f"{t.name}: signal to noise {_decibel(t.snr)}, {_due(t)}", t.snr)
         for t in sorted(bad, key=lambda t: (not math.isnan(t.snr), t.snr))
     ]
+
+
+def _lost_too_much(tensor: TensorError) -> bool:
+    return tensor.lost is not None and not tensor.lost <= most_lost(tensor.type)
+
+
+def _below_floor(tensor: TensorError) -> bool:
+    """A NaN is below every floor, plain rounding below none."""
+    return tensor.lost != 0 and not tensor.snr >= snr_floor(tensor.type)
+
+
+def _due(tensor: TensorError) -> str:
+    if _below_floor(tensor):
+        return f"{tensor.type} should reach {snr_floor(tensor.type):g} dB"
+    limit = f"limit {most_lost(tensor.type):g} dB"
+    return f"{tensor.lost:.1f} dB less than rounding to {tensor.type} to nearest, {limit}"
+
+
+def _sound(tensors: tuple[TensorError, ...]) -> Check:
+    """The check that passes, with the tensor that is nearest to its limit."""
+    rows = f"{sum(t.rows for t in tensors):,} rows each on its own"
+    measured = [t for t in tensors if t.lost is not None]
+    worst = min(tensors, key=lambda t: t.snr - snr_floor(t.type))
+    nearest = f"nearest to it: {worst.name}, {_decibel(worst.snr)} ({worst.type})"
+    detail = f"{len(tensors)} tensors above their type's floor, {rows}; {nearest}"
+    if measured:
+        most = max(measured, key=lambda t: (t.lost or 0.0) - most_lost(t.type))
+        detail += (
+            f"; against rounding to nearest they lose {most.lost:.2f} dB at most ({most.name}, limit "
+            f"{most_lost(most.type):g})"
+        )
+    return Check("weights", True, detail, worst.snr)
 
 
 def _decibel(value: float) -> str:

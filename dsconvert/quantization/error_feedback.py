@@ -8,9 +8,13 @@ W_i + sum_{j<i} Err_j U_ji, Err = W - Q, and adds D_i (that value - Q_i)^2 to th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from bisect import bisect
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 if TYPE_CHECKING:
     import torch
@@ -19,10 +23,24 @@ BLOCK = 128
 TRIES = 3  # rungs of the damping ladder
 WEAKEST = 1e-6  # least pivot of U D^1/2 over the greatest; below it the factor is noise
 
-# Called before step i with the columns [width, N] of the run that begins there, as far as they have moved.
-Find = Callable[[int, "torch.Tensor"], None]
-# Called at step i with the values [N] to round; gives what the chosen codes stand for, in new memory.
-Round = Callable[[int, "torch.Tensor"], "torch.Tensor"]
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """What columns are rounded to: scale * (code - zero), in float16 where `half` says so, code 0 ... maxq.
+
+    `scale` and `zero` [G, N], of the weights' type; column i of a run is on row group[i].
+    """
+
+    scale: torch.Tensor
+    zero: torch.Tensor
+    group: Sequence[int]
+    maxq: int
+    half: bool = False
+
+
+# Gives the grid of a run of columns, when the walk has come to it; the function given with it tells what the
+# columns [width, N] would be if they, still free, made up for all errors before them.
+GridOf = Callable[[slice, Callable[[], "torch.Tensor"]], Grid]
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,53 +94,101 @@ def _cholesky(
 
 
 def walk(
-    Wt: torch.Tensor, factor: Factor, starts: Mapping[int, int], find: Find, rounded: Round
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round the columns of W one by one, `Wt` [K, N] in the walk's order; gives Err [K, N] and losses [N].
+    Wt: torch.Tensor, factor: Factor, ends: Sequence[int], grid_of: GridOf
+) -> tuple[torch.Tensor, float]:
+    """Round the columns of W one by one, `Wt` [K, N] in the walk's order; gives codes [K, N] and the loss.
 
-    What came before a block of columns reaches it by one matmul. `starts` maps the steps where a run
-    begins, for which `find` is to choose a grid, to where it ends, in order; a run has BLOCK columns at the
-    most. The losses, of each output, are the diagonal of Err^T (H + shift) Err.
+    What came before a block of columns reaches it by one matmul. `ends` are the steps where runs of columns
+    end, BLOCK in each at the most. The loss is tr(Err^T H Err), without the damping.
     """
     import torch
 
-    U = factor.U
-    Err = torch.empty_like(Wt)
+    U, D = factor.U, factor.D
+    Err, codes = torch.empty_like(Wt), torch.empty(Wt.shape, dtype=torch.uint8, device=Wt.device)
     losses = torch.zeros(Wt.shape[1], dtype=torch.float64, device=Wt.device)
-    for i1, i2 in _blocks(len(Wt), starts):
+    for i1, i2 in _blocks(ends):
         S = U[:i1, i1:i2].T @ Err[:i1]
-        Ub = U[i1:i2, i1:i2].T.contiguous()
-        miss = torch.empty_like(S)
-        for i in range(i1, i2):
-            b = i - i1
-            if i in starts:
-                part = slice(b, starts[i] - i1)
-                pending = S[part] + Ub[part, :b] @ Err[i1:i]
-                find(i, Wt[i : starts[i]] + _settled(Ub[part, part], pending))
-            w = torch.addmv(S[b], Err[i1:i].T, Ub[b, :b]).add_(Wt[i])
-            q = rounded(i, w)
-            torch.sub(w, q, out=miss[b])
-            torch.sub(Wt[i], q, out=Err[i])
-        losses += factor.D[i1:i2] @ miss.square_()
-    return Err, losses
+        for j1, j2 in _runs(i1, i2, ends):
+            run = slice(j1, j2)
+            S1, U1 = S[j1 - i1 : j2 - i1].addmm_(U[i1:j1, run].T, Err[i1:j1]), U[run, run].contiguous()
+            grid = grid_of(run, partial(_settled, Wt[run], S1, U1))
+            _round(S1.add_(Wt[run]), Wt[run], U1, D[run], factor.shift, grid, codes[run], Err[run], losses)
+    return codes, float(losses.clamp_(min=0).sum())
 
 
-def _blocks(inputs: int, starts: Mapping[int, int]) -> Iterator[tuple[int, int]]:
+def _blocks(ends: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Blocks of BLOCK columns at the most that no run crosses."""
     i1 = 0
-    ends = list(starts.values()) or [*range(BLOCK, inputs, BLOCK), inputs]
-    for end, following in zip(ends, [*ends[1:], inputs + BLOCK + 1], strict=True):
+    for end, following in zip(ends, [*ends[1:], ends[-1] + BLOCK + 1], strict=True):
         if following - i1 > BLOCK:
             yield i1, end
             i1 = end
 
 
-def _settled(Ug: torch.Tensor, pending: torch.Tensor) -> torch.Tensor:
-    """What a whole run moves by when its columns, still free, make up for all errors before it."""
+def _runs(i1: int, i2: int, ends: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """The runs of a block."""
+    inside = ends[bisect(ends, i1) : bisect(ends, i2)]
+    return zip([i1, *inside], inside, strict=False)
+
+
+def _settled(W: torch.Tensor, S: torch.Tensor, U: torch.Tensor) -> torch.Tensor:
+    """W and what a whole run moves by when its columns, still free, make up for all errors S before it."""
     import torch
 
-    moved: torch.Tensor = torch.linalg.solve_triangular(Ug, pending, upper=False, unitriangular=True)
-    return moved
+    moved: torch.Tensor = torch.linalg.solve_triangular(U.T, S, upper=False, unitriangular=True)
+    return moved.add_(W)
+
+
+def _round(
+    W1: torch.Tensor,
+    W: torch.Tensor,
+    U: torch.Tensor,
+    D: torch.Tensor,
+    shift: float,
+    grid: Grid,
+    codes: torch.Tensor,
+    Err: torch.Tensor,
+    losses: torch.Tensor,
+) -> None:
+    """Round the columns of a run, W1 [width, N]: W with the errors before the run made up for.
+
+    Writes `codes` and `Err`, and adds each output's loss without the damping `shift` to `losses`.
+    """
+    if W.device.type == "cpu":
+        from dsconvert.quantization.kernels import by_outputs
+        from dsconvert.quantization.kernels.sweep import sweep
+
+        group = np.asarray(grid.group, np.int64)
+        rest = (grid.scale, grid.zero, group, grid.maxq, grid.half, codes, Err, losses)
+        by_outputs(sweep, W.shape[1], W1, W, U, D, shift, *rest)
+    else:
+        round_by_torch(W1, W, U, D, shift, grid, codes, Err, losses)
+
+
+def round_by_torch(
+    W1: torch.Tensor,
+    W: torch.Tensor,
+    U: torch.Tensor,
+    D: torch.Tensor,
+    shift: float,
+    grid: Grid,
+    codes: torch.Tensor,
+    Err: torch.Tensor,
+    losses: torch.Tensor,
+) -> None:
+    """As `kernels.sweep.sweep`, on any device."""
+    import torch
+
+    miss, Ut = torch.empty_like(W1), U.T.contiguous()
+    for i, g in enumerate(grid.group):
+        w = torch.addmv(W1[i], Err[:i].T, Ut[i, :i])
+        q = (w / grid.scale[g]).round_().add_(grid.zero[g]).clamp_(0, grid.maxq)
+        codes[i] = q
+        q.sub_(grid.zero[g]).mul_(grid.scale[g])
+        q = q.half().to(q.dtype) if grid.half else q
+        torch.sub(w, q, out=miss[i])
+        torch.sub(W[i], q, out=Err[i])
+    losses += D @ miss.square_() - shift * Err.square().sum(0)
 
 
 def rounding_loss(error: torch.Tensor, factor: Factor) -> float:
@@ -130,20 +196,11 @@ def rounding_loss(error: torch.Tensor, factor: Factor) -> float:
     import torch
 
     losses = torch.zeros(error.shape[1], dtype=torch.float64, device=error.device)
-    for i1 in range(0, error.shape[0], BLOCK):
-        i2 = min(i1 + BLOCK, error.shape[0])
+    for i1 in range(0, len(error), BLOCK):
+        i2 = min(i1 + BLOCK, len(error))
         losses += factor.D[i1:i2] @ (factor.U[:i2, i1:i2].T @ error[:i2]).square_()
-    return undamped(losses, error, factor)
-
-
-def undamped(losses: torch.Tensor, error: torch.Tensor, factor: Factor) -> float:
-    """The loss without damping, given the losses of each output [N] with it and the errors [K, N]."""
-    import torch
-
-    squares = torch.zeros_like(losses)
-    for i in range(0, len(error), BLOCK):
-        squares += error[i : i + BLOCK].square().sum(0)
-    return float((losses - factor.shift * squares).clamp_(min=0).sum())
+        losses -= factor.shift * error[i1:i2].square().sum(0)
+    return float(losses.clamp_(min=0).sum())
 
 
 def row_losses(factor: Factor) -> torch.Tensor:

@@ -41,21 +41,43 @@ class Scheme:
 def find_grid(
     w: torch.Tensor, scheme: Scheme, cost: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The scale and zero point of each group: `w` [..., group] gives two tensors [...] of its dtype.
+    """The scale and zero point of each output of a group: `w` [group, N] gives two tensors [N] of its dtype.
 
     Min-max, or with `cost` [group], what a squared error of each input costs, the range that costs least.
     Scales are float16 values already, so that codes are chosen for the scale that the file holds. Asymmetric
     zero points are at least 1: in the v1 format a zero of 0 has no safe encoding. Raises QuantizationError
     for weights that float16 scales cannot reach.
     """
-    low, high = _extremes(w, scheme)
-    scale, zero = _grid(low, high, scheme)
+    scale, zero = (_by_kernel if w.device.type == "cpu" else find_by_torch)(w, scheme, cost)
     if not bool(scale.isfinite().all()):
         raise QuantizationError(
             "has weights too large for a float16 scale",
             why=f"The largest magnitude is {float(w.abs().max()):.3g}",
             hint="Look for a damaged tensor in the checkpoint, or leave this linear in 16 bits",
         )
+    return scale, zero
+
+
+def _by_kernel(
+    w: torch.Tensor, scheme: Scheme, cost: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from dsconvert.quantization.kernels import by_outputs
+    from dsconvert.quantization.kernels.ranges import find_ranges
+
+    scale, zero = w.new_empty((2, w.shape[1]))
+    fractions = w.new_tensor((1.0, *_fractions(scheme)) if cost is not None else (1.0,))
+    cost = w.new_ones(len(w)) if cost is None else cost
+    given = (w.contiguous(), cost, fractions, scheme.maxq, scheme.sym, HALF_TINY, scale, zero)
+    by_outputs(find_ranges, w.shape[1], *given)
+    return scale, zero
+
+
+def find_by_torch(
+    w: torch.Tensor, scheme: Scheme, cost: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `kernels.ranges.find_ranges`, on any device."""
+    low, high = _extremes(w, scheme)
+    scale, zero = _grid(low, high, scheme)
     if cost is None:
         return scale, zero
     best = _cost(w, scale, zero, scheme, cost)
@@ -78,7 +100,7 @@ def to_codes(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, maxq: int
 
 def _extremes(w: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
     """The range to cover; it always holds 0, and is [-1, 1] where all weights are 0."""
-    low, high = w.amin(-1).clamp_(max=0), w.amax(-1).clamp_(min=0)
+    low, high = w.amin(0).clamp_(max=0), w.amax(0).clamp_(min=0)
     if scheme.sym:
         high = high.maximum(-low)
         low = -high
@@ -115,6 +137,6 @@ def _cost(
     w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, scheme: Scheme, cost: torch.Tensor
 ) -> torch.Tensor:
     """What rounding each group to its grid costs: the sum over inputs of cost times squared error."""
-    x, z = w / scale.unsqueeze(-1), zero.unsqueeze(-1)
-    miss = x.round().clamp_(-z, scheme.maxq - z).sub_(x)
-    return (miss.square_() @ cost).mul_(scale.square())
+    x = w / scale
+    miss = x.round().clamp_(-zero, scheme.maxq - zero).sub_(x)
+    return (cost @ miss.square_()).mul_(scale.square())

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from dsconvert.decoder.torch_decoder import finite
 from dsconvert.errors import QuantizationError, UsageError
 from dsconvert.quantization import error_feedback
+from dsconvert.quantization.error_feedback import BLOCK, Grid
 from dsconvert.quantization.gptq_grid import Scheme, find_grid, to_codes
 
 if TYPE_CHECKING:
@@ -63,17 +66,25 @@ class Solved:
 
     def dequantized(self) -> torch.Tensor:
         """The weights that the file stands for: float32 [N, K]."""
-        scales, zeros = self.scales.float()[self.g_idx], self.zeros.float()[self.g_idx]
-        return (self.codes.float().sub_(zeros).mul_(scales)).T.contiguous()
+        import torch
+
+        scales, zeros = self.scales.float(), self.zeros.float()
+        weights = torch.empty(self.codes.shape[::-1], device=self.codes.device)
+        for i in range(0, len(self.codes), BLOCK):  # a few rows at a time, which caches hold
+            part = slice(i, i + BLOCK)
+            g = self.g_idx[part]
+            weights[:, part] = self.codes[part].float().sub_(zeros[g]).mul_(scales[g]).T
+        return weights
 
 
 @dataclass(frozen=True, eq=False)
 class _Order:
-    """The walk: original column of each step, its group, and the steps where a grid is found (to where)."""
+    """The walk: original column of each step, its group, where runs of steps end, whether grids are known."""
 
     columns: torch.Tensor
     group: list[int]
-    starts: dict[int, int]
+    ends: list[int]
+    found_before: bool
 
 
 def solve(W: torch.Tensor, H: torch.Tensor, options: SolverOptions) -> Solved:
@@ -86,21 +97,22 @@ def solve(W: torch.Tensor, H: torch.Tensor, options: SolverOptions) -> Solved:
     finite or too large, UsageError for shapes or options that make no sense.
     """
     _check(W, H, options)
-    if not bool(H.isfinite().all()):
+    if not finite(H):
         return _plain(round_to_nearest(W, options), math.nan, "the Hessian is not finite")
     dead = H.diagonal() == 0
     if bool(dead.all()):
         return _plain(round_to_nearest(W, options), 0.0, "no input of this linear was ever active")
-    W = W.masked_fill(dead, 0) if bool(dead.any()) else W
+    Wt = W.masked_fill(dead, 0).T.contiguous()
     order = _order(H.diagonal(), options)
     factor = error_feedback.factorize(H, dead, order.columns, options.damp)
+    rounded, error = _nearest(Wt, options, None if factor is None else H.diagonal())
+    rounded = replace(rounded, dead=int(dead.sum()))
     if factor is None:
-        rounded = replace(round_to_nearest(W, options), dead=int(dead.sum()))
-        loss = error_feedback.loss((W - rounded.dequantized()).T, H)
-        return _plain(rounded, loss, "the Hessian is not positive definite at any damping")
-    rounded = replace(round_to_nearest(W, options, H.diagonal()), dead=int(dead.sum()))
-    rtn_loss = error_feedback.rounding_loss((W - rounded.dequantized()).T[order.columns], factor)
-    solved = _walk(W, factor, order, options, rounded)
+        why = "the Hessian is not positive definite at any damping"
+        return _plain(rounded, error_feedback.loss(error, H), why)
+    rtn_loss = error_feedback.rounding_loss(error[order.columns], factor)
+    del error
+    solved = _walk(Wt, factor, order, options, rounded)
     if not solved.loss <= rtn_loss:
         return _plain(rounded, rtn_loss, f"its loss {solved.loss:.4g} is above round-to-nearest's")
     return replace(solved, rtn_loss=rtn_loss)
@@ -112,18 +124,26 @@ def round_to_nearest(W: torch.Tensor, options: SolverOptions, cost: torch.Tensor
     `cost` [K] is what a squared error of each input costs; without it, one is as bad as another. The losses
     are NaN. Raises QuantizationError and UsageError as `solve` does.
     """
+    _check(W, None, options)
+    return _nearest(W.T.contiguous(), options, cost)[0]
+
+
+def _nearest(
+    Wt: torch.Tensor, options: SolverOptions, cost: torch.Tensor | None
+) -> tuple[Solved, torch.Tensor]:
+    """Round-to-nearest of W^T [K, N], and what it leaves of it."""
     import torch
 
-    _check(W, None, options)
-    scheme, inputs = options.scheme, W.shape[1]
-    scales, zeros = _static_grids(W, options, cost)
-    g_idx = torch.arange(inputs, device=W.device) // scheme.width(inputs)
-    codes = torch.empty(W.T.shape, dtype=torch.uint8, device=W.device)
-    for group, part in enumerate(_runs(inputs, scheme)):
-        codes[part] = to_codes(W[:, part].T, scales[group], zeros[group], scheme.maxq)
-    return Solved(
-        codes, scales.half(), zeros.byte(), g_idx.int(), math.nan, math.nan, damp=0.0, dead=0, fell_back=None
-    )
+    scheme, inputs = options.scheme, len(Wt)
+    scales, zeros = _static_grids(Wt, options, cost)
+    codes, error = torch.empty(Wt.shape, dtype=torch.uint8, device=Wt.device), torch.empty_like(Wt)
+    for scale, zero, part in zip(scales, zeros, _runs(inputs, scheme), strict=True):
+        q = to_codes(Wt[part], scale, zero, scheme.maxq)
+        codes[part] = q
+        torch.sub(Wt[part], q.sub_(zero).mul_(scale), out=error[part])
+    g_idx = torch.arange(inputs, device=Wt.device, dtype=torch.int32) // scheme.width(inputs)
+    found = (codes, scales.half(), zeros.byte(), g_idx)
+    return Solved(*found, loss=math.nan, rtn_loss=math.nan, damp=0.0, dead=0, fell_back=None), error
 
 
 def _check(W: torch.Tensor, H: torch.Tensor | None, options: SolverOptions) -> None:
@@ -136,7 +156,7 @@ def _check(W: torch.Tensor, H: torch.Tensor | None, options: SolverOptions) -> N
         )
     if not 0 <= options.damp < math.inf:
         raise UsageError(f"a damping of {options.damp} makes no sense", hint="Give --damp 0.05 or the like")
-    if not bool(W.isfinite().all()):
+    if not finite(W):
         raise QuantizationError(
             "has weights that are no finite numbers",
             hint="Fetch the checkpoint again; a training that diverged cannot be quantized",
@@ -156,8 +176,8 @@ def _order(diagonal: torch.Tensor, options: SolverOptions) -> _Order:
     columns = diagonal.argsort(descending=True, stable=True) if options.act_order else natural
     group = ((columns if options.static_groups else natural) // width).tolist()
     found_before = options.static_groups or width == inputs
-    starts = {} if found_before else {run.start: run.stop for run in _runs(inputs, options.scheme)}
-    return _Order(columns, group, starts)
+    runs = [*range(BLOCK, inputs, BLOCK), inputs] if found_before else []
+    return _Order(columns, group, runs or [run.stop for run in _runs(inputs, options.scheme)], found_before)
 
 
 def _runs(inputs: int, scheme: Scheme) -> list[slice]:
@@ -167,51 +187,45 @@ def _runs(inputs: int, scheme: Scheme) -> list[slice]:
 
 
 def _static_grids(
-    W: torch.Tensor, options: SolverOptions, cost: torch.Tensor | None = None
+    Wt: torch.Tensor, options: SolverOptions, cost: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Grids of the runs of original columns: two tensors [G, N]."""
     import torch
 
     if cost is None:
-        cost = W.new_ones(W.shape[1])
+        cost = Wt.new_ones(len(Wt))
     found = [
-        find_grid(W[:, part], options.scheme, cost[part] if options.mse else None)
-        for part in _runs(W.shape[1], options.scheme)
+        find_grid(Wt[part], options.scheme, cost[part].contiguous() if options.mse else None)
+        for part in _runs(len(Wt), options.scheme)
     ]
     return torch.stack([scale for scale, _ in found]), torch.stack([zero for _, zero in found])
 
 
 def _walk(
-    W: torch.Tensor, factor: error_feedback.Factor, order: _Order, options: SolverOptions, rounded: Solved
+    Wt: torch.Tensor, factor: error_feedback.Factor, order: _Order, options: SolverOptions, rounded: Solved
 ) -> Solved:
     """The columns in order, on grids by what the walk's roundings cost: each D times its square."""
     import torch
 
-    scheme, inverse = options.scheme, order.columns.argsort()
-    if order.starts:  # each is found before it is used
-        scales, zeros = W.new_empty((2, *rounded.scales.shape))
+    scheme, inverse, D = options.scheme, order.columns.argsort(), factor.D
+    if order.found_before:
+        scales, zeros = _static_grids(Wt, options, D[inverse])
     else:
-        scales, zeros = _static_grids(W, options, factor.D[inverse])
-    Wt = W.T[order.columns].contiguous()
-    codes = torch.empty(Wt.shape, dtype=torch.uint8, device=W.device)
+        scales, zeros = Wt.new_empty((2, *rounded.scales.shape))
 
-    def find(i: int, current: torch.Tensor) -> None:
-        g, cost = order.group[i], factor.D[i : i + len(current)]
-        scales[g], zeros[g] = find_grid(current.T, scheme, cost if options.mse else None)
+    def grid_of(run: slice, moved: Callable[[], torch.Tensor]) -> Grid:
+        if not order.found_before:
+            g = order.group[run.start]
+            scales[g], zeros[g] = find_grid(moved(), scheme, D[run] if options.mse else None)
+        return Grid(scales, zeros, order.group[run], scheme.maxq)
 
-    def to_grid(i: int, w: torch.Tensor) -> torch.Tensor:
-        g = order.group[i]
-        q = to_codes(w, scales[g], zeros[g], scheme.maxq)
-        codes[i] = q
-        return q.sub_(zeros[g]).mul_(scales[g])
-
-    Err, losses = error_feedback.walk(Wt, factor, order.starts, find, to_grid)
+    codes, loss = error_feedback.walk(Wt[order.columns], factor, order.ends, grid_of)
     return replace(
         rounded,
         codes=codes[inverse],
         scales=scales.half(),
         zeros=zeros.byte(),
-        g_idx=torch.tensor(order.group, device=W.device)[inverse].int(),
-        loss=error_feedback.undamped(losses, Err, factor),
+        g_idx=torch.tensor(order.group, device=Wt.device)[inverse].int(),
+        loss=loss,
         damp=factor.damp,
     )

@@ -332,6 +332,8 @@ class Made:
     def rows(self, name, start, stop):
         peaks.append(rss())
         return np.full((stop - start, self.all[name][1]), 0.02, np.float32)
+    def nearest(self, name, start, rows):
+        return rows.copy()
 
 def rss():
     line = next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("RssAnon"))

@@ -299,7 +299,7 @@ def test_grids_suit_float16_and_the_v1_format(bits: int, sym: bool, mse: bool) -
     w[1::6].abs_().neg_()
     w[16] = 0
     scheme = Scheme(bits, 64, sym)
-    scale, zero = find_grid(w, scheme, torch.ones(64) if mse else None)
+    scale, zero = find_grid(w.T, scheme, torch.ones(64) if mse else None)
     assert torch.equal(scale.half().float(), scale)
     assert (scale > 0).all()
     assert zero.min() >= 1
@@ -323,7 +323,7 @@ def test_the_scale_search_lowers_the_error_of_every_group(bits: int, sym: bool) 
     errors = []
     cost = torch.randn(64, generator=generator).mul_(2).exp_()
     for given in (None, torch.ones(64), cost):
-        scale, zero = (part[:, None] for part in find_grid(w, scheme, given))
+        scale, zero = (part[:, None] for part in find_grid(w.T, scheme, given))
         errors.append(((to_codes(w, scale, zero, scheme.maxq) - zero) * scale - w).square() @ cost)
     assert (errors[2] <= errors[0] * (1 + 1e-5)).all()
     assert errors[2].sum() < 0.9 * errors[1].sum()
@@ -338,7 +338,7 @@ def test_the_greatest_weight_has_a_code_where_it_counts(bits: int, sign: int) ->
     cost = torch.ones(64)
     cost[-1] = 1e6
     for given, most in ((None, 1.0), (cost, 0.05)):
-        scale, zero = find_grid(w[None], Scheme(bits, 64), given)
+        scale, zero = find_grid(w[:, None], Scheme(bits, 64), given)
         codes = to_codes(w, scale, zero, Scheme(bits, 64).maxq)
         missed = float(((codes[-1] - zero) * scale - sign).abs() / scale)
         assert missed <= most
