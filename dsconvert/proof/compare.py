@@ -30,6 +30,7 @@ from dsconvert.proof.figures import (
     summary,
 )
 from dsconvert.proof.nearest_rows import lost
+from dsconvert.proof.output_losses import Losses, rounded
 from dsconvert.proof.row_faults import Floats, faults
 from dsconvert.proof.row_sums import Matrix
 from dsconvert.proof.scores import Scores, scored_states
@@ -213,10 +214,12 @@ class Run:
     config: tuple[str, ...]
     blocks: list[BlockError]
     tensors: list[TensorError]
+    losses: Losses = field(default_factory=Losses)
 
     def ended(self, broken: str) -> Comparison:
         """The comparison without figures, as it stands."""
-        return Comparison(None, None, tuple(self.blocks), tuple(self.tensors), self.config, broken)
+        tensors = self.losses.noted(self.tensors)
+        return Comparison(None, None, tuple(self.blocks), tensors, self.config, broken)
 
     def broken(self, values: list[torch.Tensor], where: str) -> str:
         """Which of the two gives a value that is not finite, if one does."""
@@ -228,21 +231,21 @@ class Run:
     def read(self, *names: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The same tensor of both, in the decoders' dtype, its error noted before it is rounded to it."""
         base, candidate = (st.read(d, name) for d, name in zip(self.pair, names, strict=True))
-        self.note(names, Matrix().add(base, candidate, self.rounded(names[1], 0, base)))
+        made = rounded(self.pair[1].source, names[1], 0, base, candidate)
+        self.note(names, Matrix().add(base, candidate, made))
+        if made is not None and self.tensors[-1].lost:
+            self.losses.watch(names[0], base, candidate, made)
         dtype = self.pair[0].dtype
         return base.to(dtype), candidate.to(dtype)
 
-    def rounded(self, name: str, start: int, base: torch.Tensor) -> Floats | None:
-        """What plain rounding makes of the reference's rows from `start` on of the candidate's `name`."""
-        return self.pair[1].source.nearest(name, start, base.reshape(-1, base.shape[-1]).cpu().numpy())
-
     def apply(self, index: int, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
         """What block `index` of both makes of their hidden states; its tensors are compared too."""
+        self.losses.observers.clear()
         both = {name: self.read(name, name) for name in self.pair[0].blocks[index].values()}
         out = []
         for side, decoder in enumerate(self.pair):
             block = st.assemble_block(decoder, index, {name: pair[side] for name, pair in both.items()})
-            out.append(st.run_block(decoder, block, hidden[side]))
+            out.append(st.run_block(decoder, block, hidden[side], {} if side else self.losses.observers))
         return out
 
     def compare_hidden(self, index: int, hidden: list[torch.Tensor]) -> BlockError:
@@ -269,8 +272,8 @@ class Run:
         parts: tuple[list[torch.Tensor], ...] = ([], [])
         for rows in st.slices(config.vocab_size, config.hidden_size):
             both = [st.read(decoder, st.EMBED, rows) for decoder in self.pair]
-            rounded = self.rounded(st.EMBED, rows.start, both[0])
-            matrix.add(both[0], both[1], rounded, labels=range(rows.start, rows.stop))
+            made = rounded(self.pair[1].source, st.EMBED, rows.start, both[0], both[1])
+            matrix.add(both[0], both[1], made, labels=range(rows.start, rows.stop))
             wanted = torch.from_numpy(used[(used >= rows.start) & (used < rows.stop)] - rows.start)
             for part, table in zip(parts, both, strict=True):
                 part.append(table[wanted.to(table.device)])
@@ -303,8 +306,8 @@ class Run:
         scores = Scores(torch.from_numpy(places["target"]).to(states[0].device), config.vocab_size)
         for part in st.slices(config.vocab_size, config.hidden_size):
             heads = [st.read(decoder, decoder.head, part) for decoder in self.pair]
-            rounded = self.rounded(self.pair[1].head, part.start, heads[0])
-            matrix.add(heads[0], heads[1], rounded, labels=range(part.start, part.stop))
+            made = rounded(self.pair[1].source, self.pair[1].head, part.start, heads[0], heads[1])
+            matrix.add(heads[0], heads[1], made, labels=range(part.start, part.stop))
             heads = [head.to(self.pair[0].dtype) for head in heads]
             for rows in st.chunks(0, len(states[0]), len(heads[0])):
                 both = [(x[rows] @ head.T).float() for x, head in zip(states, heads, strict=True)]

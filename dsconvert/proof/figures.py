@@ -107,6 +107,8 @@ class TensorError:
 
     `rows` of it were compared each on its own, with `faults`. `lost` is the dB that plain rounding to the
     same type has more, of the rows that were held against it; None where none was.
+    `loss` is the error of a linear's outputs on the reference's inputs by that of plain rounding, where the
+    two differ and the linear was run.
     """
 
     name: str
@@ -116,6 +118,7 @@ class TensorError:
     rows: int = 0
     faults: tuple[RowFault, ...] = ()
     lost: float | None = None
+    loss: float | None = None
 
 
 def token_figures(

@@ -101,8 +101,8 @@ class Matrix:
     ) -> Matrix:
         """Count rows [rows, columns] of both, float32 in numpy or torch, and give the matrix back.
 
-        `nearest` is what plain rounding to the candidate's type makes of the base's rows, where that is
-        known; `labels` are the rows' numbers, those from 0 on by default.
+        `nearest` is what plain rounding to the candidate's type makes of the base's rows, or of the first
+        of them, where that is known; `labels` are the rows' numbers, those from 0 on by default.
         """
         width = CUDA_CHUNK
         if getattr(base, "is_cuda", None) is not True:
@@ -118,8 +118,9 @@ class Matrix:
             across, down = sums(base[rows], candidate[rows])
             energies = _energies(across, base[rows], candidate[rows])
             self.parts.append(_Part(numbers[rows], across, down, energies))
-            if nearest is not None:
-                self.rounded.append((numbers[rows], nearest_sums(base[rows], candidate[rows], nearest[rows])))
+            if nearest is not None and rows.start < len(nearest):
+                some = slice(rows.start, min(rows.stop, len(nearest)))
+                self.rounded.append((numbers[some], nearest_sums(base[some], candidate[some], nearest[some])))
         return self
 
     def against_nearest(self) -> NearestSums | None:

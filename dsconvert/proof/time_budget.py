@@ -14,6 +14,7 @@ from dsconvert.models.config import ModelConfig
 from dsconvert.models.weights import WeightSource, widened
 from dsconvert.proof.compare import Comparison, Run, check_sizes, compare, differences, judge, tensor_error
 from dsconvert.proof.figures import BlockError, IntArray, TensorError, hidden_error, update_error
+from dsconvert.proof.output_losses import rounded
 from dsconvert.proof.row_sums import Matrix
 from dsconvert.proof.thresholds import Thresholds, Verdict
 from dsconvert.texts.windows import Windows
@@ -202,8 +203,8 @@ def sample_tensors(
             matrix.add(*(source.float32(name) for source in pair))
         for rows in _sampled(shape[0]) if len(shape) > 1 else ():
             parts = [widened(source.rows(name, rows.start, rows.stop)) for source in pair]
-            rounded = candidate.nearest(name, rows.start, parts[0])
-            matrix.add(parts[0], parts[1], rounded, labels=range(rows.start, rows.stop))
+            made = candidate.nearest(name, rows.start, parts[0])
+            matrix.add(parts[0], parts[1], made, labels=range(rows.start, rows.stop))
         found.append(tensor_error(pair, (name, name), matrix, head_dim))
     return tuple(found)
 
@@ -225,8 +226,8 @@ def _embedded(run: Run) -> torch.Tensor:
         st.check_ids(run.windows.tokens, decoder.config.vocab_size)
         parts = [widened(decoder.source.rows(st.EMBED, i, i + 1)) for i in used.tolist()]
         rows.append(torch.from_numpy(np.concatenate(parts)))
-    rounded = run.rounded(st.EMBED, 0, rows[0])
-    run.note((st.EMBED, st.EMBED), Matrix().add(rows[0], rows[1], rounded, labels=used))
+    made = rounded(run.pair[1].source, st.EMBED, 0, rows[0], rows[1])
+    run.note((st.EMBED, st.EMBED), Matrix().add(rows[0], rows[1], made, labels=used))
     base = rows[0].to(run.pair[0].device)
     return st.embed(base, places.reshape(run.windows.tokens.shape), run.pair[0].dtype)
 

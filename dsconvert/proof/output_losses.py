@@ -1,0 +1,83 @@
+"""What a linear's weight errors do to its outputs, by the reference's own inputs, against plain rounding.
+
+Error feedback and importance give up some of the weights' signal to noise for smaller errors where the inputs
+are large: of the outputs a faithful matrix loses no more than plain rounding does, whatever its type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dsconvert.models.weights import Floats, WeightSource
+from dsconvert.proof.figures import TensorError
+
+if TYPE_CHECKING:
+    import torch
+
+    Observer = Callable[[torch.Tensor], None]
+
+AT_FIRST = 1 << 20  # values of a matrix that are rounded at first
+LEAST_ROWS = 64
+ENOUGH = 512  # tokens: the ratio of two losses does not change with more
+
+
+def rounded(
+    source: WeightSource, name: str, start: int, base: torch.Tensor, candidate: torch.Tensor
+) -> Floats | None:
+    """What plain rounding makes of the rows of `base`, those from `start` on, in the type of a tensor.
+
+    The first rows of them, or all where the first are the candidate's: a matrix that is not rounded plainly
+    is judged by some rows as well as by all, and rounding it may cost what making it did. None where nothing
+    rounds to the type.
+    """
+    rows = base.reshape(-1, base.shape[-1])
+    count = max(LEAST_ROWS, AT_FIRST // rows.shape[1])
+    found = source.nearest(name, start, rows[:count].cpu().numpy())
+    if found is None or len(rows) <= count:
+        return found
+    if not np.array_equal(found, candidate.reshape(rows.shape)[:count].cpu().numpy()):
+        return found
+    others = source.nearest(name, start + count, rows[count:].cpu().numpy())
+    return None if others is None else np.concatenate([found, others])
+
+
+@dataclass
+class Losses:
+    """Sums of |(Q - W) x|^2 and |(N - W) x|^2 over inputs x, of the rounded rows of each linear, by name.
+
+    `observers` are those of the block at hand.
+    """
+
+    sums: dict[str, list[float]] = field(default_factory=dict)
+    observers: dict[str, Observer] = field(default_factory=dict)
+
+    def watch(self, name: str, base: torch.Tensor, candidate: torch.Tensor, made: Floats) -> None:
+        """Count the inputs [..., K] that the linear `name` will be given, up to ENOUGH of them."""
+        pair = candidate[: len(made)].float(), base.new_tensor(made).float()
+        errors = [x - base[: len(made)].float() for x in pair]
+        total, seen = self.sums.setdefault(name, [0.0, 0.0]), 0
+
+        def count(x: torch.Tensor) -> None:
+            nonlocal seen
+            inputs = x.reshape(-1, x.shape[-1])[: ENOUGH - seen].float()
+            seen += len(inputs)
+            for i, error in enumerate(errors):
+                total[i] += float((inputs @ error.T).double().square().sum())
+
+        self.observers[name] = count
+
+    def ratios(self) -> Mapping[str, float]:
+        """Of each linear the candidate's loss by that of plain rounding; 0 by 0 is 1."""
+        return {
+            name: 1.0 if loss == plain else loss / plain if plain else float("inf")
+            for name, (loss, plain) in self.sums.items()
+        }
+
+    def noted(self, tensors: Sequence[TensorError]) -> tuple[TensorError, ...]:
+        """The tensors with their ratios."""
+        ratios = self.ratios()
+        return tuple(replace(tensor, loss=ratios.get(tensor.name)) for tensor in tensors)
