@@ -35,8 +35,8 @@ def nearest(rows: Floats, packed: Packed, bits: int, checkpoint_format: str, sta
     W = torch.from_numpy(np.array(rows, np.float32))
     inputs = {g: torch.from_numpy(np.flatnonzero(packed.g_idx == g)) for g in range(len(scales))}
     inputs = {g: some for g, some in inputs.items() if len(some)}
-    plain = {g: find_grid(W[:, some], scheme) for g, some in inputs.items()}
-    searched = {g: find_grid(W[:, some], scheme, W.new_ones(len(some))) for g, some in inputs.items()}
+    plain = {g: find_grid(W[:, some].T, scheme) for g, some in inputs.items()}
+    searched = {g: find_grid(W[:, some].T, scheme, W.new_ones(len(some))) for g, some in inputs.items()}
     chosen = searched if _searched(scales, plain, searched) else plain
     found = torch.empty_like(W)
     for g, some in inputs.items():
