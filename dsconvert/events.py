@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+LOG = logging.getLogger("dsconvert")  # what --debug shows
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Log how long a part of the work took, on the clock and of the process's processors."""
+    started, used = time.perf_counter(), time.process_time()
+    yield
+    seconds, busy = time.perf_counter() - started, time.process_time() - used
+    LOG.debug("%-24s %6.3f s, %6.3f s of processor", name, seconds, busy)
 
 
 @dataclass(frozen=True)

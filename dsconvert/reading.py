@@ -11,7 +11,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -155,18 +155,18 @@ def inside(path: Path, folder: Path) -> bool:
 
 
 def _check_depth(value: Any) -> None:
-    level = [value]
+    level = [value] if isinstance(value, CONTAINERS) else []
     for _ in range(DEPTH):
-        # A vocabulary has 100,000 strings beside a few containers: the test of each is kept short.
-        level = [child for item in level for child in _children(item) if isinstance(child, CONTAINERS)]
+        # A tokenizer has 100,000 strings in one object and as many pairs of them: each is asked for once.
+        level = [
+            child
+            for item in level
+            for child in (item.values() if isinstance(item, dict) else item)
+            if isinstance(child, CONTAINERS)
+        ]
         if not level:
             return
     raise ValueError(f"it is nested more than {DEPTH} deep")
-
-
-def _children(value: Any) -> Iterable[Any]:
-    """The values in a container; nothing for what is none."""
-    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def _check_surrogates(value: Any, place: str = "the value") -> None:

@@ -144,20 +144,21 @@ def rows_of(
 
     Raises TokenizerError when there are more ids than rows.
     """
-    named = {i: (token, NORMAL) for token, i in vocab.items()}
-    named |= {t.id: (t.content, CONTROL if t.special else USER_DEFINED) for t in added.values()}
-    used = max(named, default=-1) + 1
-    if used > rows or not named:
+    used = max(max(vocab.values(), default=-1), max((t.id for t in added.values()), default=-1)) + 1
+    if used > rows or not used:
         raise TokenizerError(
             f"has token ids up to {used - 1}, the embedding has {rows} rows",
             where=path,
             hint="Resize the embedding (model.resize_token_embeddings) and save both, or fetch them again",
         )
-    taken = {token for token, _ in named.values()}
-    for i in range(rows):
-        if i not in named:
-            pad = f"[PAD{i}]"
-            while pad in taken:
-                pad += "_"
-            named[i] = (pad, UNUSED)
-    return tuple(named[i][0] for i in range(rows)), tuple(named[i][1] for i in range(rows)), used
+    tokens, types = [""] * rows, [UNUSED] * rows
+    for token, i in vocab.items():
+        tokens[i], types[i] = token, NORMAL
+    for t in added.values():
+        tokens[t.id], types[t.id] = t.content, CONTROL if t.special else USER_DEFINED
+    taken = {token for token, kind in zip(tokens, types, strict=True) if kind != UNUSED}
+    for i in (i for i in range(rows) if types[i] == UNUSED):
+        tokens[i] = f"[PAD{i}]"
+        while tokens[i] in taken:
+            tokens[i] += "_"
+    return tuple(tokens), tuple(types), used

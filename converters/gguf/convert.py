@@ -9,11 +9,10 @@ from converters.gguf.layout import is_gguf
 from converters.gguf.output import Options
 from converters.gguf.plan import Job, prepare
 from converters.gguf.projector.keys import CANNOT
-from converters.gguf.proof import prove
 from converters.gguf.write import write_tensors
 from dsconvert.checkpoints.output_files import part_files
 from dsconvert.checkpoints.source_files import check_unchanged
-from dsconvert.events import Event, Finished, Planned, Step, TensorPlan, Warn
+from dsconvert.events import Event, Finished, Planned, Step, TensorPlan, Warn, phase
 
 
 def convert(options: Options) -> Iterator[Event]:
@@ -32,10 +31,13 @@ def convert(options: Options) -> Iterator[Event]:
         return
     sizes = [layout.nbytes for layout in job.layouts]
     with part_files(job.paths, sizes, options.force, job.inputs, is_gguf) as parts:
-        yield from write_tensors(job, parts)
+        with phase("write"):
+            yield from write_tensors(job, parts)
         check_unchanged(job.checkpoint.seen)
     for path, size in zip(job.paths, sizes, strict=True):
         yield Finished(str(path), size, time.monotonic() - started)
+    from converters.gguf.proof import prove  # not loaded for --dry-run, and not before the work
+
     yield from prove(job, time.monotonic() - started)
     check_unchanged(job.checkpoint.seen)  # else something else was proven
     if job.projector is not None and job.towers is not None and job.towers.vision.sam is not None:

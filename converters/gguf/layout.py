@@ -10,6 +10,7 @@ import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -85,9 +86,14 @@ def utf8(text: str) -> bytes:
         return re.sub("[\ud800-\udfff]", "\ufffd", text).encode("utf-8")
 
 
+def length(size: int) -> bytes:
+    """The length of a string as it stands before it."""
+    return size.to_bytes(8, "little")
+
+
 def encode_string(text: str) -> bytes:
     data = utf8(text)
-    return len(data).to_bytes(8, "little") + data
+    return length(len(data)) + data
 
 
 def encode_value(kind: str, value: Any) -> bytes:
@@ -99,7 +105,8 @@ def encode_value(kind: str, value: Any) -> bytes:
         if item == "string":
             # A vocabulary has 100,000 of them: written out here, a call of encode_string each takes longer.
             encoded = list(map(utf8, value))
-            return head + b"".join([x for data in encoded for x in (len(data).to_bytes(8, "little"), data)])
+            sizes = {size: length(size) for size in set(map(len, encoded))}
+            return head + b"".join(chain.from_iterable((sizes[len(data)], data) for data in encoded))
         return head + struct.pack(f"<{len(value)}{VALUE_TYPES[item][1]}", *value)
     if kind == "string":
         return head + encode_string(value)

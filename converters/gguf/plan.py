@@ -18,6 +18,7 @@ from dsconvert.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from dsconvert.checkpoints.output_plan import check_files
 from dsconvert.checkpoints.source_files import check_quotable
 from dsconvert.errors import UsageError
+from dsconvert.events import phase
 from dsconvert.machine import collector_paused
 from dsconvert.models.architecture import Architecture
 from dsconvert.models.architectures import find_architecture
@@ -96,7 +97,7 @@ def prepare(options: Options) -> Job:
 
     A matrix that is made on the way adds keys that tell of its text: see `with_keys`.
     """
-    with collector_paused():
+    with collector_paused(), phase("plan, in all"):
         return _prepare(options)
 
 
@@ -110,8 +111,10 @@ def _prepare(options: Options) -> Job:
     checkpoint.check_readable(name for spec in specs for name in spec.names)
     derived = architecture.derived(config)
     matrix = importance.read(options.imatrix) if options.imatrix is not None else None
-    tokenizer = load_tokenizer(checkpoint.folder, config.vocab_size, options.add_bos)
-    resolution = resolve(tokenizer, options.pre)
+    with phase("tokenizer"):
+        tokenizer = load_tokenizer(checkpoint.folder, config.vocab_size, options.add_bos)
+    with phase("proof of its regexes"):
+        resolution = resolve(tokenizer, options.pre)
     towers = plan_towers(checkpoint, config, tokenizer)
     if towers is not None:
         tokenizer = with_template(tokenizer, towers)
@@ -122,7 +125,8 @@ def _prepare(options: Options) -> Job:
     keys |= matrix.keys if matrix is not None else {}
     paths = output_paths(options, config, checkpoint.folder)
     shapes = {spec.gguf: spec.shape for spec in specs} | {name: a.shape for name, a in derived.items()}
-    outputs = plan_outputs(paths, keys, shapes, config, options)
+    with phase("layout"):
+        outputs = plan_outputs(paths, keys, shapes, config, options)
     projector = plan_projector(options, checkpoint, config, towers, keys, outputs[0])
     weights, unweighted = importance.weigh(matrix, outputs)
     notes = (

@@ -17,7 +17,7 @@ from converters.gguf.plan import Job
 from converters.gguf.qtypes import QType
 from dsconvert.checkpoints.output_files import PartFile
 from dsconvert.errors import QuantizationError
-from dsconvert.events import Event, Step, TensorDone, Warn
+from dsconvert.events import Event, Step, TensorDone, Warn, phase
 from dsconvert.machine import collector_paused, usable_cores
 from dsconvert.models.stored_rows import chunks, stored_rows
 from dsconvert.models.weights import Array
@@ -61,7 +61,8 @@ def write_tensors(job: Job, parts: list[PartFile]) -> Iterator[Event]:
     """
     for layout, part in zip(job.layouts, parts, strict=True):
         part.write(layout.head, 0)
-    yield from _warm(job)
+    with phase("kernels"):
+        yield from _warm(job)
     done, total, warned = 0, job.source_nbytes, set[str]()
     work = (lambda chunk=chunk: (chunk, _run(chunk)) for chunk in _chunks(job, parts))
     for chunk, flags in _pump(work, job.options.threads or usable_cores()):

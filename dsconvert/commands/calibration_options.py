@@ -77,11 +77,11 @@ def calibration_options(text: str | None, length: int) -> Callable[[Command], Ca
             offline: bool,
             **others: Any,
         ) -> Any:
-            from dsconvert.calibration.request import CalibrationRequest
-
             check_text(calib, calib_chat)
             request: CalibrationRequest | None = None
             if calib is not None or calib_chat is not None:
+                from dsconvert.calibration.request import CalibrationRequest  # not loaded for others
+
                 request = CalibrationRequest(
                     text=calib or "",
                     samples=calib_samples,

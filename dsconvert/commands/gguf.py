@@ -12,6 +12,7 @@ from dsconvert.commands.calibration_options import calibration_options
 from dsconvert.commands.given import refuse
 from dsconvert.commands.numbers import size
 from dsconvert.commands.run import command
+from dsconvert.events import phase
 
 if TYPE_CHECKING:
     from dsconvert.calibration.request import CalibrationRequest
@@ -122,8 +123,9 @@ def gguf(
     `sample-vl:` with a vision tower; default: the current folder. Exit code 0: converted and proven,
     2: stopped, 3: a check failed.
     """  # fmt: skip
-    from converters.gguf.convert import convert
-    from converters.gguf.output import Options
+    with phase("imports"):
+        from converters.gguf.convert import convert
+        from converters.gguf.output import Options
 
     if no_mmproj:
         refuse("mmproj_quant", where="with --no-mmproj", hint="Leave one of them out")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,6 +19,7 @@ from dsconvert.checkpoints.output_plan import PART, left
 from dsconvert.commands.display import STANDARD_OUTPUT, Display
 from dsconvert.commands.shared_options import DISPLAY_OPTIONS
 from dsconvert.errors import ConversionError
+from dsconvert.events import LOG
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -65,6 +68,7 @@ def run(work: Callable[[], int], display: Display, *, debug: bool) -> None:
     open_streams()
     if debug:
         sys.excepthook = console.show_traceback
+        _show_log(console.note)
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup asks for it
             signal.signal(number, _terminate)
@@ -103,6 +107,15 @@ def on_each_rank(work: Callable[[Ranks], Iterator[Event]], show: Callable[[Itera
             raise
         return STOPPED
     return PASSED
+
+
+def _show_log(show: Callable[[str], None]) -> None:
+    """Show how long the phases of the work take, and first what Python and click took."""
+    handler = logging.Handler()
+    handler.emit = lambda record: show(record.getMessage())  # type: ignore[method-assign]
+    LOG.handlers, LOG.propagate = [handler], False
+    LOG.setLevel(logging.DEBUG)
+    LOG.debug("%-24s           %6.3f s of processor", "start", time.process_time())
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

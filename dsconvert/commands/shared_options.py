@@ -139,5 +139,5 @@ DISPLAY_OPTIONS = (
         "only JSON of dsconvert; - or nothing: to standard output, instead of text.",
     ),
     click.option("--quiet", is_flag=True, help="Show warnings and failures only."),
-    click.option("--debug", is_flag=True, help="Show the traceback of an error."),
+    click.option("--debug", is_flag=True, help="Show the traceback of an error, and how long phases take."),
 )
