@@ -24,6 +24,10 @@ def open_reference(model: str, add_bos: bool | None = None) -> Reference:
     """The 16-bit checkpoint that `model` names, BOS before a text where `add_bos` or its files say so.
 
     Raises ConversionError of every kind that opening has.
+
+    >>> reference = open_reference("sample:")
+    >>> reference.title, reference.config.layers, reference.tokenizer.add_bos
+    ('sample:', 2, True)
     """
     from dsconvert.vision.plan import plan_towers, with_template
 
@@ -47,6 +51,10 @@ def open_output(path: Path) -> Opened:
     """Recognise an output by what it is: a GGUF file, or a folder by its quantization_config.
 
     Raises UsageError for what is neither, and what the format's reader raises.
+
+    >>> opened = open_output(locate("sample:"))
+    >>> opened.kind, opened.quant, opened.bits
+    ('checkpoint', 'bf16', 16.0)
     """
     if os.path.isfile(path):  # Path.is_file raises where one may not look
         return _open_gguf(path)
@@ -71,6 +79,9 @@ def open_tokenizer(path: Path) -> show.Opened:
     """The tokenizer of a GGUF file, a model folder, a tokenizer.json or a tokenizer.model.
 
     Raises TokenizerError, and what the reader of GGUF files raises.
+
+    >>> open_tokenizer(Path("sample:")).kind
+    'byte-level BPE'
     """
     if path.suffix != ".gguf":
         if str(path) in SAMPLES:

@@ -37,6 +37,11 @@ def collect(folder: Path) -> ChatTemplates:
     As in transformers: `chat_template.jinja` and `additional_chat_templates/NAME.jinja` win over
     `chat_template.json`, which wins over `tokenizer_config.json`. Files that contradict each other give a
     note. Raises TokenizerError for a template that is not text.
+
+    >>> from dsconvert.checkpoints.locate import locate
+    >>> templates = collect(locate("sample:"))
+    >>> "assistant" in templates.default, templates.named
+    (True, {})
     """
     sources: dict[str, dict[str, str]] = {
         "tokenizer_config.json": _templates(
@@ -105,6 +110,9 @@ def render(template: str, messages: Any = DIALOGUE, **variables: Any) -> str:
     """The prompt that a template makes of messages, rendered as transformers does, in a process of its own.
 
     Raises Unrendered with what the template or jinja2 raises, or with the limit that it goes over.
+
+    >>> render("{% for m in messages %}Q: {{ m.content }}{% endfor %}", [{"role": "user", "content": "Hi"}])
+    'Q: Hi'
     """
     values = {"messages": list(messages), "add_generation_prompt": True, "tools": None, "documents": None}
     return rendering.render(template, {**values, **variables})

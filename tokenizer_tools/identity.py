@@ -51,7 +51,15 @@ class Finding:
 
 
 def of_data(data: TokenizerData) -> TextHandling:
-    """A checkpoint folder's; what the files state is read from them again (see raw.py)."""
+    """A checkpoint folder's; what the files state is read from them again (see raw.py).
+
+    >>> from dsconvert.checkpoints.locate import locate
+    >>> from tokenizer_tools.load import load_tokenizer
+    >>> data = load_tokenizer(locate("sample:"), rows=2048)
+    >>> handling = of_data(data)
+    >>> handling.add_bos, handling.stops
+    (True, frozenset({2001}))
+    """
     folder = data.source.parent
     stated = added_ids(folder, len(data.tokens))
     ends = carried_stops(data.tokens, (*data.stops, *end_ids(folder, stated)), data.eos_id)
@@ -65,7 +73,16 @@ def of_data(data: TokenizerData) -> TextHandling:
 
 
 def of_metadata(keys: Mapping[str, Any], where: object = "") -> TextHandling:
-    """What a GGUF file's keys alone make a runtime do; raises TokenizerError."""
+    """What a GGUF file's keys alone make a runtime do; raises TokenizerError.
+
+    >>> from dsconvert.checkpoints.locate import locate
+    >>> from tokenizer_tools.load import load_tokenizer
+    >>> data = load_tokenizer(locate("sample:"), rows=2048)
+    >>> from tokenizer_tools.rebuild import gguf_keys
+    >>> keys = {name: value for name, (_, value) in gguf_keys(data, "deepseek-llm").items()}
+    >>> of_metadata(keys).special["bos"]
+    2000
+    """
     tokenizer = rebuild(keys, where)
     kind = KINDS[str(keys[GGML + "model"])]
     stated = {name: int(keys[key]) for name, key in ID_KEYS.items() if isinstance(keys.get(key), int)}
@@ -89,7 +106,15 @@ def of_metadata(keys: Mapping[str, Any], where: object = "") -> TextHandling:
 
 
 def findings(reference: TextHandling, other: TextHandling, texts: Sequence[str]) -> list[Finding]:
-    """What `other` does with the texts, around them and in a chat, against the reference."""
+    """What `other` does with the texts, around them and in a chat, against the reference.
+
+    >>> from dsconvert.checkpoints.locate import locate
+    >>> from tokenizer_tools.load import load_tokenizer
+    >>> data = load_tokenizer(locate("sample:"), rows=2048)
+    >>> handling = of_data(data)
+    >>> [finding.name for finding in findings(handling, handling, ["a text"]) if finding.same]
+    ['token ids', 'added tokens', 'special tokens', 'chat template']
+    """
     return [
         same_ids(reference, other, texts),
         same_added(reference, other),

@@ -122,19 +122,40 @@ def build_tokenizer(
 
 
 def ids(tokenizer: Tokenizer, texts: Sequence[str], where: object = "tokenizer.json") -> list[list[int]]:
-    """The token ids of each text, nothing added; added tokens inside a text are recognised."""
+    """The token ids of each text, nothing added; added tokens inside a text are recognised.
+
+    >>> from dsconvert.checkpoints.locate import locate
+    >>> from tokenizer_tools.load import load_tokenizer
+    >>> data = load_tokenizer(locate("sample:"), rows=2048)
+    >>> ids(data.tokenizer, ["a b", "12"])
+    [[64, 279], [16, 17]]
+    """
     with guarded("encode a text", where):
         return [e.ids for e in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
 def decode(tokenizer: Tokenizer, ids: Sequence[int], where: object = "tokenizer.json") -> str:
-    """The text of token ids, special tokens among it."""
+    """The text of token ids, special tokens among it.
+
+    >>> from dsconvert.checkpoints.locate import locate
+    >>> from tokenizer_tools.load import load_tokenizer
+    >>> data = load_tokenizer(locate("sample:"), rows=2048)
+    >>> decode(data.tokenizer, [64, 279])
+    'a b'
+    """
     with guarded("decode tokens", where):
         return str(tokenizer.decode(list(ids), skip_special_tokens=False))
 
 
 def tokens(tokenizer: Tokenizer, text: str, where: object = "tokenizer.json") -> tuple[list[int], list[str]]:
-    """The ids and the tokens of one text, nothing added."""
+    """The ids and the tokens of one text, nothing added.
+
+    >>> from dsconvert.checkpoints.locate import locate
+    >>> from tokenizer_tools.load import load_tokenizer
+    >>> data = load_tokenizer(locate("sample:"), rows=2048)
+    >>> tokens(data.tokenizer, "f(x)")
+    ([69, 7, 87, 8], ['f', '(', 'x', ')'])
+    """
     with guarded("encode a text", where):
         encoding = tokenizer.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.tokens

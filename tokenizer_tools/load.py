@@ -177,6 +177,11 @@ def load_tokenizer(folder: Path, rows: int, add_bos: bool | None = None) -> Toke
     `add_bos` says whether BOS goes before a text, whatever the files say; None leaves it to them.
     Raises TokenizerError when the files are missing, damaged or contradict each other, when the tokenizer
     is of no kind that a GGUF file can state, and when it does something that no GGUF key can state.
+
+    >>> from dsconvert.checkpoints.locate import locate
+    >>> data = load_tokenizer(locate("sample:"), rows=2048)
+    >>> data.kind, data.special, data.add_bos
+    ('gpt2', {'bos': 2000, 'eos': 2001, 'pad': 2001}, True)
     """
     config = read_object(folder / "tokenizer_config.json")
     found = read_tokens(folder, config, rows)

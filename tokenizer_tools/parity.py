@@ -59,7 +59,14 @@ class Comparison:
 
 
 def encoder(tokenizer: Tokenizer) -> Encoder:
-    """The batch encoder of a `tokenizers.Tokenizer`: nothing added, added tokens in a text recognised."""
+    """The batch encoder of a `tokenizers.Tokenizer`: nothing added, added tokens in a text recognised.
+
+    >>> from dsconvert.checkpoints.locate import locate
+    >>> from tokenizer_tools.load import load_tokenizer
+    >>> data = load_tokenizer(locate("sample:"), rows=2048)
+    >>> encoder(data.tokenizer)(["a b"])
+    [[64, 279]]
+    """
 
     return partial(ids, tokenizer)
 
@@ -75,6 +82,11 @@ def compare_ids(
     """Both tokenizers over all texts; each difference is shrunk to its smallest part and classified.
 
     `examples` is how many different ones are kept of each class.
+
+    >>> ones, lengths = (lambda texts: [[1] for _ in texts]), (lambda texts: [[len(t)] for t in texts])
+    >>> found = compare_ids(ones, lengths, ["a", "12"])
+    >>> found.different, found.classes
+    (1, {'digits': 1})
     """
     total = 0
     classes: Counter[str] = Counter()
@@ -94,7 +106,11 @@ def compare_ids(
 
 
 def shrink(text: str, differs: Callable[[str], bool]) -> str:
-    """A smallest part of `text` that still differs, found by leaving out ever shorter runs."""
+    """A smallest part of `text` that still differs, found by leaving out ever shorter runs.
+
+    >>> shrink("some text, 12", lambda text: "," in text)
+    ','
+    """
     size = max(len(text) // 2, 1)
     while size:
         start = 0
@@ -109,7 +125,11 @@ def shrink(text: str, differs: Callable[[str], bool]) -> str:
 
 
 def classify(text: str) -> str:
-    """The kind of a smallest differing text: the first of KINDS that applies, or "other"."""
+    """The kind of a smallest differing text: the first of KINDS that applies, or "other".
+
+    >>> classify("12"), classify("\u3042")
+    ('digits', 'CJK')
+    """
     return next((kind for kind, applies in KINDS if applies(text)), "other")
 
 

@@ -108,6 +108,13 @@ def resolve(data: TokenizerData, override: str | None = None) -> Resolution:
 
     `override` is a name for a byte-level BPE's pre-tokenizer. Raises TokenizerError when nothing fits, with
     the first text that differs.
+
+    >>> from dsconvert.checkpoints.locate import locate
+    >>> from tokenizer_tools.load import load_tokenizer
+    >>> data = load_tokenizer(locate("sample:"), rows=2048)
+    >>> found = resolve(data)
+    >>> found.name, found.proven
+    ('deepseek-llm', True)
     """
     return RESOLVERS[data.kind](data, override)
 

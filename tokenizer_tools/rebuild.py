@@ -47,6 +47,13 @@ def gguf_keys(data: TokenizerData, pre_name: str) -> dict[str, Value]:
 
     `pre_name` is what `resolve` found. BOS and EOS flags are always written: a runtime's default differs
     from one pre-tokenizer name to the next.
+
+    >>> from dsconvert.checkpoints.locate import locate
+    >>> from tokenizer_tools.load import load_tokenizer
+    >>> data = load_tokenizer(locate("sample:"), rows=2048)
+    >>> keys = gguf_keys(data, "deepseek-llm")
+    >>> keys["tokenizer.ggml.bos_token_id"], keys["tokenizer.ggml.add_bos_token"]
+    (('uint32', 2000), ('bool', True))
     """
     keys: dict[str, Value] = {
         GGML + "model": ("string", data.kind),
@@ -108,6 +115,13 @@ def rebuild(metadata: Mapping[str, Any], where: object = "") -> Tokenizer:
 
     Encoding with special tokens adds BOS and EOS as the file says. Raises TokenizerError when the file is
     of another kind, or names a step or a pre-tokenizer that is not known here.
+
+    >>> from dsconvert.checkpoints.locate import locate
+    >>> from tokenizer_tools.load import load_tokenizer
+    >>> data = load_tokenizer(locate("sample:"), rows=2048)
+    >>> keys = {name: value for name, (_, value) in gguf_keys(data, "deepseek-llm").items()}
+    >>> rebuild(keys).encode("a b").ids
+    [2000, 64, 279]
     """
     build = BUILDERS.get(str(metadata.get(GGML + "model")))
     if build is None:

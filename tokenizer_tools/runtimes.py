@@ -187,5 +187,9 @@ RUNTIMES = (
 
 
 def by_name(name: str) -> Runtime | None:
-    """The row that a `tokenizer.ggml.pre` name asks for, by its own name or an alias; None if unknown."""
+    """The row that a `tokenizer.ggml.pre` name asks for, by its own name or an alias; None if unknown.
+
+    >>> by_name("deepseek-coder").name, by_name("unknown")
+    ('deepseek-coder', None)
+    """
     return next((row for row in RUNTIMES if name == row.name or name in row.aliases), None)

@@ -38,7 +38,12 @@ class Opened:
 
 
 def open_folder(path: Path) -> Opened:
-    """The tokenizer of a checkpoint folder, a tokenizer.json or a tokenizer.model; raises TokenizerError."""
+    """The tokenizer of a checkpoint folder, a tokenizer.json or a tokenizer.model; raises TokenizerError.
+
+    >>> from dsconvert.checkpoints.locate import locate
+    >>> open_folder(locate("sample:")).kind
+    'byte-level BPE'
+    """
     if os.path.isdir(path):
         found = read_tokens(path, read_object(path / "tokenizer_config.json"), ANY_ROWS)
         return _opened(found.path, found.raw, found.library)
@@ -59,13 +64,28 @@ def _opened(path: Path, raw: Mapping[str, Any], library: Tokenizer) -> Opened:
 
 
 def open_metadata(path: Path, keys: Mapping[str, Any]) -> Opened:
-    """The tokenizer rebuilt from a GGUF file's keys alone; raises TokenizerError."""
+    """The tokenizer rebuilt from a GGUF file's keys alone; raises TokenizerError.
+
+    >>> from dsconvert.checkpoints.locate import locate
+    >>> from tokenizer_tools.load import load_tokenizer
+    >>> data = load_tokenizer(locate("sample:"), rows=2048)
+    >>> from tokenizer_tools.rebuild import gguf_keys
+    >>> keys = {name: value for name, (_, value) in gguf_keys(data, "deepseek-llm").items()}
+    >>> open_metadata(Path("x.gguf"), keys).runtime
+    'deepseek-llm'
+    """
     tokenizer, kind = rebuild(keys, path), KINDS[str(keys["tokenizer.ggml.model"])]
     return Opened(path, tokenizer, from_gguf(keys, path), keys.get("tokenizer.ggml.pre"), kind.words)
 
 
 def described(opened: Opened) -> dict[str, Any]:
-    """The tokenizer as plain data: kind, runtime name and, where it states them, its regex steps."""
+    """The tokenizer as plain data: kind, runtime name and, where it states them, its regex steps.
+
+    >>> from dsconvert.checkpoints.locate import locate
+    >>> found = described(open_folder(locate("sample:")))
+    >>> [step["type"] for step in found["pre_tokenizer"]["steps"]]
+    ['split', 'split', 'split', 'split', 'split', 'digits', 'bytelevel']
+    """
     found: dict[str, Any] = {"kind": opened.kind, "runtime": opened.runtime}
     if opened.spec:
         steps = [vars(step) for step in opened.spec.steps]
@@ -74,7 +94,12 @@ def described(opened: Opened) -> dict[str, Any]:
 
 
 def encoded(opened: Opened, text: str) -> dict[str, Any]:
-    """A text with its ids and tokens; raises UsageError for text that is not UTF-8, TokenizerError."""
+    """A text with its ids and tokens; raises UsageError for text that is not UTF-8, TokenizerError.
+
+    >>> from dsconvert.checkpoints.locate import locate
+    >>> encoded(open_folder(locate("sample:")), "a b")
+    {'text': 'a b', 'ids': [64, 279], 'tokens': ['a', 'Ġb']}
+    """
     if any("\ud800" <= char <= "\udfff" for char in text):
         raise UsageError("--encode needs text in UTF-8", where=text)
     ids, pieces = tokens(opened.tokenizer, text, opened.path)
@@ -84,7 +109,13 @@ def encoded(opened: Opened, text: str) -> dict[str, Any]:
 def compared(
     first: Opened, second: Opened, lines_file: Path | None, strings: int, seed: int
 ) -> dict[str, Any]:
-    """The comparison of two tokenizers' ids: on the probes, the lines of a file and random strings."""
+    """The comparison of two tokenizers' ids: on the probes, the lines of a file and random strings.
+
+    >>> from dsconvert.checkpoints.locate import locate
+    >>> opened = open_folder(locate("sample:"))
+    >>> compared(opened, opened, lines_file=None, strings=100, seed=0)["different"]
+    0
+    """
     lines = read_text(lines_file).splitlines() if lines_file else []
     texts = chain(parity.PROBES, lines, parity.random_texts(seed, strings))
     encoders = parity.encoder(first.tokenizer), parity.encoder(second.tokenizer)

@@ -86,6 +86,9 @@ def extract(raw: object, where: object = "tokenizer.json") -> PreTokenizer:
 
     Raises TokenizerError for a step that the spec cannot state, naming it, and when there is not exactly
     one ByteLevel step.
+
+    >>> extract({"type": "ByteLevel", "add_prefix_space": False, "use_regex": False})
+    PreTokenizer(steps=(Step(type='bytelevel', regex='', behavior='', invert=False),))
     """
     spec = PreTokenizer(tuple(_steps(raw, where, 0)))
     byte_level = [step for step in spec.steps if step.type in BYTE_LEVEL]
@@ -142,7 +145,11 @@ def _byte_level(prefix_space: bool, use_regex: bool) -> Step:
 
 
 def to_json(spec: PreTokenizer) -> dict[str, Any]:
-    """The `pre_tokenizer` object of a tokenizer.json with these steps."""
+    """The `pre_tokenizer` object of a tokenizer.json with these steps.
+
+    >>> to_json(PreTokenizer((Step("digits", behavior="isolated"),)))["pretokenizers"]
+    [{'type': 'Digits', 'individual_digits': True}]
+    """
     behaviors = {snake: camel for camel, snake in BEHAVIORS.items()}
     steps: list[dict[str, Any]] = []
     for step in spec.steps:
@@ -160,7 +167,11 @@ def to_json(spec: PreTokenizer) -> dict[str, Any]:
 
 
 def to_gguf(spec: PreTokenizer) -> dict[str, Value]:
-    """The spec's GGUF keys: name -> (value type, value)."""
+    """The spec's GGUF keys: name -> (value type, value).
+
+    >>> to_gguf(PreTokenizer((Step("digits", behavior="isolated"),)))["dsconvert.pre_tokenizer.type"]
+    ('array:string', ['digits'])
+    """
     columns = _columns(spec)
     return {
         PREFIX + "type": ("array:string", columns["type"]),
@@ -177,6 +188,10 @@ def from_gguf(metadata: Mapping[str, Any], where: object = "") -> PreTokenizer |
 
     Raises TokenizerError for a step that is not known here, by name, for a flavour other than
     oniguruma, and when the fingerprint does not fit.
+
+    >>> spec = PreTokenizer((Step("digits", behavior="isolated"), Step("bytelevel")))
+    >>> from_gguf({name: value for name, (_, value) in to_gguf(spec).items()}) == spec
+    True
     """
     if PREFIX + "type" not in metadata:
         return None

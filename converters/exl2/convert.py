@@ -35,6 +35,18 @@ def convert(options: Options, ranks: Ranks = ALONE) -> Iterator[Event]:
     Raises ConversionError before any work for everything that can be known by then. A run that is stopped
     leaves what it measured and the blocks that it finished beside the output, for `resume`, and nothing
     under the final name.
+
+    >>> from pathlib import Path
+    >>> from converters.exl2.plan import Options
+    >>> from converters.outputs import open_output
+    >>> from dsconvert.calibration.request import CalibrationRequest
+    >>> from dsconvert.quantization.plan import RunOptions
+    >>> few = CalibrationRequest("builtin", samples=2, length=32)
+    >>> run = RunOptions("sample:", few, out=Path("sample-exl2"), effort="off")
+    >>> events = list(convert(Options(run, bpw=6.0)))
+    >>> opened = open_output(Path("sample-exl2"))
+    >>> opened.kind, opened.source.float32("lm_head.weight").shape
+    ('EXL2', (2048, 256))
     """
     started = time.monotonic()
     with ranks.together():

@@ -20,6 +20,12 @@ def convert(options: Options) -> Iterator[Event]:
 
     Raises ConversionError before the first byte is written for everything that can be known by then;
     whatever happens later, no incomplete file is left under a final name.
+
+    >>> from pathlib import Path
+    >>> from converters.gguf.output import Options
+    >>> events = list(convert(Options("sample:", ("q8_0",), Path("sample-q8_0.gguf"))))
+    >>> Path("sample-q8_0.gguf").stat().st_size
+    2978976
     """
     started = time.monotonic()
     job = prepare(options)

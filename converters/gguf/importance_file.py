@@ -33,6 +33,13 @@ def make(options: Options, open_model: Callable[[], Reference]) -> Iterator[Even
     """Draw calibration windows, run the model over them, write the file.
 
     `open_model` opens the checkpoint, after what can be checked without it. Raises ConversionError.
+
+    >>> from converters.outputs import open_reference
+    >>> from converters.gguf.parse import open_gguf
+    >>> few = CalibrationRequest("builtin", samples=2, length=32)
+    >>> events = list(make(Options(Path("imatrix.gguf").absolute(), few), lambda: open_reference("sample:")))
+    >>> len(open_gguf(Path("imatrix.gguf")).tensors)
+    28
     """
     started = time.monotonic()
     check_chat(options.calibration.chat)

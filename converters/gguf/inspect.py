@@ -15,7 +15,16 @@ LONG = 8  # items of an array that are shown
 
 
 def summary(file: GGUFFile) -> dict[str, Any]:
-    """The file as plain data: sizes, keys (long arrays shortened), types, tensors, tokenizer, pairing id."""
+    """The file as plain data: sizes, keys (long arrays shortened), types, tensors, tokenizer, pairing id.
+
+    >>> from pathlib import Path
+    >>> from converters.gguf.convert import convert
+    >>> from converters.gguf.output import Options
+    >>> from converters.gguf.parse import open_gguf
+    >>> events = list(convert(Options("sample:", ("q6_k",), Path("sample-q6_k.gguf"), effort="off")))
+    >>> sorted(summary(open_gguf(Path("sample-q6_k.gguf")))["types"])
+    ['f32', 'q6_k']
+    """
     types: dict[str, dict[str, int]] = {}
     for tensor in file.tensors.values():
         entry = types.setdefault(tensor.qtype.name, {"tensors": 0, "weights": 0, "bytes": 0})

@@ -118,6 +118,13 @@ def open_gguf(path: Path) -> GGUFFile:
     """Parse and check the file at `path`, or every file of the split set whose first file it is.
 
     Raises CheckpointError for anything that is no complete GGUF file; no weight is read.
+
+    >>> from converters.gguf.convert import convert
+    >>> from converters.gguf.output import Options
+    >>> events = list(convert(Options("sample:", ("q4_0",), Path("sample-q4_0.gguf"), effort="off")))
+    >>> file = open_gguf(Path("sample-q4_0.gguf"))
+    >>> file.keys["tokenizer.ggml.bos_token_id"], file.tensors["blk.0.attn_q.weight"].qtype.name
+    (2000, 'q4_0')
     """
     first = _parse(path)
     count = first.keys.get("split.count", 1)

@@ -31,6 +31,18 @@ def convert(options: Options, ranks: Ranks = ALONE) -> Iterator[Event]:
     Of several `ranks`, processes that all call this, the first draws the text, writes and proves.
     Raises ConversionError before any work for everything that can be known by then. A run that is stopped
     leaves the blocks that it finished beside the output, for `resume`, and nothing under the final name.
+
+    >>> from pathlib import Path
+    >>> from converters.gptq.plan import Options
+    >>> from converters.outputs import open_output
+    >>> from dsconvert.calibration.request import CalibrationRequest
+    >>> from dsconvert.quantization.plan import RunOptions
+    >>> few = CalibrationRequest("builtin", samples=2, length=32)
+    >>> run = RunOptions("sample:", few, out=Path("sample-gptq"), effort="off")
+    >>> events = list(convert(Options(run, bits=4, group_size=32)))
+    >>> opened = open_output(Path("sample-gptq"))
+    >>> opened.kind, opened.quant
+    ('GPTQ', 'gptq-4bit-32g')
     """
     started = time.monotonic()
     with ranks.together():

@@ -101,6 +101,10 @@ def open_checkpoint(model: str | Path | None = None) -> Checkpoint:
     tensors have the names of their class's table, whatever wrapper they were saved from, and those that the
     model reads only; `notes` say what was changed. Raises UsageError when `model` names nothing,
     CheckpointError for what is missing, damaged, contradictory or quantized already.
+
+    >>> checkpoint = open_checkpoint("sample:")
+    >>> checkpoint.tensors["lm_head.weight"].shape, checkpoint.dtype("lm_head.weight")
+    ((2048, 256), 'bf16')
     """
     found = find(model)
     folder = found.path if found.path.is_dir() else found.path.parent

@@ -72,7 +72,11 @@ def find(model: str | Path | None) -> Found:
 
 
 def locate(model: str | Path | None) -> Path:
-    """What `find` gives, without its notes."""
+    """What `find` gives, without its notes.
+
+    >>> sorted(path.name for path in locate("sample:").glob("*.json"))[:2]
+    ['config.json', 'generation_config.json']
+    """
     return find(model).path
 
 

@@ -144,7 +144,12 @@ def normalise(raw: dict[str, Any], where: object) -> ModelConfig:
 
 
 def load_config(folder: Path) -> ModelConfig:
-    """Read and normalise `folder`/config.json; raises CheckpointError."""
+    """Read and normalise `folder`/config.json; raises CheckpointError.
+
+    >>> from dsconvert.checkpoints.locate import locate
+    >>> load_config(locate("sample:")).hidden_size
+    256
+    """
     path = folder / "config.json"
     return normalise(load_json(path), path)
 

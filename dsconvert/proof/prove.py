@@ -90,6 +90,13 @@ def prove(
 
     Raises ConversionError when something cannot be compared at all: a file that cannot be read, another
     model, text that is too short. What can be compared and is wrong is a failed Check.
+
+    >>> from converters.outputs import open_output, open_reference
+    >>> from dsconvert.checkpoints.locate import locate
+    >>> reference, opened = open_reference("sample:"), open_output(locate("sample:"))
+    >>> events = list(prove(opened, reference, ProofOptions(windows=1, length=64)))
+    >>> all(event.passed for event in events if isinstance(event, Check))
+    True
     """
     for note in (*reference.notes, *opened.notes):
         yield Warn(note)
