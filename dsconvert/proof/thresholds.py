@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from dsconvert.errors import UsageError
 from dsconvert.events import Check
-from dsconvert.proof.nearest_rows import most_lost
+from dsconvert.proof.nearest_rows import most_loss, most_lost
 from dsconvert.proof.row_faults import told
 
 if TYPE_CHECKING:
@@ -124,9 +124,6 @@ SNR_FLOOR: dict[str, float] = {
     "exl2_2": 0.5,
 }
 ANY_FLOOR = 3.0
-# Squared error of a linear's outputs by that of plain rounding. Measured on the sample and random models, all
-# types and settings: .18 to 1.39; of a linear that is zero 2.6 (tq2_0), 3.7 (2-bit GPTQ), else 6.5 and more.
-MOST_LOSS = 2.0
 _BITS = re.compile(r"(q|iq|tq)\d|mxfp4")
 
 
@@ -235,7 +232,7 @@ def _lost_too_much(tensor: TensorError) -> bool:
 
 
 def _worse_than_rounded(tensor: TensorError) -> bool:
-    return tensor.loss is not None and not tensor.loss <= MOST_LOSS
+    return tensor.loss is not None and not tensor.loss <= most_loss(tensor.type)
 
 
 def _below_floor(tensor: TensorError) -> bool:
@@ -248,7 +245,7 @@ def _due(tensor: TensorError) -> str:
         return f"{tensor.type} should reach {snr_floor(tensor.type):g} dB"
     if not _lost_too_much(tensor):
         more = f"its outputs' error is {tensor.loss:.2f} times that of rounding to {tensor.type} to nearest"
-        return f"{more}, limit {MOST_LOSS:g}"
+        return f"{more}, limit {most_loss(tensor.type):g}"
     limit = f"limit {most_lost(tensor.type):g} dB"
     return f"{tensor.lost:.1f} dB less than rounding to {tensor.type} to nearest, {limit}"
 
@@ -268,10 +265,10 @@ def _sound(tensors: tuple[TensorError, ...]) -> Check:
         )
     ran = [t for t in tensors if t.loss is not None]
     if ran:
-        most = max(ran, key=lambda t: t.loss or 0.0)
+        most = max(ran, key=lambda t: (t.loss or 0.0) / most_loss(t.type))
         detail += (
             f"; their outputs' error is {most.loss:.2f} times the rounded ones' at most ({most.name}, limit "
-            f"{MOST_LOSS:g})"
+            f"{most_loss(most.type):g})"
         )
     return Check("weights", True, detail, worst.snr)
 

@@ -27,7 +27,6 @@ from dsconvert.models.tensor_table import plan
 TOKENS = 300
 LIMIT = 1e-9
 CALIB = ("--calib", "builtin", "--calib-samples", "8", "--calib-len", "128")
-# Of a random model's tokens, all nearly as likely, rounding moves the first: every other check is run.
 # The keys that llama.cpp's converter writes of a model, without the prefix, beside the usual ones.
 USUAL = {
     "block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",

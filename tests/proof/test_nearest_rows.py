@@ -10,7 +10,7 @@ import pytest
 
 from converters.gguf.qtypes import QTYPES
 from converters.gguf.rounding import nearest
-from dsconvert.proof.nearest_rows import lost, most_lost
+from dsconvert.proof.nearest_rows import lost, most_loss, most_lost
 from dsconvert.proof.row_faults import faults
 from dsconvert.proof.row_sums import Matrix
 
@@ -131,3 +131,4 @@ def test_types_that_store_values_as_given_lose_nothing_by_another_copy() -> None
 def test_error_feedback_may_lose_more_than_importance() -> None:
     assert most_lost("q2_k") == most_lost("iq4_xs") == 3.0
     assert most_lost("gptq2") == most_lost("exl2_3") == 5.0
+    assert most_loss("q2_k") < most_loss("gptq4") == most_loss("exl2_3")
