@@ -155,6 +155,22 @@ def test_the_page_on_architectures_shows_a_real_file_and_every_field() -> None:
     assert fields == set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", page, re.MULTILINE))))
 
 
+def test_the_page_on_types_shows_a_real_change() -> None:
+    """Every file of the page's diff has its lines, those of a hunk in one piece."""
+    page = (ROOT / "docs" / "add-a-quant-type.md").read_text(encoding="utf-8")
+    diff = page.split("```diff\n")[1].split("```")[0]
+    files = re.split(r"^\+\+\+ b/(.*)\n", diff, flags=re.MULTILINE)[1:]
+    shown = dict(zip(files[::2], files[1::2], strict=True))
+    assert len(shown) >= 4
+    for name, text in shown.items():
+        source = (ROOT / name).read_text(encoding="utf-8")
+        hunks = re.split(r"^@@.*\n", text.split("\n--- ")[0], flags=re.MULTILINE)[1:]
+        assert hunks, name
+        for hunk in hunks:
+            kept = "\n".join(line[1:] for line in hunk.splitlines() if not line.startswith("-"))
+            assert kept in source, (name, kept)
+
+
 def test_the_page_on_the_architecture_prints_the_imports() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     code = page.split('python -c "', 1)[1].split('\n"\n', 1)[0]

@@ -173,6 +173,7 @@ MIXTURES: dict[str, Mixture] = {
     "tq1_0": Mixture(36, "tq1_0", embedding="q4_k"),
     "tq2_0": Mixture(37, "tq2_0", embedding="q4_k"),
     "mxfp4_moe": Mixture(38, "mxfp4", output="q8_0", flat="q8_0"),
+    "nvfp4": Mixture(39, "nvfp4"),
 }
 ALIASES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}
 FILE_TYPES: dict[str, int] = {name: mixture.file_type for name, mixture in MIXTURES.items()}

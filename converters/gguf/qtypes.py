@@ -58,6 +58,7 @@ QTYPES: dict[str, QType] = {
         QType("tq1_0", 34, 256, 54, "q4_0"),
         QType("tq2_0", 35, 256, 66, "q4_0"),
         QType("mxfp4", 39, 32, 17, "f16"),
+        QType("nvfp4", 40, 64, 36, "f16"),
     )
 }
 
@@ -72,7 +73,6 @@ FOREIGN: tuple[QType, ...] = (
     QType("i64", 27, 1, 8),
     QType("f64", 28, 1, 8),
     QType("iq1_m", 29, 256, 56),
-    QType("nvfp4", 40, 64, 36),
     QType("q1_0", 41, 128, 18),
     QType("q2_0", 42, 64, 18),
 )

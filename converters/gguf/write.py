@@ -152,7 +152,7 @@ def _refuse(chunk: Chunk, flags: int, allow_nonfinite: bool) -> None:
         if chunk.name.startswith(PROJECTOR):
             option = "--mmproj-quant bf16 or f32"
         raise QuantizationError(
-            f"holds values too large for the float16 numbers of type {names}",
+            f"holds values too large for the scales or numbers of type {names}",
             where=chunk.source,
             hint=f"Keep this tensor in 32 bits: {option}",
         )

@@ -58,6 +58,7 @@ LIMITS: dict[str, Thresholds] = {
     "tq1": Thresholds(4.00, 30.0, 1.2),
     "tq2": Thresholds(4.00, 30.0, 1.2),
     "mxfp4": Thresholds(0.70, 1.80, 0.4),
+    "nvfp4": Thresholds(0.70, 1.80, 0.4),
     "gptq8": Thresholds(0.005, 1.01, 0.04),
     "gptq4": Thresholds(0.70, 1.80, 0.4),
     "gptq3": Thresholds(1.50, 3.00, 0.7),
@@ -106,6 +107,7 @@ SNR_FLOOR: dict[str, float] = {
     # iq2_s 4.3, iq2_xxs 2.1, tq 1.6).
     "iq4": 12.0,
     "mxfp4": 9.0,
+    "nvfp4": 12.0,
     "iq3": 5.0,
     "iq2": 1.0,
     "tq1": 0.5,
@@ -124,7 +126,7 @@ SNR_FLOOR: dict[str, float] = {
     "exl2_2": 0.5,
 }
 ANY_FLOOR = 3.0
-_BITS = re.compile(r"(q|iq|tq)\d|mxfp4")
+_BITS = re.compile(r"(q|iq|tq)\d|(mx|nv)fp4")
 
 
 @dataclass(frozen=True)

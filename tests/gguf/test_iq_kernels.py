@@ -1,4 +1,4 @@
-"""iq, tq and mxfp4 types against ggml's bytes, without a matrix and at the edges of their own searches."""
+"""iq, tq and fp4 types against ggml's bytes, without a matrix and at the edges of their own searches."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dsconvert.compile import kernel
 
 needs_ggml = pytest.mark.skipif(not ggml_oracle.available(), reason=ggml_oracle.MISSING)
 GRIDS = tuple(grids.DISTANCES)
-TYPES = [name for name in QTYPES if name[0] in "itm"]
+TYPES = [name for name in QTYPES if name[0] in "itmn"]
 each_type = pytest.mark.parametrize("name", TYPES)
 each_iq = pytest.mark.parametrize("name", [name for name in TYPES if name[0] == "i"])
 each_grid = pytest.mark.parametrize("name", GRIDS)
@@ -85,7 +85,21 @@ def test_mxfp4_next_to_powers_of_two() -> None:
 
 
 @needs_ggml
-@pytest.mark.parametrize("name", ["tq1_0", "tq2_0", "mxfp4"])
+def test_nvfp4_at_every_scale_and_between() -> None:
+    """Scales are rounded halves up, and the last exponent is the largest number alone."""
+    exact = np.concatenate(
+        [np.arange(8) / 512, np.outer(2.0 ** np.arange(-6, 9), 1 + np.arange(8) / 8).ravel()]
+    )
+    near = np.concatenate([exact, (exact[:-1] + exact[1:]) / 2]).astype(np.float32) * np.float32(6)
+    near = np.concatenate([near, np.nextafter(near, np.float32(0)), np.nextafter(near, np.float32(1e9))])
+    rows = near[:, None] * np.tile(np.linspace(-1, 1, 16, dtype=np.float32), 4)
+    assert_same_bytes("nvfp4", rows)
+    assert ours("nvfp4", rows[np.abs(rows).max(axis=1) <= 2688])[1] == 0
+    assert ours("nvfp4", rows[np.abs(rows).max(axis=1) > 2688])[1] == OVERFLOW
+
+
+@needs_ggml
+@pytest.mark.parametrize("name", ["tq1_0", "tq2_0", "mxfp4", "nvfp4"])
 def test_a_matrix_changes_nothing(name: str) -> None:
     rng = np.random.default_rng(34)
     rows, importance = rng.standard_normal((3, 512)).astype(np.float32), rng.random(512, np.float32)

@@ -193,7 +193,7 @@ def test_aliases_and_file_types() -> None:
     assert mixtures.canonical("Q4_K") == "q4_k_m"
     assert mixtures.default_type("q3_k") == "q3_k"
     assert FILE_TYPES["q4_0"] == 2
-    assert len(set(FILE_TYPES.values())) == len(MIXTURES) == 31
+    assert len(set(FILE_TYPES.values())) == len(MIXTURES) == 32
 
 
 def test_file_types_are_those_of_the_gguf_library() -> None:
@@ -267,6 +267,7 @@ IQ_CHOICES = {
     ),
     "tq1_0": ("tq1_0", "tq1_0", "tq1_0 tq1_0", "tq1_0", "tq1_0", "tq1_0", "tq1_0*16", "q4_k", "q6_k"),
     "tq2_0": ("tq2_0", "tq2_0", "tq2_0 tq2_0", "tq2_0", "tq2_0", "tq2_0", "tq2_0*16", "q4_k", "q6_k"),
+    "nvfp4": ("nvfp4", "nvfp4", "nvfp4 nvfp4", "nvfp4", "nvfp4", "nvfp4", "nvfp4*16", "nvfp4", "q6_k"),
     "mxfp4_moe": ("q8_0", "q8_0", "q8_0 q8_0", "q8_0", "q8_0", "q8_0", "q8_0*16", "q8_0", "q8_0"),
 }
 
@@ -324,6 +325,7 @@ def test_experts_are_what_mxfp4_is_for() -> None:
         ("tq2_0", 96, "q4_0"),
         ("iq4_nl", 40, "f16"),
         ("mxfp4_moe", 40, "f16"),
+        ("nvfp4", 96, "f16"),
     ],
 )
 def test_rows_that_do_not_fit_fall_back(quant: str, columns: int, expected: str) -> None:

@@ -27,7 +27,7 @@ from dsconvert.proof.runtime_rounding import ROUNDINGS, rounded_inputs  # noqa: 
 
 KEY = b"llama.rope.freq_base"
 QUANTS = ("bf16", "q8_0", "q4_k_m")
-FEW_BITS = ("iq4_nl", "iq4_xs", "iq3_s", "iq3_xxs", "iq2_m", "iq2_xs", "iq2_xxs", "tq1_0", "tq2_0")
+FEW_BITS = ("iq4_nl", "iq4_xs", "iq3_s", "iq3_xxs", "iq2_m", "iq2_xs", "iq2_xxs", "tq1_0", "tq2_0", "nvfp4")
 
 
 def test_rounded_inputs_are_what_each_linear_sees() -> None:

@@ -1,6 +1,7 @@
-"""mxfp4, tq1_0 and tq2_0: the largest magnitude gives the scale, and there is nothing to search for.
+"""mxfp4, nvfp4, tq1_0 and tq2_0: the largest magnitude gives the scale, and there is nothing to search for.
 
     mxfp4   17 bytes   32 values: a power of two (its exponent, 127 added); 16 bytes of levels, two a byte
+    nvfp4   36 bytes   64 values: a float of 8 bits (e4m3) for each 16; 32 bytes of levels, two a byte
     tq1_0   54 bytes  256 values -d, 0 or d: 48 and 4 bytes of five and four digits to base 3; f16 d
     tq2_0   66 bytes  256 values -d, 0 or d: 64 bytes of four digits to base 4; f16 d
 
@@ -20,11 +21,13 @@ from numpy import float32, uint8, uint32
 
 from converters.gguf.kernels.kq_lanes import ONE, ZERO, Bytes, Floats
 from converters.gguf.kernels.kq_pack import store_half
-from converters.gguf.kernels.widen import Bits, as_float, flags_of, magnitude
+from converters.gguf.kernels.widen import INFINITY, Bits, as_float, flags_of, magnitude
 from dsconvert.compile import inlined, kernel
 
+SIX = float32(6)
 # Twice the values of a 4-bit float (e2m1); the levels from 8 on are these below 0.
 FLOAT4 = np.array([0, 1, 2, 3, 4, 6, 8, 12], dtype=np.float32)
+LARGEST = uint32(0x45280000)  # the bits of 6 * 448: the largest level of the largest scale of nvfp4
 
 
 @inlined
@@ -44,9 +47,52 @@ def _half_power(exponent: Any) -> Any:
     return uint32(shifted).view(np.float32)
 
 
+@inlined
+def _put_levels(values: Floats, d: Any, levels: Bytes, least: Floats, out: Bytes) -> None:
+    """The level of the least distance for each value, of several the one nearest to zero; two a byte."""
+    for j in range(len(levels)):
+        least[j] = abs(values[j])
+        levels[j] = 0
+    for k in range(1, 8):
+        value = FLOAT4[k] * d
+        for j in range(len(levels)):
+            distance = abs(value - abs(values[j]))
+            nearer = distance < least[j]
+            least[j] = distance if nearer else least[j]
+            levels[j] = uint8(k) if nearer else levels[j]
+    for j in range(len(levels)):
+        levels[j] |= uint8(8) if values[j] < ZERO and levels[j] else uint8(0)
+    for j in range(len(levels) // 2):
+        out[j] = levels[j] | levels[len(levels) // 2 + j] << 4
+
+
+@inlined
+def _float8(x: Any) -> Any:
+    """The bits of `x`, not negative, as a float of 4 bits of exponent and 3 of mantissa: halves go up.
+
+    What lies in the last of the exponents becomes the largest number, 448.
+    """
+    bits = uint32(float32(x).view(np.uint32))
+    exponent = int(bits >> uint32(23)) - 120
+    mantissa = int(bits >> uint32(20) & uint32(7)) + int(bits >> uint32(19) & uint32(1))
+    normal = 8 * exponent + mantissa  # a carry runs into the exponent
+    small = min(int(min(x, ONE) * float32(512) + float32(0.5)), 7)
+    found = min(normal, 0x7E) if exponent < 15 else 0x7E
+    found = 0x7E if found >= 0x78 else found
+    return uint8(small if exponent <= 0 else found)
+
+
+@inlined
+def _half_of_float8(bits: Any) -> Any:
+    """Half the value of such a float: FLOAT4 is doubled."""
+    exponent, mantissa = int(bits) >> 3, float32(int(bits) & 7)
+    power = uint32(uint32(exponent + 119) << uint32(23)).view(np.float32)
+    return float32((ONE + mantissa / float32(8)) * power if exponent else mantissa * float32(2.0**-10))
+
+
 @kernel
 def quantize_mxfp4(x: Bits, out: Bytes) -> int:
-    """The level of the least distance, of several the one nearest to zero."""
+    """The scale is a power of two, by the exponent of the largest value."""
     values, levels, least = np.empty(32, np.float32), np.empty(32, np.uint8), np.empty(32, np.float32)
     top = uint32(0)
     for n in range(len(x)):
@@ -56,23 +102,27 @@ def quantize_mxfp4(x: Bits, out: Bytes) -> int:
         if largest:
             # The logarithm as float32, whose rounding can reach the next power: that is ggml's exponent.
             exponent = math.floor(math.log2(uint32(largest).view(np.float32))) + 125 & 255
-        d = _half_power(exponent)
-        for j in range(32):
-            least[j] = abs(values[j])
-            levels[j] = 0
-        for k in range(1, 8):
-            value = FLOAT4[k] * d
-            for j in range(32):
-                distance = abs(value - abs(values[j]))
-                nearer = distance < least[j]
-                least[j] = distance if nearer else least[j]
-                levels[j] = uint8(k) if nearer else levels[j]
         out[n, 0] = exponent
-        for j in range(32):
-            levels[j] |= uint8(8) if values[j] < ZERO and levels[j] else uint8(0)
-        for j in range(16):
-            out[n, 1 + j] = levels[j] | levels[16 + j] << 4
+        _put_levels(values, _half_power(exponent), levels, least, out[n, 1:])
     return int(flags_of(top, False))
+
+
+@kernel
+def quantize_nvfp4(x: Bits, out: Bytes) -> int:
+    """A finer scale for each 16 values; what is beyond the largest scale is cut off, and flagged."""
+    values, levels, least = np.empty(64, np.float32), np.empty(16, np.uint8), np.empty(16, np.float32)
+    top = uint32(0)
+    for n in range(len(x)):
+        top = max(top, _widen(x, n, values))
+        for part in range(4):
+            own = values[16 * part : 16 * part + 16]
+            largest = ZERO
+            for j in range(16):
+                largest = max(largest, abs(own[j]))
+            scale = _float8(largest / SIX)
+            out[n, part] = scale
+            _put_levels(own, _half_of_float8(scale), levels, least, out[n, 4 + 8 * part : 12 + 8 * part])
+    return int(flags_of(top, LARGEST < top < INFINITY))
 
 
 @inlined
@@ -130,6 +180,7 @@ def quantize_tq2_0(x: Bits, out: Bytes) -> int:
 
 KERNELS: dict[str, Callable[[Bits, Bytes], int]] = {
     "mxfp4": quantize_mxfp4,
+    "nvfp4": quantize_nvfp4,
     "tq1_0": quantize_tq1_0,
     "tq2_0": quantize_tq2_0,
 }
