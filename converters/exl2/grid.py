@@ -24,9 +24,7 @@ SHIFTS = (-4, -3, -2, -1, 0, 1)
 HALF_MAX = 65504.0
 # Its 256th part is the least float16: with a largest scale below it all weights would be 0.
 LEAST = 2.0**-24 * STEPS**2
-# Weights tried at once: on a CPU what its caches hold, elsewhere what keeps the device busy.
-CHUNK = {"cpu": 1 << 18}
-CHUNK_ELSEWHERE = 1 << 25
+CHUNK = 1 << 25  # weights tried at once on a device: what keeps it busy
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,11 +90,27 @@ def from_codes(codes: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Ten
 
 
 def _errors(w: torch.Tensor, scale: torch.Tensor, cost: torch.Tensor, zero: int) -> torch.Tensor:
-    """The error of each column with each of the scales [P, N], float64 [P, N]; in pieces of both."""
+    """The error of each column with each of the scales [P, N], float64 [P, N]."""
+    if w.device.type != "cpu":
+        return errors_by_torch(w, scale, cost, zero)
+    import torch
+
+    from dsconvert.quantization.kernels import by_outputs
+    from dsconvert.quantization.kernels.tries import errors
+
+    total = torch.empty(scale.shape, dtype=torch.float64)
+    by_outputs(errors, w.shape[1], w.contiguous(), scale, cost.contiguous(), zero, total)
+    return total
+
+
+def errors_by_torch(
+    w: torch.Tensor, scale: torch.Tensor, cost: torch.Tensor, zero: int, chunk: int = CHUNK
+) -> torch.Tensor:
+    """As `kernels.tries.errors`, on any device, in pieces of `chunk` weights."""
     import torch
 
     (rows, columns), tries = w.shape, len(scale)
-    room = max(CHUNK.get(w.device.type, CHUNK_ELSEWHERE) // rows, 1)
+    room = max(chunk // rows, 1)
     width = min(columns, room)
     at_once = min(max(room // width, 1), tries)
     total, inverse = scale.new_empty(scale.shape), scale.reciprocal()

@@ -114,12 +114,16 @@ def row_error(w: torch.Tensor, bits: int, cost: torch.Tensor, row: int) -> float
 
 
 @pytest.mark.parametrize("chunk", [1, 96 * 7, 96 * 33 * 2, 1 << 30])
-def test_pieces_of_any_size_give_the_same(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    w = weights(96, 33)
-    whole = [find_grid(w, bits, costs(96)) for bits in BITS]
-    monkeypatch.setattr(grid_module, "CHUNK", {"cpu": chunk})
-    for bits, expected in zip(BITS, whole, strict=True):
-        assert_same(find_grid(w, bits, costs(96)), expected)
+@pytest.mark.parametrize("columns", [33, 130])
+def test_the_compiled_loop_sums_the_errors_that_torch_does(chunk: int, columns: int) -> None:
+    """In pieces of any size."""
+    w, cost = weights(96, columns), costs(96)
+    scale = w.abs().amax(0) / torch.tensor([[0.7], [3.0], [9.0]])
+    for bits in BITS:
+        own = grid_module._errors(w, scale, cost, 1 << (bits - 1))
+        torchs = grid_module.errors_by_torch(w, scale, cost, 1 << (bits - 1), chunk)
+        assert own.dtype == torchs.dtype == torch.float64
+        assert torch.allclose(own, torchs, rtol=CLOSE)
 
 
 def assert_same(a: Grid, b: Grid) -> None:
