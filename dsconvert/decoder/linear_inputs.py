@@ -8,10 +8,10 @@ linears before it then run once and not twice.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
-from unittest import mock
 
 import numpy as np
 
@@ -158,18 +158,26 @@ def _mlp(block: st.Block) -> Run:
     return run
 
 
+class _Reached(Exception):
+    """Ends a run at the linear whose inputs were asked for."""
+
+
 def _input_of(linear: torch.nn.Linear, run: Run) -> Run:
     """What `linear` is given while `run` runs; it is not computed itself."""
 
     def watched(x: torch.Tensor) -> torch.Tensor:
         seen: list[torch.Tensor] = []
 
-        def skipped(given: torch.Tensor) -> torch.Tensor:
-            seen.append(given)
-            return given.new_zeros(*given.shape[:-1], linear.out_features)
+        def stop(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            seen.append(args[0])
+            raise _Reached
 
-        with mock.patch.object(linear, "forward", skipped):
-            run(x)
+        handle = linear.register_forward_pre_hook(stop)
+        try:
+            with suppress(_Reached):
+                run(x)
+        finally:
+            handle.remove()
         return seen[0]
 
     return watched
