@@ -15,7 +15,7 @@ from typing import Any
 from dsconvert.checkpoints import bus_error
 from dsconvert.checkpoints.locate import SAMPLE, SAMPLE_VL, find, locate
 from dsconvert.checkpoints.rounding import nearest
-from dsconvert.checkpoints.safetensors_reader import READABLE, Stored, plain
+from dsconvert.checkpoints.safetensors_reader import READABLE, Stored
 from dsconvert.checkpoints.source_files import SourceFile, remember, small_files, weight_files
 from dsconvert.checkpoints.spelling import LEFTOVERS, respelled
 from dsconvert.checkpoints.weight_files import Weights, open_file, open_weights
@@ -66,9 +66,9 @@ class Checkpoint:
         is widened and f64 rounded. A scalar is one row. Raises CheckpointError for a type that is not read.
         """
         tensor = self._tensor(name)
-        if tensor.data is None:
+        if not tensor.readable:
             raise _unreadable(name, tensor)
-        return plain(tensor.data[start:stop] if tensor.shape else tensor.data.reshape(1))
+        return tensor.rows(start, stop)
 
     def float32(self, name: str) -> Floats:
         """The values in float32, a fresh writable array of the stored shape; raises CheckpointError."""
@@ -84,7 +84,7 @@ class Checkpoint:
         """Raise CheckpointError for the first of `names` whose stored type `rows` would refuse."""
         for name in names:
             tensor = self._tensor(name)
-            if tensor.data is None:
+            if not tensor.readable:
                 raise _unreadable(name, tensor)
 
     def _tensor(self, name: str) -> Stored:

@@ -6,6 +6,7 @@ import json
 import math
 import mmap
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,10 @@ class Stored:
     """One tensor of a weight file.
 
     `dtype` is "bf16", "f16", "f32" or another type's name in lower case. `data` is a read-only view of
-    the mapped file in the stored shape (uint16 for bf16), None for a type that is not read. `offset` is
-    the first byte in the file, None where the bytes are not in one piece.
+    the mapped file in the stored shape (uint16 for bf16), None for a type that is no plain number. `offset`
+    is the first byte in the file, None where the bytes are not in one piece. `decode` reads what no view can
+    show, scaled bytes for example: it takes the first of some rows and the end of them, and returns them as
+    `rows` does. A type without either is not read.
     """
 
     path: Path
@@ -60,6 +63,19 @@ class Stored:
     nbytes: int
     offset: int | None
     data: Array | None = field(repr=False)
+    decode: Callable[[int, int], Array] | None = field(repr=False, default=None)
+
+    @property
+    def readable(self) -> bool:
+        """Whether its values are known here."""
+        return self.data is not None or self.decode is not None
+
+    def rows(self, start: int, stop: int) -> Array:
+        """Rows `start` to `stop` - 1, the bits of bf16 or float32, C-contiguous; a scalar is one row."""
+        if self.decode is not None:
+            return self.decode(start, min(stop, self.shape[0]))
+        assert self.data is not None  # its type is readable
+        return plain(self.data[start:stop] if self.shape else self.data.reshape(1))
 
 
 def read_safetensors(path: Path) -> dict[str, Stored]:
@@ -110,8 +126,14 @@ def plain(data: Array) -> Array:
 
 def part_of(stored: Stored, start: int, stop: int, shape: tuple[int, ...]) -> Stored:
     """Rows `start` to `stop` - 1 of a tensor of a readable type as a tensor of its own, of this shape."""
-    assert stored.data is not None  # its type is readable
     row = stored.nbytes // stored.shape[0]
+    if stored.data is None:
+        return replace(
+            stored,
+            shape=shape,
+            nbytes=(stop - start) * row,
+            decode=lambda a, b: stored.rows(start + a, start + b),
+        )
     return replace(
         stored,
         shape=shape,

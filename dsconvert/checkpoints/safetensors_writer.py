@@ -51,13 +51,33 @@ def from_array(array: npt.NDArray[Any]) -> Piece:
     return Piece(NAMES[kind], array.shape, chunks)
 
 
+def _decoded(stored: Stored) -> Piece:
+    """A piece of the rows that a storage of its own kind stands for, in bf16 or float32."""
+    kind = stored.rows(0, 0).dtype
+    step = max(1, CHUNK * stored.shape[0] // (math.prod(stored.shape) * kind.itemsize or 1))
+
+    def chunks() -> Iterator[bytes | memoryview]:
+        for start in range(0, stored.shape[0], step):
+            yield (
+                stored.rows(start, start + step)
+                .astype(kind.newbyteorder("<"))
+                .reshape(-1)
+                .view(np.uint8)
+                .data
+            )
+
+    return Piece(NAMES[kind.name], stored.shape, chunks)
+
+
 def from_bytes(dtype: str, shape: tuple[int, ...], data: bytes) -> Piece:
     """A piece of its bytes; `dtype` is the format's type name."""
     return Piece(dtype, shape, lambda: iter((data,)))
 
 
 def from_stored(stored: Stored) -> Piece:
-    """A piece copied as it is from a weight file; float64 becomes float32."""
+    """A piece copied as it is from a weight file; float64 becomes float32, what is decoded its numbers."""
+    if stored.decode is not None:
+        return _decoded(stored)
     if stored.offset is None or stored.dtype == "f64":
         assert stored.data is not None  # it and strided tensors are of readable types
         return from_array(stored.data)
