@@ -86,7 +86,7 @@ def run(options: Options, windows: int) -> Floats:
 
 
 def setting(given: argparse.Namespace, model: str, scheme: dict[str, int], folder: Path) -> int:
-    """All results of one model, width and group size, a line each; gives how many are worse."""
+    """All results of one model, width and group size, a line each; returns how many are worse."""
     shared: dict[str, Any] = {
         **scheme, "out": folder / "out", "calib": "builtin", "calib_samples": given.samples,
         "calib_len": given.length, "mse": not given.no_mse, "effort": "off", "force": True,

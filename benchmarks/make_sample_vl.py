@@ -55,7 +55,7 @@ def towers(config: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def tokenizer(sample: Path, out: Path) -> int:
-    """The sample's tokenizer with the token for pictures after its last one; gives the token's id."""
+    """The sample's tokenizer with the token for pictures after its last one; returns the token's id."""
     library = Tokenizer.from_file(str(sample / "tokenizer.json"))
     library.add_special_tokens([AddedToken(IMAGE, special=True, normalized=False)])
     library.save(str(out / "tokenizer.json"))

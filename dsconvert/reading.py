@@ -175,7 +175,7 @@ def _check_surrogates(value: Any, place: str = "the value") -> None:
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise ValueError(f"{place} holds half a surrogate pair, which is no text") from None
+            raise ValueError(f"{place} holds half a surrogate pair, which is not text") from None
     elif isinstance(value, dict):
         for key, item in value.items():
             _check_surrogates(key, f"the key {ascii(key)[:80]}")

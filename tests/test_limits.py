@@ -208,15 +208,15 @@ def test_values_without_end_are_drawn_at_the_edge_or_told() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["exl2", "x", "--bpw", "nan"], "no finite number"),
-        (["exl2", "x", "--damp", "nan"], "no finite number"),
-        (["gptq", "x", "--damp", "nan"], "no finite number"),
-        (["verify", "x", "--max-kld", "nan"], "no finite number"),
-        (["verify", "x", "--min-top1", "inf"], "no finite number"),
-        (["gguf", "x", "--split-max-size", "²"], "is no size"),
-        (["gguf", "x", "--split-max-size", "9" * 5000], "is no size"),
-        (["gguf", "x", "--split-max-size", "0G"], "is no size"),
-        (["gguf", "x", "--split-max-size", "-1"], "is no size"),
+        (["exl2", "x", "--bpw", "nan"], "not a finite number"),
+        (["exl2", "x", "--damp", "nan"], "not a finite number"),
+        (["gptq", "x", "--damp", "nan"], "not a finite number"),
+        (["verify", "x", "--max-kld", "nan"], "not a finite number"),
+        (["verify", "x", "--min-top1", "inf"], "not a finite number"),
+        (["gguf", "x", "--split-max-size", "²"], "is not a size"),
+        (["gguf", "x", "--split-max-size", "9" * 5000], "is not a size"),
+        (["gguf", "x", "--split-max-size", "0G"], "is not a size"),
+        (["gguf", "x", "--split-max-size", "-1"], "is not a size"),
     ],
 )
 def test_numbers_that_no_command_can_use_are_refused(words: list[str], said: str) -> None:

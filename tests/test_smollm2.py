@@ -265,7 +265,7 @@ def test_more_bits_are_nearer_but_for_the_fallback_of_q5_k(
 ) -> None:
     """Plain q5_k_m is no better than q4_k_m on this model, in llama-quantize's files as in ours.
 
-    Rows of 576 are no multiple of 256: q4_k falls back to q5_0 there, q5_k to q5_1. These weights were 16
+    Rows of 576 are not a multiple of 256: q4_k falls back to q5_0 there, q5_k to q5_1. These weights were 16
     levels between the two ends of each 32 values. q5_1 lays 32 levels between the same ends, which misses
     most of the 16 (error 0.046 of the weights' size; q5_0's is 0.043); the search with an importance matrix
     finds them (0.0014), and the order is whole again.

@@ -182,7 +182,7 @@ class _Adding:
                 raise _contradiction(found, self.library, self.folder)
             self.notes.append(
                 f"{LIST} gives the id {token.id} to {name!r}, tokenizer.json to {owner[:60]!r}: the latter "
-                f"wins, and {name!r} is no token"
+                f"wins, and {name!r} is not a token"
             )
             return
         if token.id == NO_ID and _next_id(self.library, self.added) >= self.rows:

@@ -78,9 +78,9 @@ def image_token(tokenizer: TokenizerData, text: str, stated: object, folder: Pat
     """
     known = {token: i for i, token in enumerate(tokenizer.tokens) if tokenizer.types[i] == CONTROL}
     if text and text not in known:
-        why = f"processor_config.json names {text[:60]!r}, which is no special token of the tokenizer"
+        why = f"processor_config.json names {text[:60]!r}, which is not a special token of the tokenizer"
     elif not text and stated not in known.values():
-        why = f"config.json gives the id {stated!r}, which is no special token of the tokenizer"
+        why = f"config.json gives the id {stated!r}, which is not a special token of the tokenizer"
     elif text and stated is not None and stated != known[text]:
         why = f"{text[:60]!r} is token {known[text]}, config.json says {stated!r}"
     else:

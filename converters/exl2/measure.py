@@ -192,7 +192,7 @@ def load(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Measured:
         stated = {name: tuple(shape) for name, shape in found["shapes"].items()}
     except Exception as error:  # of any kind: the file may be anyone's
         raise CheckpointError(
-            "is no measurement that can be read",
+            "is not a readable measurement",
             where=path,
             why=f"{type(error).__name__}: {str(error)[:120]}",
             hint=REMAKE,

@@ -56,7 +56,7 @@ def write(
     solved: Mapping[str, Piece],
     fell_back: Mapping[str, str],
 ) -> int:
-    """Write the folder, of what is kept and of the `solved` tensors; gives the bytes of its weights."""
+    """Write the folder, of what is kept and of the `solved` tensors; returns the bytes of its weights."""
     checkpoint = job.model.checkpoint
     pieces = {out: as_half(checkpoint, name) for out, name in job.kept.items()}
     vision = {name: from_stored(checkpoint.tensors[name]) for name in job.vision}

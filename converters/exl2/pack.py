@@ -151,7 +151,7 @@ def _check(
     codes: Array, groups: Sequence[Group], scales: Array, scale_max: Array, permutation: Array
 ) -> None:
     if any(bits not in BITS or rows <= 0 or rows % 32 for bits, rows in groups):
-        raise _fault("a group has a width or a number of rows that is no EXL2", str(list(groups)))
+        raise _fault("a group has a width or a number of rows that EXL2 does not have", str(list(groups)))
     if [bits for bits, _ in groups] != sorted((bits for bits, _ in groups), reverse=True):
         raise _fault("groups are not in the order of falling widths", str(list(groups)))
     shapes = [codes.shape, scales.shape, scale_max.shape, permutation.shape]
@@ -159,13 +159,13 @@ def _check(
     if shapes != [(rows, codes.shape[-1]), (len(groups), codes.shape[-1]), (len(groups),), (rows,)]:
         raise _fault("groups, codes and scales do not fit", f"{list(groups)}; {shapes}")
     if not np.array_equal(np.sort(permutation), np.arange(rows)):
-        raise _fault("the order of the inputs is no permutation", f"of {rows}")
+        raise _fault("the order of the inputs is not a permutation", f"of {rows}")
     if codes.dtype != np.uint8 or scales.dtype != np.uint8:
-        raise _fault("codes are no bytes", f"They are {codes.dtype} and {scales.dtype}")
+        raise _fault("codes are not bytes", f"They are {codes.dtype} and {scales.dtype}")
     if int(scales.max()) >= 1 << SCALE_BITS:
         raise _fault("a scale code is above 15", f"The largest is {int(scales.max())}")
     if scale_max.dtype != np.float16 or not np.isfinite(scale_max).all() or (scale_max < 0).any():
-        raise _fault("a largest scale is no finite positive float16 value", str(scale_max))
+        raise _fault("a largest scale is not a finite positive float16 value", str(scale_max))
     start = 0
     for group in groups:
         most = int(codes[start : start + group.rows].max())

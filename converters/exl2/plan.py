@@ -58,7 +58,7 @@ class Job:
 
     @property
     def settings(self) -> str:
-        """What the bytes of a block depend on, as --resume tells it."""
+        """What the bytes of a block depend on, as --resume reports it."""
         options = self.options
         known = "made here" if self.known is None else measure.digest(self.known)
         return (
@@ -137,7 +137,7 @@ def prepare(options: Options) -> Job:
     run = options.run
     check_chat(run.calibration.chat)
     if options.head_bits not in (*HEADS, PLAIN):
-        raise UsageError(f"{options.head_bits} bits are no setting of the head", hint="Use --head-bits 6")
+        raise UsageError(f"{options.head_bits} bits are not a setting of the head", hint="Use --head-bits 6")
     model = select(run.model, language_only=True)
     folder = model.checkpoint.folder
     check_companions(folder)

@@ -127,9 +127,9 @@ class EXL2Model:
         packed = Packed(*(mapped_values(self.checkpoint.tensors[f"{linear}.{part}"]) for part in PARTS))
         path = self.checkpoint.tensors[f"{linear}.q_weight"].path
         if not np.array_equal(np.sort(packed.q_invperm), np.arange(len(packed.q_invperm))):
-            raise _damaged(path, f"{linear}.q_invperm is no permutation of {len(packed.q_invperm)} inputs")
+            raise _damaged(path, f"{linear}.q_invperm is not a permutation of {len(packed.q_invperm)} inputs")
         if not np.isfinite(packed.q_scale_max).all():
-            raise _damaged(path, f"{linear}.q_scale_max holds a value that is no finite number")
+            raise _damaged(path, f"{linear}.q_scale_max holds a value that is not a finite number")
         return packed
 
     def _dequantized(self, linear: str, start: int, stop: int) -> npt.NDArray[np.float32]:
@@ -163,7 +163,7 @@ def open_model(folder: Path) -> EXL2Model:
     method = settings.get("quant_method") if isinstance(settings, dict) else None
     if settings and method != "exl2":
         raise CheckpointError(
-            "is no EXL2 folder", where=folder, why=f"It states quant_method {quoted(method)}"
+            "is not an EXL2 folder", where=folder, why=f"It states quant_method {quoted(method)}"
         )
     checkpoint = Checkpoint(folder, *open_unindexed(folder))
     outputs = _stated_outputs(folder)
@@ -236,7 +236,7 @@ def _groups(linear: str, stored: Stored, rows: int, inputs: int) -> tuple[Group,
             return tuple(Group(*group) for group in zip(bits, counts, strict=True))
     raise _damaged(
         stored.path,
-        f"{linear}.q_groups is {quoted(table)}, which is no division of {inputs} inputs and {rows} rows of "
+        f"{linear}.q_groups is {quoted(table)}: it does not divide {inputs} inputs and {rows} rows of "
         "words into groups of falling width, each a multiple of 32 inputs",
     )
 

@@ -46,7 +46,7 @@ def named(text: str) -> Setting:
     numbers = [tuple(map(int, part.groups())) for part in parts if part]
     if len(numbers) < len(parts):
         raise UsageError(
-            f"is no EXL2 setting: {text[:80]!r}", hint='They are of the form "5b10%g128+4b90%g128"'
+            f"is not an EXL2 setting: {text[:80]!r}", hint='They are of the form "5b10%g128+4b90%g128"'
         )
     bits, percent, sizes = zip(*numbers, strict=True)
     setting = Setting(bits, percent, sizes)
@@ -98,7 +98,7 @@ def _check(setting: Setting) -> None:
     shares = min(setting.percent, default=0) > 0 and sum(setting.percent) == 100
     if not known or not falling or not shares or not len(bits) == len(setting.percent) == len(setting.sizes):
         raise UsageError(
-            f"is no EXL2 setting: {setting.text or 'nothing'}",
+            f"is not an EXL2 setting: {setting.text or 'nothing'}",
             hint=f"Widths of {', '.join(map(str, BITS))} bits from the widest down, 100 percent in all, "
             f"groups of {', '.join(map(str, GROUP_SIZES))}",
         )

@@ -47,7 +47,7 @@ def check_shapes(linears: Mapping[str, tuple[int, ...]], others: Collection[str]
     for name, shape in linears.items():
         if len(shape) != 2 or not name.endswith(".weight") or 0 in shape:
             raise QuantizationError(
-                f"is no linear's weight: shape {list(shape)}", where=name, hint="Leave it in 16 bits"
+                f"is not the weight of a linear: shape {list(shape)}", where=name, hint="Leave it in 16 bits"
             )
     for rule, name in broken_rules(linears):
         outputs, inputs = linears[name]

@@ -66,7 +66,7 @@ def prepare(W: torch.Tensor, H: torch.Tensor, damp: float) -> Problem:
     """
     if not bool(W.isfinite().all()):
         raise QuantizationError(
-            "has weights that are no finite numbers",
+            "has weights that are not finite numbers",
             hint="Fetch the checkpoint again; a training that diverged cannot be quantized",
         )
     diagonal = H.diagonal()

@@ -145,7 +145,7 @@ def _from_gguf(file: GGUFFile) -> ImportanceMatrix:
     )
     if kind != "imatrix" or not names:
         why = f"its general.type is {str(kind)[:40]!r}, it has {len(names)} entries"
-        raise CheckpointError("is no importance matrix", where=file.path, why=why)
+        raise CheckpointError("is not an importance matrix", where=file.path, why=why)
     values, unusable = quotients(
         {name + end: _flat(file, name + end) for name in names for end in (SUMS, COUNTS)}
     )
@@ -211,7 +211,7 @@ class _Bytes:
     def take(self, size: int, what: str) -> bytes:
         if size < 0 or self.at + size > len(self.data):
             raise CheckpointError(
-                "is no importance matrix, or is cut short",
+                "is not an importance matrix, or is cut short",
                 where=self.path,
                 why=f"{what} does not fit in its {len(self.data)} bytes at byte {self.at}",
                 hint="Give a file made by dsconvert imatrix or llama-imatrix",
@@ -230,7 +230,7 @@ def _from_dat(path: Path) -> ImportanceMatrix:
     source = _Bytes(path)
     n_entries = source.number("the number of entries")
     if n_entries < 1:
-        raise CheckpointError("is no importance matrix", where=path, why=f"it has {n_entries} entries")
+        raise CheckpointError("is not an importance matrix", where=path, why=f"it has {n_entries} entries")
     values: dict[str, Floats] = {}
     unusable: dict[str, str] = {}
     for number in range(n_entries):

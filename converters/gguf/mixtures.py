@@ -72,7 +72,7 @@ def choose(
     `overrides` are (pattern, type): the first pattern found in a name gives its type. Unlike
     llama-quantize they also hold when `quant` is f32, f16 or bf16. `pure` gives the default type
     to every matrix. `imatrix` says that an importance matrix is used. Raises UsageError for an unknown
-    type, for a pattern that is no regular expression or fits no matrix, and for a mixture that needs an
+    type, for a pattern that is not a regular expression or fits no matrix, and for a mixture that needs an
     importance matrix without one.
     """
     mixture = _mixture(quant)
@@ -161,7 +161,7 @@ def is_quantized(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def fitting(kind: str, columns: int) -> str:
-    """`kind`, or what llama-quantize takes instead when `columns` is no multiple of its block."""
+    """`kind`, or what llama-quantize takes instead when `columns` is not a multiple of its block."""
     if columns % QTYPES[kind].block:
         kind = QTYPES[kind].fallback
     return "f16" if columns % QTYPES[kind].block else kind
@@ -206,7 +206,9 @@ def _overridden(matrices: Sequence[str], overrides: Sequence[tuple[str, str]]) -
         try:
             found = [name for name in matrices if re.search(pattern, name)]
         except re.error as error:
-            raise UsageError("the pattern is no regular expression", where=option, why=str(error)) from None
+            raise UsageError(
+                "the pattern is not a regular expression", where=option, why=str(error)
+            ) from None
         if not found:
             raise UsageError(
                 "the pattern fits no weight matrix",

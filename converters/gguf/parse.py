@@ -256,7 +256,7 @@ def _parse(path: Path) -> GGUFFile:
     infos = [_info(cursor) for _ in range(n_tensors)]
     alignment = typed.get("general.alignment", ("uint32", 32))[1]
     if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
-        raise cursor.wrong(f"alignment {alignment!r} is no power of two")
+        raise cursor.wrong(f"alignment {alignment!r} is not a power of two")
     base = -(-cursor.at // alignment) * alignment
     tensors = {info[0]: _place(info, base, alignment, cursor) for info in infos}
     if len(tensors) != n_tensors:
@@ -267,11 +267,11 @@ def _parse(path: Path) -> GGUFFile:
 def _no_gguf(head: bytes, path: Path) -> CheckpointError:
     for beginnings, what, hint in OTHERS:
         if head.lstrip().startswith(beginnings):
-            return CheckpointError(f"is no GGUF file but {what}", where=path, hint=hint)
+            return CheckpointError(f"is not a GGUF file but {what}", where=path, hint=hint)
     if head[8:9] == b"{":
-        what = "is no GGUF file but a safetensors file"
+        what = "is not a GGUF file but a safetensors file"
         return CheckpointError(what, where=path, hint="Convert it: dsconvert gguf FILE")
-    return CheckpointError("is no GGUF file", where=path, why=f"it begins with {head[:8]!r}", hint=AGAIN)
+    return CheckpointError("is not a GGUF file", where=path, why=f"it begins with {head[:8]!r}", hint=AGAIN)
 
 
 def _of_version(version: int, path: Path) -> CheckpointError:
@@ -309,7 +309,7 @@ def _place(info: _Info, base: int, alignment: int, cursor: _Cursor) -> StoredTen
         raise cursor.wrong(f"tensor {name[:80]!r} has type {kind}, which is not known here")
     values = prod(shape)
     if values == 0 or shape[-1] % qtype.block:
-        raise cursor.wrong(f"tensor {name[:80]!r} of shape {list(shape)} is no whole number of blocks")
+        raise cursor.wrong(f"tensor {name[:80]!r} of shape {list(shape)} is not a whole number of blocks")
     nbytes = qtype.nbytes(values)
     if offset % alignment or base + offset + nbytes > len(cursor.data):
         raise cursor.wrong(f"tensor {name[:80]!r} lies outside the file, which is cut short or damaged")

@@ -52,7 +52,7 @@ def pack(
     _within("zero point", zeros, less, limit - 1)
     _within("group", g_idx, 0, len(scales) - 1)
     if scales.dtype != np.float16 or not np.isfinite(scales).all():
-        raise QuantizationError("a scale is no finite float16 value")
+        raise QuantizationError("a scale is not a finite float16 value")
     stored = zeros.astype(np.uint32) - less
     return Packed(
         qweight=pack_rows(codes, bits),

@@ -74,7 +74,7 @@ class Job:
 
     @property
     def settings(self) -> str:
-        """What the bytes of a block depend on, as --resume tells it."""
+        """What the bytes of a block depend on, as --resume reports it."""
         options = self.options
         return (
             f"{options.bits} bits, group {options.group_size}, act-order {options.act_order}, dynamic groups "

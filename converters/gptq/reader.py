@@ -92,7 +92,7 @@ class GPTQModel:
             raise _damaged(path, f"{linear}.g_idx goes from {packed.g_idx.min()} to {packed.g_idx.max()} "
                                  f"where there are {groups} groups")  # fmt: skip
         if not np.isfinite(packed.scales).all():
-            raise _damaged(path, f"{linear}.scales holds a value that is no finite number")
+            raise _damaged(path, f"{linear}.scales holds a value that is not a finite number")
         less = STORED_LESS[self.checkpoint_format]
         if less and int(unpack_rows(packed.qzeros.T, self.bits).max()) == (1 << self.bits) - 1:
             raise CheckpointError(
@@ -117,7 +117,7 @@ def open_model(folder: Path) -> GPTQModel:
     if not known or bits not in BITS or not (group_size == -1 or group_size > 0):
         found = f"quant_method {quoted(method)}, format {quoted(form)}, {bits} bits, group {group_size}"
         raise CheckpointError(
-            "is no GPTQ folder of a known kind",
+            "is not a GPTQ folder of a known kind",
             where=folder,
             why=f"It states {found}",
             hint="Known: gptq and gptq_v2 with 2, 3, 4 or 8 bits",
@@ -145,7 +145,7 @@ def _settings(folder: Path) -> dict[str, Any]:
     raise CheckpointError(
         "has no quantization_config",
         where=folder / "config.json",
-        hint="This is no quantized folder; give the one that `dsconvert gptq` wrote",
+        hint="This is not a quantized folder; give the one that `dsconvert gptq` wrote",
     )
 
 

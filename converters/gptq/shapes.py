@@ -94,7 +94,7 @@ def check_shapes(
     for name, shape in linears.items():
         if len(shape) != 2 or not name.endswith(".weight"):
             raise QuantizationError(
-                f"is no linear's weight: shape {list(shape)}", where=name, hint="Leave it in 16 bits"
+                f"is not the weight of a linear: shape {list(shape)}", where=name, hint="Leave it in 16 bits"
             )
     _check_fused(linears, others)
     for broken in broken_rules(linears, layout):

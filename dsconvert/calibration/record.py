@@ -77,7 +77,7 @@ class Calibration:
 
 
 def sample(text: TextSet, encode: Encode, ask: SampleRequest | None = None) -> Calibration:
-    """Draw calibration windows from `text`: 128 of 2048 tokens where `ask` says nothing else.
+    """Draw calibration windows from `text`: 128 of 2048 tokens unless `ask` says otherwise.
 
     `encode` turns texts into ids without special tokens. The same text, tokenizer and `ask` give the same
     windows everywhere. Raises UsageError where the text is too short, or nearly one token only.

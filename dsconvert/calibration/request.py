@@ -77,4 +77,4 @@ def calibrate(
 def check_chat(path: Path | None) -> None:
     """See that a file of conversations is there before any work; raises UsageError."""
     if path is not None and not os.path.isfile(path):  # which never raises, as Path.is_file does
-        raise UsageError("is no file", where=path, hint="Give a JSON lines file of conversations")
+        raise UsageError("is not a file", where=path, hint="Give a JSON lines file of conversations")

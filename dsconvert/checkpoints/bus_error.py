@@ -83,7 +83,7 @@ end:
 
 @cache
 def _install(pid: int) -> Any:
-    """Compile the handler for this process and hand it to the system; gives what must stay alive.
+    """Compile the handler for this process and hand it to the system; returns what must stay alive.
 
     A process forked from this one ends in the same way and leaves the parts alone, which are not its own.
     """

@@ -48,7 +48,9 @@ def parse(model: str) -> Repository | None:
     parts = parts[1:] if parts[:1] == ["models"] else parts
     found = HUB_ID.fullmatch("/".join(parts[:2]))
     if found is None or parts[0] in ("datasets", "spaces", "collections", "papers", "docs", "api"):
-        raise UsageError(f"{quoted(model)} is no model's page", hint="Give https://huggingface.co/OWNER/NAME")
+        raise UsageError(
+            f"{quoted(model)} is not the page of a model", hint="Give https://huggingface.co/OWNER/NAME"
+        )
     return Repository(found[1], found[2] or _revision(model, parts[2:]))
 
 

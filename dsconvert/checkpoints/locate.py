@@ -51,7 +51,7 @@ def find(model: str | Path | None) -> Found:
             return in_folder(path)
         exists = path.exists()
     except (OSError, ValueError) as error:
-        raise UsageError(f"{quoted(model)} is no usable path", why=short(error)) from None
+        raise UsageError(f"{quoted(model)} is not a usable path", why=short(error)) from None
     if exists and path.suffix in WEIGHTS:
         return Found(path)
     if exists:
@@ -72,7 +72,7 @@ def find(model: str | Path | None) -> Found:
 
 
 def locate(model: str | Path | None) -> Path:
-    """What `find` gives, without its notes.
+    """What `find` returns, without its notes.
 
     >>> sorted(path.name for path in locate("sample:").glob("*.json"))[:2]
     ['config.json', 'generation_config.json']

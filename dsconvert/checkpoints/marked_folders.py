@@ -81,7 +81,7 @@ def check_folder(
 def check_replaceable(out: Path) -> None:
     """Raises OutputError unless `out` is a model folder that holds nothing but a model."""
     if not out.is_dir() or not (out / "config.json").is_file():
-        raise OutputError("is no model folder", where=out, hint="Give --out another name, or remove it")
+        raise OutputError("is not a model folder", where=out, hint="Give --out another name, or remove it")
     for name in _foreign(out):
         raise OutputError(
             "holds more than a model, so it is not replaced",
@@ -118,7 +118,7 @@ def check_ours(folder: Path, kind: str, old: Callable[[Path], bool] = lambda fol
 
 
 def claim(folder: Path, kind: str, old: Callable[[Path], bool] = lambda folder: False) -> int:
-    """Make `folder` if it is not there, lock it for this process and mark it; gives the lock's descriptor.
+    """Make `folder` if it does not exist, lock and mark it for this process; returns the lock's descriptor.
 
     Raises OutputError for what is not ours, see `check_ours`, and when another process is at work there.
     """

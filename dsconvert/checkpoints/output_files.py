@@ -142,7 +142,7 @@ def part_files(
 
 
 def write_file(path: Path, data: bytes, *, replace: bool) -> None:
-    """Write a small file so that it is complete or not there; raises OutputError."""
+    """Write a small file so that it is complete or absent; raises OutputError."""
     part = PartFile(path, len(data))
     try:
         part.write(data, 0)

@@ -56,7 +56,7 @@ def write_folder(
     seen: Iterable[SourceFile] = (),
     done: Done = lambda name, piece: None,
 ) -> int:
-    """Write the folder `out`; gives the bytes of its weights.
+    """Write the folder `out`; returns the bytes of its weights.
 
     `config` is config.json of the output as the source has it, `settings` its quantization_config, `extra`
     further files by name, JSON or text, `pieces` every tensor in the order of the shards, `beside` more
@@ -136,7 +136,7 @@ def plan_shards(pieces: Mapping[str, Piece], limit: int) -> list[list[str]]:
 
 
 def _write_shards(folder: Path, pieces: Mapping[str, Piece], naming: Naming, limit: int, done: Done) -> int:
-    """One file of weights, or several; gives the bytes of the tensors."""
+    """One file of weights, or several; returns the bytes of the tensors."""
     shards = plan_shards(pieces, limit)
     total = sum(piece.nbytes for piece in pieces.values())
     if len(shards) == 1:

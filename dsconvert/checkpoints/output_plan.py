@@ -44,7 +44,9 @@ def look(path: Path) -> os.stat_result | None:
 def check_place(path: Path, suffix: str = PART) -> None:
     """See that `path`, and `path` with `suffix`, can be made; raises OutputError."""
     if path.name in ("", ".."):
-        raise OutputError("is no name for an output", where=path, hint="Give the name of a file or folder")
+        raise OutputError(
+            "cannot be the name of an output", where=path, hint="Give the name of a file or folder"
+        )
     spare = NAME_BYTES - len(os.fsencode(path.name)) - len(suffix)
     if spare < 0:
         raise OutputError(
@@ -62,7 +64,9 @@ def check_place(path: Path, suffix: str = PART) -> None:
     except OSError as error:
         raise _closed(path.parent, error) from None
     if not stat.S_ISDIR(folder.st_mode):
-        raise OutputError("is a file, no folder", where=path.parent, hint="Give another place for the output")
+        raise OutputError(
+            "is a file, not a folder", where=path.parent, hint="Give another place for the output"
+        )
     effective = os.access in os.supports_effective_ids
     if not os.access(path.parent, os.W_OK | os.X_OK, effective_ids=effective):
         raise OutputError(
@@ -117,7 +121,7 @@ def check_side_file(path: Path, *, ours: Known, kind: str, inputs: Sequence[Path
     check_no_input(path, inputs, ours)
     if found is not None and found.st_size and not ours(path):
         raise OutputError(
-            f"exists already and is no {kind}",
+            f"exists already and is not {kind}",
             where=path,
             why="Only a file of that kind is overwritten",
             hint="Give another name, or remove the file",
@@ -220,7 +224,7 @@ def _check_file(path: Path, found: os.stat_result | None) -> None:
     if found is not None and stat.S_ISLNK(found.st_mode):
         raise OutputError("is a link", where=path, hint="Give the name that it leads to, or remove the link")
     if found is not None and not stat.S_ISREG(found.st_mode):
-        raise OutputError("is no plain file", where=path, hint="Give the output another name")
+        raise OutputError("is not a regular file", where=path, hint="Give the output another name")
     part = part_of(path)
     old = look(part)
     empty = old is not None and old.st_size == 0 and stat.S_ISREG(old.st_mode)

@@ -190,7 +190,7 @@ def _header(path: Path, mapped: mmap.mmap) -> tuple[dict[str, Any], int]:
         raise damaged(path, "It is a zip archive, perhaps a PyTorch file under the wrong name")
     length = int.from_bytes(mapped[:8], "little")
     if len(mapped) < 8 or length > HEADER_LIMIT:
-        raise damaged(path, f"Its header claims {length:,} bytes, so this is no safetensors file")
+        raise damaged(path, f"Its header claims {length:,} bytes, so this is not a safetensors file")
     if length > len(mapped) - 8:
         raise damaged(path, f"Its header claims {length:,} bytes and the file ends after {len(mapped):,}")
     text = mapped[8 : 8 + length]

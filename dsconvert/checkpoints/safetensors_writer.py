@@ -113,7 +113,7 @@ def write_safetensors(
     done: Callable[[str, Piece], None] = lambda name, piece: None,
     seen: Callable[[bytes | memoryview], None] = lambda chunk: None,
 ) -> int:
-    """Write `pieces` to `path` and sync it; gives its size in bytes.
+    """Write `pieces` to `path` and sync it; returns its size in bytes.
 
     Wider types come first, so that every tensor is aligned to its type; the header is padded to 8 bytes
     (safetensors README). `done` is called after each tensor, `seen` with all bytes that are

@@ -113,7 +113,7 @@ def _refuse_clashes(mapped: Mapping[str, str], where: object) -> None:
 
 
 def _tie(tensors: dict[str, Stored], architecture: Architecture) -> list[str]:
-    """Make the one that is there the embedding, as transformers' tie_weights does; gives notes.
+    """Make the one that is there the embedding, as transformers' tie_weights does; returns notes.
 
     A head beside the embedding counts, also as transformers has it, unless both are the same bytes of the
     file, as they are in every pytorch_model.bin of a tied model.

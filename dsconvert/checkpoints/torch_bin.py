@@ -75,7 +75,7 @@ def _check_zip(path: Path, size: int) -> None:
     head = read_head(path, 4)
     if head != b"PK\x03\x04":
         if head[:1] != b"\x80":
-            raise damaged(path, "It is no PyTorch file: neither a zip archive nor a pickle")
+            raise damaged(path, "It is not a PyTorch file: neither a zip archive nor a pickle")
         raise CheckpointError(
             "is an old PyTorch pickle that cannot be mapped",
             where=path,
@@ -135,7 +135,7 @@ def _no_state_dict(path: Path, why: str) -> CheckpointError:
 
 def _key(path: Path, name: object) -> str:
     if not isinstance(name, str):
-        raise _no_state_dict(path, f"It has the key {quoted(name)}, which is no string")
+        raise _no_state_dict(path, f"It has the key {quoted(name)}, which is not a string")
     return name
 
 

@@ -182,7 +182,7 @@ def _weight_map(path: Path, kind: Kind) -> dict[str, str]:
     for name, shard in weights.items():
         if not isinstance(shard, str) or not _is_plain(shard, kind):
             raise CheckpointError(
-                "names a weight file that is no file of this folder",
+                "names a weight file that is not in this folder",
                 where=path,
                 why=f"Tensor {quoted(name)} is said to be in {quoted(shard)}",
                 hint="Do not use this checkpoint before you know where it comes from",

@@ -17,7 +17,7 @@ class Number(click.FloatRange):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number = float(super().convert(value, param, ctx))
         if not math.isfinite(number):
-            self.fail(f"{value!r} is no finite number.", param, ctx)
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
         return number
 
 
@@ -27,5 +27,5 @@ def size(ctx: click.Context, param: click.Parameter, value: str | None) -> int |
         return None
     found = re.fullmatch(rf"([0-9]{{1,15}})([{''.join(UNITS)}]?)B?", value.upper())
     if found is None or int(found[1]) == 0:
-        raise click.BadParameter(f"{value!r} is no size; write 500M or 4G")
+        raise click.BadParameter(f"{value!r} is not a size; write 500M or 4G")
     return int(found[1]) * UNITS.get(found[2], 1)

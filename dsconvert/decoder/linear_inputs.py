@@ -213,7 +213,7 @@ def _measured(
             moment[:i, i : i + WIDTH] = moment[i : i + WIDTH, :i].T
     if not st.finite(moment):
         raise QuantizationError(
-            "is given inputs that are no finite numbers",
+            "is given inputs that are not finite numbers",
             where=names[0],
             why="The checkpoint itself gives NaN or infinity on the calibration text",
             hint="Look for damaged weights with `dsconvert inspect`, or fetch the checkpoint again",

@@ -40,14 +40,14 @@ def sensitivities(
         before.append(hidden.clone())
         linear_inputs.advance(decoder, st.load_block(decoder, index), hidden)
         if not st.finite(hidden):
-            raise _broken(f"model.layers.{index}", "gives states that are no finite numbers")
+            raise _broken(f"model.layers.{index}", "gives states that are not finite numbers")
     generator = torch.Generator(decoder.device).manual_seed(seed)
     found, gradient = _through_head(decoder, hidden, generator)
     for index in reversed(range(decoder.config.layers)):
         found |= _through_block(decoder, st.load_block(decoder, index), before.pop(), gradient)
     for name, values in found.items():
         if not bool(values.isfinite().all()):
-            raise _broken(name, "has gradients that are no finite numbers")
+            raise _broken(name, "has gradients that are not finite numbers")
     return found
 
 

@@ -85,7 +85,7 @@ class ModelConfig:
 def load_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from `path`.
 
-    Raises CheckpointError when the file is missing, is no JSON, no object, or no file of a config's size.
+    Raises CheckpointError when the file is missing, is not a JSON object, or is too big for a config.
     """
     if not os.path.lexists(path):
         raise CheckpointError(

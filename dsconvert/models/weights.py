@@ -45,7 +45,7 @@ class WeightSource(Protocol):
 
 
 def widened(rows: Array) -> Floats:
-    """What `rows` gives, in float32: bf16 bits widened, a fresh array; float32 as it is.
+    """What `rows` returns, in float32: bf16 bits widened, a fresh array; float32 as it is.
 
     >>> widened(np.array([0x3F80, 0xC000], np.uint16)).tolist()
     [1.0, -2.0]

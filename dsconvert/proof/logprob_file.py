@@ -85,7 +85,7 @@ def open_base(path: Path) -> KldBase:
             magic, length, vocab, count = HEADER.unpack(head) if len(head) == HEADER.size else (b"", 0, 0, 0)
             if magic != MAGIC or length < 3 or vocab < 1 or count < 1:
                 raise CheckpointError(
-                    "is no file of base log-probabilities",
+                    "is not a file of base log-probabilities",
                     where=path,
                     hint="Make one with --kld-base, or with llama-perplexity --kl-divergence-base",
                 )

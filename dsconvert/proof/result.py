@@ -193,7 +193,7 @@ def check_targets(
 
 
 def save_page(path: Path, text: str) -> None:
-    """Write a page so that it is complete or not there; raises OutputError, also for a stranger's file."""
+    """Write a page so that it is complete or absent; raises OutputError, also for a stranger's file."""
     _save(path, text, PAGE)
 
 
@@ -238,7 +238,7 @@ class Kind:
     known: Callable[[Path], bool]
 
 
-PAGE, JSON = Kind("report of dsconvert", is_page), Kind("JSON of dsconvert", is_json)
+PAGE, JSON = Kind("a report of dsconvert", is_page), Kind("JSON of dsconvert", is_json)
 
 
 def _save(path: Path, text: str, kind: Kind) -> None:

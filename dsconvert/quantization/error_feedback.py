@@ -96,7 +96,7 @@ def _cholesky(
 def walk(
     Wt: torch.Tensor, factor: Factor, ends: Sequence[int], grid_of: GridOf
 ) -> tuple[torch.Tensor, float]:
-    """Round the columns of W one by one, `Wt` [K, N] in the walk's order; gives codes [K, N] and the loss.
+    """Round the columns of W one by one, `Wt` [K, N] in the walk's order; returns codes [K, N] and the loss.
 
     What came before a block of columns reaches it by one matmul. `ends` are the steps where runs of columns
     end, BLOCK in each at the most. The loss is tr(Err^T H Err), without the damping.

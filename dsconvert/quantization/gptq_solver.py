@@ -158,7 +158,7 @@ def _check(W: torch.Tensor, H: torch.Tensor | None, options: SolverOptions) -> N
         raise UsageError(f"a damping of {options.damp} makes no sense", hint="Give --damp 0.05 or the like")
     if not finite(W):
         raise QuantizationError(
-            "has weights that are no finite numbers",
+            "has weights that are not finite numbers",
             hint="Fetch the checkpoint again; a training that diverged cannot be quantized",
         )
 

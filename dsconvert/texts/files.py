@@ -166,7 +166,7 @@ class _Bounded(RawIOBase):
         self.left -= len(data)
         if self.left < 0:
             why = f"It unpacks to more than {RATIO} times its size, which text does not"
-            raise CheckpointError("is no text", where=self.path, why=why)
+            raise CheckpointError("is not text", where=self.path, why=why)
         buffer[: len(data)] = data
         return len(data)
 
@@ -180,7 +180,7 @@ def _decoded(raw: bytes, path: Path, place: str = "") -> str:
         )
     if (zero := raw.find(b"\0")) >= 0:
         raise CheckpointError(
-            f"is no text: byte {zero}{at} is NUL", where=path, hint=f"Give one of: {', '.join(SUFFIXES)}"
+            f"is not text: byte {zero}{at} is NUL", where=path, hint=f"Give one of: {', '.join(SUFFIXES)}"
         )
     try:
         return raw.decode("utf-8-sig")

@@ -218,7 +218,7 @@ def _transformers(
         part = raw.get(key)
         part = {} if part is None else part
         if not isinstance(part, dict) or part.get("model_type", kind) != kind:
-            raise _wrong(where, key, f"is no {kind}")
+            raise _wrong(where, key, f"is not a {kind}")
         found.append(defaults | {name: value for name, value in part.items() if value is not None})
     return found[0], found[1] if len(found) > 1 else None
 

@@ -520,7 +520,7 @@ def test_a_file_that_holds_more_than_tensors(tmp_path: Path) -> None:
         ({"epoch": 3, "a": {"x": torch.zeros(2)}, "b": {"x": torch.zeros(2)}}, "'epoch' is a int"),
         ([torch.zeros(2)], "It holds a list"),
         ({}, "It holds a dict"),
-        ({7: torch.zeros(2)}, "no string"),
+        ({7: torch.zeros(2)}, "not a string"),
         ({"x": torch.zeros(2, 2).to_sparse()}, "not a plain dense tensor"),
     ]
     for state, told in cases:

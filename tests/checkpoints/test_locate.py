@@ -131,7 +131,7 @@ def test_what_is_no_hub_id_does_not_exist(text: str) -> None:
 )
 def test_a_page_of_something_else_is_refused(path: str) -> None:
     text = refusal(f"https://huggingface.co/{path}", UsageError)
-    assert "is no model's page" in text or "is a folder inside a repository" in text
+    assert "is not the page of a model" in text or "is a folder inside a repository" in text
 
 
 # --- what is fetched -------------------------------------------------------------------------------------

@@ -356,7 +356,7 @@ class TestSideFiles:
         assert "mkdir -p" in refused(*asked, option, tmp_path / "none" / "r")
         assert "verifying" not in refused(*asked, option, tmp_path / "none" / "r")
         assert "bytes too long" in refused(*asked, option, tmp_path / ("r" * 251))
-        assert "is a file, no folder" in refused(*asked, option, out / "r")
+        assert "is a file, not a folder" in refused(*asked, option, out / "r")
 
     def test_nothing_that_exists_is_taken_for_log_probabilities(
         self, model: Path, out: Path, tmp_path: Path
@@ -409,7 +409,7 @@ class TestForce:
     def test_special_files_are_no_outputs(self, model: Path, tmp_path: Path) -> None:
         os.mkfifo(tmp_path / "pipe.gguf")
         os.mkfifo(tmp_path / "out.gguf.part")
-        assert "is no plain file" in refused(*GGUF, model, "-o", tmp_path / "pipe.gguf", "--force")
+        assert "is not a regular file" in refused(*GGUF, model, "-o", tmp_path / "pipe.gguf", "--force")
         assert "was not made by dsconvert" in refused(*GGUF, model, "-o", tmp_path / "out.gguf")
 
     def test_a_download_under_the_name_of_a_part_stays(self, model: Path, tmp_path: Path) -> None:
@@ -473,10 +473,10 @@ class TestPlaces:
         assert "bytes too long" in refused(*command, model, "-o", tmp_path / long)
         assert "bytes too long" in refused(*command, model, "-o", tmp_path / ("é" * 124 + ".gguf"))
         assert "mkdir -p" in refused(*command, model, "-o", tmp_path / "no" / "out.gguf")
-        assert "is a file, no folder" in refused(*command, model, "-o", model / "config.json" / "out.gguf")
+        assert "is a file, not a folder" in refused(*command, model, "-o", model / "config.json" / "out.gguf")
         if command in (GPTQ, EXL2):
             for path in ("/", "..", tmp_path / ".."):
-                assert "is no name for an output" in refused(*command, model, "-o", path, "--force")
+                assert "cannot be the name of an output" in refused(*command, model, "-o", path, "--force")
 
     @pytest.mark.parametrize("command", [GGUF, GPTQ, EXL2, IMATRIX], ids=["gguf", "gptq", "exl2", "imatrix"])
     def test_a_folder_that_one_may_not_enter_or_write(self, locked: Path, command: tuple[str, ...]) -> None:

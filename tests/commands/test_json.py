@@ -70,7 +70,7 @@ def test_a_file_of_others_is_not_replaced(content: str, converted: Path, tmp_pat
     file.write_text(content, "utf-8")
     result = command("inspect", converted, "--json", file)
     assert result.exit_code == 2
-    assert "is no JSON of dsconvert" in result.stderr
+    assert "is not JSON of dsconvert" in result.stderr
     assert file.read_text("utf-8") == content
 
 

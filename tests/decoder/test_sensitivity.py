@@ -98,5 +98,5 @@ def test_a_broken_weight_is_named() -> None:
     decoder, windows, _ = opened()
     name = "model.layers.1.mlp.up_proj.weight"
     decoder.source.float32(name)[0, 0] = float("nan")
-    with pytest.raises(QuantizationError, match=r"model\.layers\.1: gives states that are no finite"):
+    with pytest.raises(QuantizationError, match=r"model\.layers\.1: gives states that are not finite"):
         compare.result(sensitivity.sensitivities(decoder, windows))

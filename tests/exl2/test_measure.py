@@ -123,11 +123,11 @@ def test_a_measurement_is_read_as_it_was_written(tmp_path: Path) -> None:
     [
         ({"shapes": {"a.weight": [32, 96]}}, "another model"),
         ({"linears": {}}, "another model"),
-        ({"linears": {"a.weight": []}}, "no measurement"),
-        ({"linears": {"a.weight": [["4b100%g128", 9000, float("nan")]]}}, "no measurement"),
-        ({"linears": {"a.weight": [["4b100%g128", 0, 0.1]]}}, "no measurement"),
-        ({"linears": {"a.weight": [["4b100%g128", "many", 0.1]]}}, "no measurement"),
-        ({"linears": [1]}, "no measurement"),
+        ({"linears": {"a.weight": []}}, "not a readable measurement"),
+        ({"linears": {"a.weight": [["4b100%g128", 9000, float("nan")]]}}, "not a readable measurement"),
+        ({"linears": {"a.weight": [["4b100%g128", 0, 0.1]]}}, "not a readable measurement"),
+        ({"linears": {"a.weight": [["4b100%g128", "many", 0.1]]}}, "not a readable measurement"),
+        ({"linears": [1]}, "not a readable measurement"),
     ],
 )
 def test_what_is_no_measurement_of_this_model_is_refused(

@@ -119,7 +119,7 @@ def test_what_the_format_cannot_hold_is_refused() -> None:
     changes: list[tuple[str, Any, str]] = [
         ("codes", np.full((128, 32), 16, np.uint8), "a code is outside 0 ... 15"),
         ("codes", np.zeros((96, 32), np.uint8), "do not fit"),
-        ("codes", np.zeros((128, 32), np.int64), "no bytes"),
+        ("codes", np.zeros((128, 32), np.int64), "not bytes"),
         ("scales", np.full((2, 32), 16, np.uint8), "above 15"),
         ("scales", np.zeros((3, 32), np.uint8), "do not fit"),
         ("scale_max", np.array([1, np.inf], np.float16), "finite"),

@@ -224,8 +224,8 @@ def test_a_part_that_contradicts_the_others_is_refused(tmp_path: Path, part: str
 @pytest.mark.parametrize(
     ("part", "array", "words"),
     [
-        ("q_invperm", np.zeros(64, np.int32), "no permutation"),
-        ("q_invperm", np.arange(64, dtype=np.int32) - 1, "no permutation"),
+        ("q_invperm", np.zeros(64, np.int32), "not a permutation"),
+        ("q_invperm", np.arange(64, dtype=np.int32) - 1, "not a permutation"),
         ("q_scale_max", np.full(2, np.nan, np.float16), "finite"),
     ],
 )

@@ -81,7 +81,7 @@ def test_attention_and_mlp_are_quantized_whole(kind: str) -> None:
 
 def test_what_is_no_linear_is_refused() -> None:
     for name, shape in (("a.weight", (64,)), ("a.bias", (64, 64)), ("a.weight", (0, 64))):
-        with pytest.raises(QuantizationError, match="no linear"):
+        with pytest.raises(QuantizationError, match="not the weight of a linear"):
             check_shapes({name: shape})
 
 
@@ -159,7 +159,7 @@ def test_settings_that_are_no_exl2_are_refused() -> None:
         Setting((5, 4), (100, 0), (64, 64)),
         Setting((4,), (100,), (48,)),
     ):
-        with pytest.raises(UsageError, match="no EXL2 setting"):
+        with pytest.raises(UsageError, match="not an EXL2 setting"):
             groups_for(256, setting)
     assert Setting((5, 4), (10, 90), (64, 128)).text == "5b10%g64+4b90%g128"
     assert len({setting.text for setting in EVERY}) == len(set(EVERY))

@@ -165,7 +165,7 @@ def test_without_a_usable_hessian_weights_are_rounded_to_nearest(spoil: Any, why
 def test_weights_that_are_no_numbers_are_refused() -> None:
     W, H = problem(8, 64, seed=7)
     W[0, 0] = math.inf
-    with pytest.raises(QuantizationError, match="no finite numbers"):
+    with pytest.raises(QuantizationError, match="not finite numbers"):
         solve(W, H, (Group(4, 64),))
 
 

@@ -101,7 +101,7 @@ def test_conversations_are_written_with_the_models_template(tmp_path: Path) -> N
     ("asked", "said"),
     [
         (["--calib", "builtin", "--imatrix", "m.gguf"], "--imatrix and --calib contradict each other"),
-        (["--calib-chat", "none.jsonl"], "none.jsonl: is no file"),
+        (["--calib-chat", "none.jsonl"], "none.jsonl: is not a file"),
         (["--calib-samples", "3"], "--calib-samples has no effect without a calibration text"),
         (["--seed", "3"], "--seed has no effect without a calibration text"),
         (["--calib", "c5"], "neither a known text"),

@@ -103,7 +103,7 @@ def test_the_file_holds_stacks_and_slices_and_gives_the_checkpoint_again(source:
 
 
 def test_rows_are_rounded_in_the_types_of_their_parts(source: Path) -> None:
-    """q4_k_m takes other types where rows are no multiple of 256, as those of both parts of kv_b are not."""
+    """q4_k_m takes other types where rows are not a multiple of 256, as those of kv_b are not."""
     model, tensors = converted(source, "q4_k_m"), toy_tensors()
     name = "model.layers.1.self_attn.kv_b_proj.weight"
     kinds = [model.file.tensors[f"blk.1.attn_{part}_b.weight"].qtype.name for part in "kv"]

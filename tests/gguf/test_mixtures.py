@@ -178,7 +178,7 @@ def test_layers_are_counted_in_their_own_order() -> None:
         ("q9_9", (), "q9_9"),
         ("q4_0", (("ffn_dwn", "q8_0"),), "fits no weight matrix"),
         ("q4_0", (("attn_norm", "q8_0"),), "fits no weight matrix"),
-        ("q4_0", (("ffn_(", "q8_0"),), "no regular expression"),
+        ("q4_0", (("ffn_(", "q8_0"),), "not a regular expression"),
         ("q4_0", (("ffn_down", "q4_k_m"),), "q4_k_m"),
     ],
 )

@@ -380,7 +380,7 @@ FAULTS: dict[str, tuple[bool, tiny_vl.Layout, dict[str, Any], str]] = {
     "mean of two": (False, "transformers", {IMAGE: {"image_mean": [0.5, 0.5]}}, "image_mean"),
     "mean that is text": (False, "original", {IMAGE: {"image_mean": "0.5"}}, "image_mean"),
     "unknown image tag": (False, "original", {"processor_config": {"image_tag": "<nothing>"}}, "<nothing>"),
-    "wrong image token": (False, "transformers", {"config": {"image_token_id": 7}}, "no special token"),
+    "wrong image token": (False, "transformers", {"config": {"image_token_id": 7}}, "not a special token"),
     "no decoder": (False, "transformers", {"config": {"text_config": None}}, "text_config"),
     "another decoder": (False, "transformers", {"config": {"text_config": {"model_type": "qwen2"}}}, "qwen2"),
     "another tower": (

@@ -47,5 +47,5 @@ def test_activations_that_are_no_numbers_name_the_linear(tmp_path: Path) -> None
     tensors["model.layers.1.post_attention_layernorm.weight"][:] = np.nan
     (model / "model.safetensors").write_bytes(tiny.safetensors_bytes(tensors))
     said = refused(model, tmp_path / "out", "builtin")
-    assert "model.layers.1.mlp.gate_proj.weight: is given inputs that are no finite numbers" in said
+    assert "model.layers.1.mlp.gate_proj.weight: is given inputs that are not finite numbers" in said
     assert "dsconvert inspect" in said

@@ -219,14 +219,14 @@ def test_only_a_file_of_its_kind_is_overwritten(tmp_path: Path, report: rp.Repor
     before = {path: path.read_bytes() for path in (page, proof)}
     for content in (b"<html>mine</html>", b'{"title": "mine"}', b"[]", b"GGUF"):
         other.write_bytes(content)
-        with pytest.raises(OutputError, match="is no report"):
+        with pytest.raises(OutputError, match="is not a report"):
             rp.save_page(other, "x")
-        with pytest.raises(OutputError, match="is no JSON of dsconvert"):
+        with pytest.raises(OutputError, match="is not JSON of dsconvert"):
             rp.save_json(other, "x")
         assert other.read_bytes() == content
-    with pytest.raises(OutputError, match="is no report"):
+    with pytest.raises(OutputError, match="is not a report"):
         rp.save_page(proof, "x")
-    with pytest.raises(OutputError, match="is no JSON of dsconvert"):
+    with pytest.raises(OutputError, match="is not JSON of dsconvert"):
         rp.save_json(page, "x")
     assert before == {path: path.read_bytes() for path in (page, proof)}
     other.write_bytes(b"")  # nothing is lost with it

@@ -278,7 +278,7 @@ def test_a_folder_gives_its_text_files_in_order(tmp_path: Path) -> None:
         ("a.txt", b" \n\t\n", "holds no text. it is empty"),
         ("a.jsonl", b"\n", "holds no text. it is empty"),
         ("a.json", b"[]", "holds no text. it is empty"),
-        ("a.txt", b"text\0more", "is no text: byte 4 is NUL"),
+        ("a.txt", b"text\0more", "is not text: byte 4 is NUL"),
         ("a.txt", "h\xe9".encode("latin-1"), "is not UTF-8: byte 1 is 0xe9.*iconv -f LATIN1"),
         ("a.txt", "text".encode("utf-16"), "is UTF-16, not UTF-8.*iconv"),
         ("a.txt", "text".encode("utf-16-le"), "byte 1 is NUL"),

@@ -127,7 +127,7 @@ def inverse(d: Any) -> float32:
 
 @inlined
 def centred_scales(widths: Floats, n: int, levels: Any, middle: Any, scales: Scales) -> int:
-    """d = width / levels: its float16, its inverse, and what is added before truncation; gives flags.
+    """d = width / levels: its float16, its inverse, and what is added before truncation; returns flags.
 
     Where 1 / d is infinite (a block of nothing but tiny denormals) ggml's levels are all 0 on x86.
     """
@@ -150,7 +150,7 @@ def centred_scales(widths: Floats, n: int, levels: Any, middle: Any, scales: Sca
 
 @inlined
 def affine_scales(smallest: Floats, largest: Floats, n: int, levels: Any, scales: Scales) -> int:
-    """d = (largest - smallest) / levels and m = smallest, as `centred_scales`; gives flags."""
+    """d = (largest - smallest) / levels and m = smallest, as `centred_scales`; returns flags."""
     ds, ms, ids, _ = scales
     top = uint32(0)
     overflow = uint32(0)

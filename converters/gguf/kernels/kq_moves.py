@@ -55,7 +55,7 @@ ROUNDS = 5
 
 @inlined
 def guess(x: Floats, blocks: Floats, lanes: Floats, restless: Numbers) -> Any:
-    """The first levels of x [n, 16]: their INVERSE, SCALE, LX and LL. Lists the `restless`; gives how many.
+    """The first levels of x [n, 16]: their INVERSE, SCALE, LX and LL. Lists the `restless`; returns how many.
 
     With a positive peak every w l x is 0 or below, for a level has the sign of -x: so is any sum of them, and
     no level ever moves.
@@ -199,7 +199,7 @@ def _note(blocks: Floats, turned: Floats, seats: Numbers, moved: Floats) -> None
 
 @inlined
 def _keep_restless(blocks: Floats, sums: Floats, seats: Numbers, count: Any) -> Any:
-    """Of the first `count` lanes, move those to the front of which a level may still move; gives how many."""
+    """Move to the front those of the first `count` lanes of which a level may still move; their number."""
     kept = 0
     for i in range(0, count, WIDTH):
         settled = _settled(blocks, i, load(sums, (LX, i)), load(sums, (LL, i)))

@@ -34,7 +34,7 @@ LOW_HALVES = 0x0F0F0F0F0F0F0F0F  # of the bytes of a word
 
 @inlined
 def store_half(value: Any, out: Bytes) -> Any:
-    """Write float32 `value` as float16, low byte first; gives the value that a reader finds."""
+    """Write float32 `value` as float16, low byte first; returns the value that a reader finds."""
     bits = half(value)
     out[0] = uint8(bits & 0xFF)
     out[1] = uint8(bits >> 8)

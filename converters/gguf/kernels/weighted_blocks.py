@@ -35,7 +35,7 @@ def mean_squares(x: Floats) -> Floats:
 def lay_out(
     x: Floats, means: Floats, importance: Floats, first: Any, blocks: Floats, lanes: Floats
 ) -> Floats:
-    """The blocks from `first` on side by side, and their weights; gives the blocks as rows of 32."""
+    """The blocks from `first` on side by side, and their weights; returns the blocks as rows of 32."""
     rows, per_row = x.reshape(-1, 32), x.shape[1] // 32
     part = rows[first : first + LANES]
     gather(part, ORDER[: len(part)], blocks)

@@ -97,7 +97,7 @@ def flags_of(largest: Any, overflow: Any) -> Any:
 
 @inlined
 def widen_rows(bits: Bits, out: npt.NDArray[np.float32]) -> Any:
-    """bf16 or float32 bits [n, size] to the first rows of float32 `out`, for kernels; gives flags."""
+    """bf16 or float32 bits [n, size] to the first rows of float32 `out`, for kernels; returns flags."""
     largest = uint32(0)
     for n in range(bits.shape[0]):
         for i in range(bits.shape[1]):
@@ -109,7 +109,7 @@ def widen_rows(bits: Bits, out: npt.NDArray[np.float32]) -> Any:
 
 @kernel
 def widen(bits: Bits, out: npt.NDArray[np.float32]) -> int:
-    """bf16 or float32 bits [n] to float32 [n]; gives flags."""
+    """bf16 or float32 bits [n] to float32 [n]; returns flags."""
     largest = uint32(0)
     for i in range(bits.size):
         x = as_float(bits[i])
@@ -120,7 +120,7 @@ def widen(bits: Bits, out: npt.NDArray[np.float32]) -> int:
 
 @kernel
 def narrow_f16(bits: Bits, out: npt.NDArray[np.uint16]) -> int:
-    """bf16 or float32 bits [n] to float16 bits [n]; gives flags."""
+    """bf16 or float32 bits [n] to float16 bits [n]; returns flags."""
     largest = uint32(0)
     overflow = uint32(0)
     for i in range(bits.size):
@@ -136,7 +136,7 @@ def narrow_f16(bits: Bits, out: npt.NDArray[np.uint16]) -> int:
 
 @kernel
 def narrow_bf16(bits: Bits, out: npt.NDArray[np.uint16]) -> int:
-    """bf16 or float32 bits [n] to bf16 bits [n]; gives flags."""
+    """bf16 or float32 bits [n] to bf16 bits [n]; returns flags."""
     largest = uint32(0)
     overflow = uint32(0)
     for i in range(bits.size):
@@ -152,7 +152,7 @@ def narrow_bf16(bits: Bits, out: npt.NDArray[np.uint16]) -> int:
 
 @kernel
 def copy_bf16(bits: Bits, out: npt.NDArray[np.uint16]) -> int:
-    """bf16 bits [n] as they are; gives flags."""
+    """bf16 bits [n] as they are; returns flags."""
     largest = uint16(0)
     for i in range(bits.size):
         size = uint16(bits[i] & uint16(0x7FFF))
