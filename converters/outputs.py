@@ -43,7 +43,7 @@ def open_reference(model: str, add_bos: bool | None = None) -> Reference:
     notes = (*checkpoint.notes, *config.notes)
     return Reference(
         checkpoint, config, source, decoder, tokenizer, tuple(templates), notes,
-        model or checkpoint.folder.name,
+        model or checkpoint.folder.name, add_bos,
     )  # fmt: skip
 
 
@@ -97,12 +97,13 @@ def _open_checkpoint(path: Path) -> Opened:
     checkpoint = open_checkpoint(path)
     config = load_config(checkpoint.folder)
     sizes = sizes_by_type((t.dtype, prod(t.shape), t.nbytes) for t in checkpoint.tensors.values())
-    source, decoder = language_model(checkpoint, config, checkpoint.folder / "config.json")
+    source, decoder = language_model(checkpoint, config, checkpoint.folder / "config.json", partial=True)
+    stored = frozenset((name, t.shape, t.dtype) for name, t in checkpoint.tensors.items())
     quant = commonest(sizes)
     text = folder_text(checkpoint.folder, config.vocab_size)
     return Opened(
-        path, "checkpoint", quant, quant, source, decoder, text, sizes, checkpoint.nbytes,
-        notes=checkpoint.notes,
+        path, "checkpoint", quant, quant, source, decoder, text, sizes, checkpoint.nbytes, stored,
+        f"{len(stored)} tensors", notes=checkpoint.notes,
     )  # fmt: skip
 
 

@@ -20,11 +20,11 @@ from random_llama import make, tokens
 
 from dsconvert.decoder import linear_inputs
 from dsconvert.decoder import torch_decoder as st
-from dsconvert.proof import compare, logprob_file, time_budget
+from dsconvert.proof import compare, logprob_file
+from dsconvert.proof.block_sample import compare_blocks
 from dsconvert.proof.runtime_rounding import ROUNDINGS, rounded_inputs
 from dsconvert.proof.scores import hidden_states
 from dsconvert.proof.thresholds import thresholds_for
-from dsconvert.proof.time_budget import Effort
 from dsconvert.texts import windows
 
 CPU, FLOAT32 = torch.device("cpu"), torch.float32
@@ -67,9 +67,10 @@ def test_a_comparison_finds_what_a_cpu_finds(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_sample_of_blocks_finds_a_defect(device: str) -> None:
     _, source, config = make()
-    chosen = Effort(windows.whole(tokens(config, 1, 64)), (0, 1), 1.0, "two blocks")
+    text = windows.whole(tokens(config, 1, 64))
     limits = thresholds_for("q8_0")
-    _, said = compare.result(time_budget.check(source, zeroed(source), config, chosen, limits, device=device))
+    run = compare_blocks(source, zeroed(source), config, text, (0, 1), device=device)
+    said = compare.judge(compare.result(run), limits)
     assert any(L in reason for reason in said.reasons)
     assert any(reason.startswith("block 1: error of its output") for reason in said.reasons)
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from converters.exl2.opened import open_folder
 from converters.exl2.plan import Job, Options, prepare, work_folder
-from converters.exl2.proof import prove_folder
 from dsconvert.checkpoints.checkpoint import Checkpoint
 from dsconvert.checkpoints.marked_folders import kept_folder, model_folder
 from dsconvert.checkpoints.output_folder import with_both_ropes
@@ -23,6 +23,7 @@ from dsconvert.events import Event, Finished, Step
 from dsconvert.models.config import load_json
 from dsconvert.models.diagnosis import stated_method
 from dsconvert.models.language_model import Inner
+from dsconvert.quantization.proof import prove_folder
 
 MODULE = "exllamav2.conversion.convert_exl2"
 OURS = "Leave --backend out: dsconvert's own quantizer needs neither"
@@ -52,8 +53,7 @@ def convert(options: Options) -> Iterator[Event]:
             path.rename(part / path.name)
     nbytes = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     yield Finished(str(out), nbytes, time.monotonic() - started)
-    if options.run.effort != "off":
-        yield from prove_folder(job)
+    yield from prove_folder(job, lambda: open_folder(out), None)
 
 
 def run(job: Job, work: Path) -> Path:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from converters.exl2 import measure as measuring
 from converters.exl2 import pack as packing
 from converters.exl2.measure import Measured
+from converters.exl2.opened import open_folder
 from converters.exl2.output import Choice, write
 from converters.exl2.plan import Job, Options, prepare
-from converters.exl2.proof import evaluation, prove
 from converters.exl2.settings import Group, groups_for, named
 from converters.exl2.shapes import HEAD_WEIGHT
 from converters.exl2.solver import Solved, solve
@@ -19,6 +19,7 @@ from dsconvert.calibration.record import Calibration
 from dsconvert.checkpoints.safetensors_reader import Stored, values
 from dsconvert.decoder import torch_decoder as st
 from dsconvert.events import Event, Planned, Step, TensorPlan
+from dsconvert.proof.sources import StoredTensors
 from dsconvert.quantization.allocate import Option, allocate
 from dsconvert.quantization.plan import notes
 from dsconvert.quantization.ranks import ALONE, Ranks
@@ -64,7 +65,7 @@ def convert(options: Options, ranks: Ranks = ALONE) -> Iterator[Event]:
         yield from describe(job, choice)
         return format_of(job, begun.calibration, measured, choice)
 
-    yield from run(job, lambda: evaluation(job).tokens, choose, ranks, started)
+    yield from run(job, choose, ranks, started)
 
 
 def measured_options(job: Job, begun: Run) -> Generator[Event, None, Measured]:
@@ -144,9 +145,17 @@ def format_of(job: Job, calibration: Calibration, measured: Measured, choice: Ch
         solve=solved,
         restore=restored,
         write=lambda pieces, fell_back: write(job, calibration, measured, choice, pieces, fell_back),
-        prove=lambda: prove(job, choice),
+        opened=lambda: open_folder(job.out),
+        planned=planned(job, choice),
         head=job.head,
     )
+
+
+def planned(job: Job, choice: Choice) -> StoredTensors:
+    """Name, shape and groups of every tensor of the folder."""
+    linears = ((f"{choice.stem(job, n)}.weight", job.shape(n), groups) for n, groups in choice.groups.items())
+    stored = job.model.checkpoint.tensors
+    return frozenset((*linears, *((out, stored[name].shape, ()) for out, name in job.kept.items())))
 
 
 def packed_of(solved: Solved, groups: tuple[Group, ...]) -> packing.Packed:

@@ -15,7 +15,7 @@ from dsconvert.models.architectures import BY_GGUF_NAME
 from dsconvert.models.config import ModelConfig
 from dsconvert.models.rope import RopeScaling
 from dsconvert.models.stored_rows import by_source, source_rows, stored_rows
-from dsconvert.models.tensor_table import HEADS_TURNED, Spec, plan_stored
+from dsconvert.models.tensor_table import HEADS_TURNED, Spec, fit_stored, plan_stored
 from dsconvert.models.weights import Floats
 
 LIMIT, GREATEST = 1 << 31, 1e30  # as in config.json
@@ -104,6 +104,17 @@ def open_model(file: GGUFFile) -> GGUFModel:
     shapes = {t.name: t.shape for t in file.tensors.values()}
     specs = plan_stored(architecture.table, config, shapes, architecture.derived(config))
     return GGUFModel(file, architecture, config, by_source(specs))
+
+
+def open_parts(file: GGUFFile) -> tuple[GGUFModel, list[str]]:
+    """As `open_model`, of a file that may lack tensors: what it has, and a sentence on each misfit.
+
+    Raises CheckpointError.
+    """
+    architecture, config = architecture_of(file), stored_config(file)
+    shapes = {t.name: t.shape for t in file.tensors.values()}
+    specs, misfits = fit_stored(architecture.table, config, shapes, architecture.derived(config))
+    return GGUFModel(file, architecture, config, by_source(specs)), misfits
 
 
 def architecture_of(file: GGUFFile) -> Architecture:

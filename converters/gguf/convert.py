@@ -44,7 +44,7 @@ def convert(options: Options) -> Iterator[Event]:
         yield Finished(str(path), size, time.monotonic() - started)
     from converters.gguf.proof import prove  # not loaded for --dry-run, and not before the work
 
-    yield from prove(job, time.monotonic() - started)
+    yield from prove(job)
     check_unchanged(job.checkpoint.seen)  # else something else was proven
     if job.projector is not None and job.towers is not None and job.towers.vision.sam is not None:
         yield Warn(CANNOT)

@@ -4,23 +4,38 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from converters.gguf.as_model import open_model
+from converters.gguf.as_model import open_parts
 from converters.gguf.file_types import FILE_TYPES
 from converters.gguf.parse import GGUFFile, open_gguf
 from dsconvert.proof.result import TypeSize, sizes_by_type
-from dsconvert.proof.sources import Opened, commonest, text_handling
+from dsconvert.proof.sources import Opened, StoredTensors, commonest, text_handling
 from tokenizer_tools.identity import of_metadata
 
 
 def open_file(path: Path) -> Opened:
     """A GGUF file of a language model as an output to be proven; raises what reading it raises."""
     file = open_gguf(path)
-    model = open_model(file)
+    model, strange = open_parts(file)
     sizes = sizes_by_type((t.qtype.name, t.values, t.nbytes) for t in file.tensors.values())
     quant = stated_quant(file, sizes)
     nbytes = sum(part.stat().st_size for part in file.paths)
     text = text_handling(lambda: of_metadata(file.keys))
-    return Opened(path, "GGUF", quant, quant, model, model.config, text, sizes, nbytes, file.keys)
+    return Opened(
+        path, "GGUF", quant, quant, model, model.config, text, sizes, nbytes, stored_tensors(file),
+        f"{len(file.tensors)} tensors, {len(file.typed)} keys", (*strange, *narrow_vectors(file)),
+        keys=file.keys,
+    )  # fmt: skip
+
+
+def stored_tensors(file: GGUFFile) -> StoredTensors:
+    """Name, shape and type of every tensor."""
+    return frozenset((t.name, t.shape, t.qtype.name) for t in file.tensors.values())
+
+
+def narrow_vectors(file: GGUFFile) -> list[str]:
+    """A sentence on each norm or bias that is not in float32, in which llama.cpp adds and multiplies."""
+    vectors = [t for t in file.tensors.values() if len(t.shape) == 1]
+    return [f"{t.name[:120]} is {t.qtype.name}, f32 is needed" for t in vectors if t.qtype.name != "f32"]
 
 
 def stated_quant(file: GGUFFile, sizes: tuple[TypeSize, ...]) -> str:

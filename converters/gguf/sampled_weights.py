@@ -14,11 +14,10 @@ from dsconvert.models.stored_rows import stored_rows
 from dsconvert.models.tensor_table import Spec
 from dsconvert.models.weights import WeightSource, widened
 from dsconvert.proof import thresholds
+from dsconvert.proof.block_sample import sampled_rows
 from dsconvert.proof.figures import RowFault
 from dsconvert.proof.row_faults import faults, told
 from dsconvert.proof.row_sums import Matrix
-
-SAMPLED = (8, 4)  # rows in a row, places: how much of every matrix is compared with its source
 
 
 def check_weights(
@@ -58,17 +57,11 @@ def sampled(spec: Spec, source: WeightSource, stored: StoredTensor) -> Matrix:
         exact = widened(stored_rows(spec, source.rows, 0, spec.rows))
         return Matrix().add(exact.reshape(1, -1), stored.rows(0, 1))
     matrix, rows, labels = Matrix(), spec.rows, numbers(spec)
-    length, places = SAMPLED
-    starts = {int(at) for at in np.linspace(0, max(rows - length, 0), places)}
-    seen = np.zeros(rows, bool)
-    for start in sorted(starts):
-        chosen = np.arange(start, min(start + length, rows))
-        chosen = chosen[~seen[chosen]]
-        seen[chosen] = True
-        first, end = int(chosen[0]), int(chosen[-1]) + 1
+    for chosen in sampled_rows(rows):
+        first, end = chosen.start, chosen.stop
         exact = widened(stored_rows(spec, source.rows, first, end))
-        rounded = nearest(exact, stored.qtype) if not start else None  # a call costs what 8 rows cost
-        matrix.add(exact, stored.rows(first, end), rounded, labels=labels[chosen])
+        rounded = nearest(exact, stored.qtype) if not first else None  # a call costs what 8 rows cost
+        matrix.add(exact, stored.rows(first, end), rounded, labels=labels[first:end])
     return matrix
 
 

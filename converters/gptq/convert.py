@@ -7,8 +7,8 @@ from collections.abc import Generator, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from converters.gptq import pack as packing
+from converters.gptq.opened import open_folder
 from converters.gptq.plan import Job, Options, prepare
-from converters.gptq.proof import evaluation, prove
 from converters.gptq.settings import quantization_settings
 from converters.gptq.shapes import HEAD_RULE, refusing_runtimes
 from dsconvert.calibration.record import Calibration
@@ -16,6 +16,7 @@ from dsconvert.checkpoints.output_folder import write_folder
 from dsconvert.checkpoints.safetensors_reader import Stored, values
 from dsconvert.checkpoints.safetensors_writer import Piece, from_stored
 from dsconvert.events import Event, Planned, Step, TensorPlan, Warn
+from dsconvert.proof.sources import StoredTensors
 from dsconvert.quantization.gptq_solver import Solved, solve
 from dsconvert.quantization.plan import notes
 from dsconvert.quantization.ranks import ALONE, Ranks
@@ -53,7 +54,7 @@ def convert(options: Options, ranks: Ranks = ALONE) -> Iterator[Event]:
         yield from ()  # nothing is left to choose
         return format_of(job, begun.calibration)
 
-    yield from run(job, lambda: evaluation(job).tokens, choose, ranks, started)
+    yield from run(job, choose, ranks, started)
 
 
 def describe(job: Job) -> Iterator[Event]:
@@ -100,9 +101,18 @@ def format_of(job: Job, calibration: Calibration) -> Format:
         solve=solved,
         restore=restored,
         write=lambda pieces, fell_back: write(job, calibration, pieces, fell_back),
-        prove=lambda: prove(job),
+        opened=lambda: open_folder(job.out),
+        planned=planned(job),
         head=options.lm_head,
     )
+
+
+def planned(job: Job) -> StoredTensors:
+    """Name, shape and type of every tensor of the folder."""
+    bits, stored = job.options.bits, job.model.checkpoint.tensors
+    linears = ((linear.out, linear.shape, f"gptq{bits}") for linear in job.model.linears.values())
+    kept = ((out, stored[name].shape, stored[name].dtype) for out, name in job.model.kept.items())
+    return frozenset((*linears, *kept))
 
 
 def packed_of(solved: Solved, bits: int) -> packing.Packed:

@@ -6,17 +6,37 @@ from pathlib import Path
 
 from converters.gptq.pack import PARTS
 from converters.gptq.reader import open_model
-from dsconvert.models.config import load_config
+from dsconvert.events import Check
+from dsconvert.models.architectures import find_architecture
+from dsconvert.models.config import ModelConfig, load_config
 from dsconvert.models.language_model import language_model
-from dsconvert.proof.sources import Opened, folder_text, stored_sizes
+from dsconvert.proof.output_folder import check_companions, is_our_folder
+from dsconvert.proof.sources import Opened, Reference, folder_text, stored_sizes
+from dsconvert.vision.processor import PREPROCESSOR, PROCESSOR
+from dsconvert.vision.transformers_layout import TOKENIZER, has_original_layout
+
+MADE = (PREPROCESSOR, PROCESSOR, TOKENIZER, "chat_template.jinja")  # see plan.with_files
 
 
 def open_folder(path: Path) -> Opened:
     """A GPTQ folder as an output to be proven; raises what reading it raises."""
     model, config = open_model(path), load_config(path)
-    source, decoder = language_model(model, config, path / "config.json")
+    source, decoder = language_model(model, config, path / "config.json", partial=True)
     quant = f"gptq-{model.bits}bit" + (f"-{model.group_size}g" if model.group_size > 0 else "")
     sizes = stored_sizes(model, model.checkpoint, model.linears, PARTS)
     text = folder_text(path, config.vocab_size)
-    nbytes = model.checkpoint.nbytes
-    return Opened(path, "GPTQ", quant, f"gptq{model.bits}", source, decoder, text, sizes, nbytes)
+    stored = frozenset((name, shape, model.dtype(name)) for name, shape in model.shapes().items())
+    kept = len(stored) - len(model.linears)
+    return Opened(
+        path, "GPTQ", quant, f"gptq{model.bits}", source, decoder, text, sizes, model.checkpoint.nbytes,
+        stored, f"{len(model.linears)} linears of {model.bits} bits, {kept} tensors kept",
+        own=lambda reference: check_copies(path, config, reference),
+    )  # fmt: skip
+
+
+def check_copies(path: Path, config: ModelConfig, reference: Reference) -> list[Check]:
+    """The files that dsconvert copies; of a model in another layout some are made for that."""
+    if not is_our_folder(path):
+        return []
+    moved = has_original_layout(reference.whole) and find_architecture(config.architecture).mount is not None
+    return [check_companions(reference.folder, path, MADE if moved else ())]

@@ -12,7 +12,7 @@ from dsconvert.commands.run import command
 
 if TYPE_CHECKING:
     from dsconvert.commands.display import Display
-    from dsconvert.proof.prove import ProofOptions
+    from dsconvert.proof.options import ProofOptions
 
 
 @command

@@ -11,6 +11,7 @@ import click
 
 from dsconvert.commands.numbers import Number
 from dsconvert.commands.shared_options import apply, bos_option, device_option, proof_effort
+from dsconvert.texts.defaults import STRIDE, WINDOWS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -34,7 +35,7 @@ def proof_options(command: Command) -> Callable[..., Any]:
         effort: str,
         **others: Any,
     ) -> Any:
-        from dsconvert.proof.prove import ProofOptions
+        from dsconvert.proof.options import ProofOptions
 
         options = ProofOptions(
             text=text, windows=windows, length=length, stride=stride, device=device, dtype=dtype,
@@ -61,18 +62,22 @@ PROOF_OPTIONS = (
         help="Evaluation text.",
     ),
     click.option(
-        "--windows", type=click.IntRange(1), default=8, show_default=True, help="Windows of text, at most."
+        "--windows",
+        type=click.IntRange(1),
+        default=WINDOWS,
+        show_default=True,
+        help="Most windows of text.",
     ),
     click.option(
         "--length",
         type=click.IntRange(0),
         default=0,
-        help="Tokens in a window.  [default: 2048, or 512 as llama.cpp takes with --kld-base and --engine]",
+        help="Tokens in a window.  [default: 512, as llama.cpp takes]",
     ),
     click.option(
         "--stride",
         type=click.IntRange(1),
-        default=512,
+        default=STRIDE,
         show_default=True,
         help="Tokens from one window to the next; each is scored on what the one before did not see.",
     ),

@@ -17,7 +17,7 @@ from dsconvert.commands.run import command
 
 if TYPE_CHECKING:
     from dsconvert.commands.display import Display
-    from dsconvert.proof.prove import ProofOptions
+    from dsconvert.proof.options import ProofOptions
 
 COMPARED = ("text", "windows", "length", "stride", "effort")
 JUDGED = ("max_kld", "max_ppl_ratio", "min_top1")
@@ -75,7 +75,7 @@ def verify(
     reference, opened = open_reference(against, add_bos), open_output(output)
     companion = None
     if mmproj is not None:
-        pair = open_pair(opened, mmproj, reference, options.max_kld)
+        pair = open_pair(opened, mmproj, reference, options)
         companion = Companion(pair.said, partial(check_pair, pair))
     found = display.follow(prove(opened, reference, options, companion)).report
     # Shown before a page is saved: what took long to find is not lost with a full disk.

@@ -37,18 +37,23 @@ class Inner:
 
 
 def language_model(
-    source: WeightSource, config: ModelConfig, where: Path | None = None
+    source: WeightSource, config: ModelConfig, where: Path | None = None, *, partial: bool = False
 ) -> tuple[WeightSource, ModelConfig]:
     """The decoder of a checkpoint under its own architecture's names, with its config; a plain one as it is.
 
-    Raises CheckpointError, which names the config's file `where`, for a class without a table, PlanError
-    when the tensors are not the config's.
+    A `partial` one may lack tensors. Raises CheckpointError, which names the config's file `where`, for a
+    class without a table, PlanError when the tensors are not the config's.
     """
     architecture = find_architecture(config.architecture, where)
     if architecture.mount is None:
         check_shapes(architecture.table, config, source.shapes())
         return source, config
-    specs, decoder = plan(architecture.table, config, source.shapes()), architecture.decoder
+    shapes, decoder = source.shapes(), architecture.decoder
+    if partial:
+        check_shapes(architecture.table, config, shapes)
+        specs = [s for s in expand(architecture.table, config) if set(s.names) <= shapes.keys()]
+    else:
+        specs = plan(architecture.table, config, shapes)
     outer = {spec.gguf: spec.names for spec in specs}
     inner = [spec for spec in expand(decoder.table, config) if spec.gguf in outer]
     names = {own: name for spec in inner for own, name in zip(spec.names, outer[spec.gguf], strict=True)}

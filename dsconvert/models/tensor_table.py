@@ -252,6 +252,23 @@ def plan_stored(
     return [originals[spec.gguf] for spec in plan(stored, config, shapes)]
 
 
+def fit_stored(
+    table: Table, config: Any, shapes: Mapping[str, tuple[int, ...]], derived: Collection[str] = ()
+) -> tuple[list[Spec], list[str]]:
+    """As `plan_stored` of what is there: the tensors that fit the table, and a sentence on each other one."""
+    specs = {spec.gguf: spec for spec in expand(table, config)}
+    fitting, strange = [], []
+    for name, shape in shapes.items():
+        if name not in specs:
+            if name not in derived and name != "rope_freqs.weight":
+                strange.append(f"{name[:120]} is no tensor of {config.architecture}")
+        elif shape != specs[name].shape:
+            strange.append(f"{name} has shape {list(shape)}, the file's keys say {list(specs[name].shape)}")
+        else:
+            fitting.append(specs[name])
+    return fitting, strange
+
+
 def _wanted(spec: Spec, config: Sizes, shapes: Mapping[str, tuple[int, ...]], begun: Collection[str]) -> bool:
     if spec.row.when and not getattr(config, spec.row.when):
         return False

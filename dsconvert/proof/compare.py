@@ -7,7 +7,7 @@ pair of blocks is read, compared, used and dropped.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -175,11 +175,11 @@ SIZES = {"layers": "layers", "d": "hidden_size", "v": "vocab_size", "ff": "inter
 SIZES |= {"q": "the width of the queries", "kv": "the width of keys and values"}
 
 
-def check_sizes(reference: ModelConfig, candidate: ModelConfig) -> None:
-    """Raises CheckpointError when the two cannot be the same model."""
+def check_sizes(reference: ModelConfig, candidate: ModelConfig, but: Collection[str] = ()) -> None:
+    """Raises CheckpointError when the two cannot be the same model; the SIZES of `but` may differ."""
     for key, name in SIZES.items():
         a, b = reference.dims[key], candidate.dims[key]
-        if a != b:
+        if a != b and key not in but:
             raise CheckpointError(
                 "the two are not the same model",
                 why=f"{name} is {b}, the reference has {a}",

@@ -1,11 +1,10 @@
 """The quick comparison of a conversion: in numpy, on the CPU, read by threads, so that it begins at once.
 
-What `compare.compare` and `time_budget.compare_blocks` find with torch, found without it. See `plain`.
+What `compare.compare` and `block_sample.compare_blocks` find with torch, found without it. See numpy_decoder.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -16,99 +15,20 @@ from dsconvert.decoder import numpy_decoder
 from dsconvert.decoder import torch_decoder as st
 from dsconvert.decoder.numpy_config import Floats, Numbers, Unread, numbers
 from dsconvert.decoder.numpy_decoder import EMBED, NORM
-from dsconvert.events import BlockCompared, Event, Step
+from dsconvert.events import BlockCompared, Event
 from dsconvert.machine import usable_cores
 from dsconvert.models.config import ModelConfig
 from dsconvert.models.weights import WeightSource, widened
-from dsconvert.proof import time_budget
-from dsconvert.proof.compare import Comparison, check_sizes, differences, judge, tensor_error
-from dsconvert.proof.figures import BlockError, TensorError, joined, summary
+from dsconvert.proof.compare import Comparison, check_sizes, differences, tensor_error
+from dsconvert.proof.effort import Effort
+from dsconvert.proof.figures import BlockError, IntArray, TensorError, joined, summary
 from dsconvert.proof.numpy_figures import hidden_error, length, token_figures
+from dsconvert.proof.output_losses import Losses, rounded
 from dsconvert.proof.row_sums import Matrix
-from dsconvert.proof.thresholds import Thresholds
-from dsconvert.proof.time_budget import Effort, Speed
 from dsconvert.texts.windows import Windows
 
 Pair = tuple[Floats, Floats]
-TOKENS = 32  # on which sampled blocks run
-WHOLE_SECONDS = 2.0  # what running all of a small model may take by estimate
-LEAST_BLOCKS = 1
 CHUNK = 1 << 18  # values of a matrix that are read at a time
-FLOPS_PER_CORE, READS_PER_CORE = 45e9, 0.2e9  # measured on a quiet machine
-
-
-def speed(threads: int = 0) -> Speed:
-    """What so many threads, or one on each core, do together, by estimate."""
-    cores = min(threads or usable_cores(), usable_cores())
-    return Speed(FLOPS_PER_CORE * cores, READS_PER_CORE * cores)
-
-
-def spread(layers: int) -> tuple[int, ...]:
-    """Every layer, in an order whose beginnings are spread over the model: first, middle, last, quarters."""
-    order, parts = [0, layers // 2, layers - 1], 4
-    while len(set(order)) < layers:
-        order += [layers * k // parts for k in range(1, parts, 2)]
-        parts *= 2
-    return tuple(dict.fromkeys(order))
-
-
-def check(
-    reference: WeightSource,
-    candidate: WeightSource,
-    config: ModelConfig,
-    windows: Windows,
-    limits: Thresholds,
-    seconds: float,
-    candidate_config: ModelConfig,
-    threads: int = 0,
-) -> Generator[Event, None, Comparison]:
-    """Choose, say it, compare and judge, as `time_budget.check`; a big model's blocks for about `seconds`.
-
-    `threads` read the weights, by default one on each core.
-
-    A config.json that the numpy decoder does not know every key of is run with transformers' own modules.
-    """
-    try:
-        read_both(config, candidate_config, windows)
-    except Unread as key:
-        yield Step(
-            f"config.json has {key}, which the numpy proof does not know; transformers' own code is run"
-        )
-        return (yield from _with_torch(reference, candidate, config, windows, limits, candidate_config))
-    chosen = time_budget.choose(
-        config, windows, "quick", "cpu", WHOLE_SECONDS, speed=speed(threads), least=1, tokens=TOKENS
-    )
-    if chosen.blocks is None:
-        yield Step(f"verifying {chosen.text}")
-    else:
-        chosen = replace(chosen, blocks=spread(config.layers), seconds=seconds)
-        least = min(LEAST_BLOCKS, config.layers)
-        yield Step(
-            f"verifying blocks for about {max(seconds, 0):.1f} s, at least {least} of {config.layers}, on "
-            f"{chosen.windows.length} tokens, each on the reference's input; --effort full runs all of it"
-        )
-    comparison = yield from compare_in_numpy(reference, candidate, config, chosen, candidate_config, threads)
-    if chosen.blocks is not None:
-        ran = ", ".join(str(block.index) for block in comparison.blocks)
-        blocks = "block" if len(comparison.blocks) == 1 else "blocks"
-        yield Step(f"ran {blocks} {ran} of {config.layers}; no logits were compared")
-    yield from judge(comparison, limits).checks
-    return comparison
-
-
-def _with_torch(
-    reference: WeightSource,
-    candidate: WeightSource,
-    config: ModelConfig,
-    windows: Windows,
-    limits: Thresholds,
-    candidate_config: ModelConfig,
-) -> Generator[Event, None, Comparison]:
-    chosen = time_budget.choose(config, windows, "quick", "auto")
-    comparison, _ = yield from time_budget.check(
-        reference, candidate, config, chosen, limits, candidate_config=candidate_config
-    )
-    return comparison
 
 
 def compare_in_numpy(
@@ -118,13 +38,14 @@ def compare_in_numpy(
     chosen: Effort,
     candidate_config: ModelConfig | None = None,
     threads: int = 0,
+    token_bytes: IntArray | None = None,
 ) -> Generator[Event, None, Comparison]:
     """Run what was chosen of both models over the windows; the same findings as with torch.
 
     All blocks and the logits, or the chosen blocks in their order, each on the reference's input (see
-    time_budget.compare_blocks), until the next would end after the chosen seconds, but LEAST_BLOCKS at least.
-    Yields BlockCompared. Raises CheckpointError, PlanError when the two cannot be the same model, and Unread
-    where `check` would take transformers.
+    block_sample.compare_blocks). `threads` read the weights, by default one on each core. Yields
+    BlockCompared. Raises CheckpointError, PlanError when the two cannot be the same model, and Unread where
+    transformers' own code is needed.
     """
     other = candidate_config or config
     check_sizes(config, other)
@@ -138,8 +59,8 @@ def compare_in_numpy(
         run = _Run((reference, candidate), pair, names[0], chosen.windows, pool)
         run.config += differences(*pair)
         if chosen.blocks is None:
-            return (yield from run.whole(heads))
-        return (yield from run.sample(chosen.blocks, chosen.seconds))
+            return (yield from run.whole(heads, token_bytes))
+        return (yield from run.sample(chosen.blocks))
 
 
 def read_both(config: ModelConfig, other: ModelConfig, windows: Windows) -> tuple[Numbers, Numbers]:
@@ -148,6 +69,15 @@ def read_both(config: ModelConfig, other: ModelConfig, windows: Windows) -> tupl
     if windows.length > min(pair[0].within, pair[1].within):
         raise Unread("max_position_embeddings")
     return pair
+
+
+def knows(config: ModelConfig, other: ModelConfig, windows: Windows) -> bool:
+    """Whether the numpy decoder knows every key of both models' config."""
+    try:
+        read_both(config, other, windows)
+    except Unread:
+        return False
+    return True
 
 
 @dataclass
@@ -160,9 +90,12 @@ class _Run:
     config: tuple[str, ...] = ()
     room: Pair | None = None
     blocks: list[BlockError] = field(default_factory=list)
+    losses: Losses = field(default_factory=Losses)
     tensors: list[TensorError] = field(default_factory=list)
 
-    def whole(self, heads: tuple[str, str]) -> Generator[Event, None, Comparison]:
+    def whole(
+        self, heads: tuple[str, str], token_bytes: IntArray | None
+    ) -> Generator[Event, None, Comparison]:
         """Every block on its own model's states, then the logits of every scored prediction."""
         tables = self.read([EMBED])[EMBED]
         hidden = [table[self.windows.tokens] for table in tables]
@@ -188,11 +121,10 @@ class _Run:
             columns = token_figures(logits[0], logits[1], self.windows.targets(window, rows))
             parts.append(columns | self.windows.places(window, rows))
         tokens = joined(parts)
-        return replace(self.ended(""), figures=summary(tokens), tokens=tokens)
+        return replace(self.ended(""), figures=summary(tokens, token_bytes), tokens=tokens)
 
-    def sample(self, blocks: tuple[int, ...], seconds: float) -> Generator[Event, None, Comparison]:
+    def sample(self, blocks: tuple[int, ...]) -> Generator[Event, None, Comparison]:
         """Block 0 on the embedded text, the others on what the reference's block 0 made of it."""
-        started = before = time.monotonic()
         start = self.embedded()
         for index in blocks:
             base, candidate = self.stream(index, [start, start])
@@ -203,15 +135,12 @@ class _Run:
             self.blocks.append(BlockError(index, relative, cosine, update))
             yield BlockCompared(index, len(self.names), relative, cosine)
             start = base if index == 0 else start
-            now = time.monotonic()
-            if len(self.blocks) >= LEAST_BLOCKS and now + (now - before) > started + seconds:
-                break
-            before = now
         return self.ended("")
 
     def ended(self, broken: str) -> Comparison:
         """The comparison without figures, as it stands."""
-        return Comparison(None, None, tuple(self.blocks), tuple(self.tensors), self.config, broken)
+        tensors = self.losses.noted(sorted(self.tensors, key=lambda tensor: tensor.name))
+        return Comparison(None, None, tuple(self.blocks), tensors, self.config, broken)
 
     def embedded(self) -> Floats:
         """The reference's embedded text; of both tables only the rows in use are read and compared."""
@@ -220,20 +149,28 @@ class _Run:
             np.concatenate([widened(source.rows(EMBED, i, i + 1)) for i in used.tolist()])
             for source in self.sources
         )
-        self.note(EMBED, EMBED, Matrix().add(base, candidate, labels=used))
+        made = self.sources[1].nearest(EMBED, 0, base)
+        self.note(EMBED, EMBED, Matrix().add(base, candidate, made, labels=used))
         states: Floats = base[places.reshape(self.windows.tokens.shape)]
         return states
 
+    @np.errstate(over="ignore", invalid="ignore")  # as numpy_decoder.block
     def apply(self, index: int, hidden: list[Floats]) -> list[Floats]:
         """What block `index` of both makes of their states; its tensors are compared too."""
         names = self.names[index]
+        self.losses.observers.clear()
         both = self.read(names.values())
-        return [
-            numpy_decoder.block(
-                numbers, {attribute: both[name][side] for attribute, name in names.items()}, x
-            )
-            for side, (numbers, x) in enumerate(zip(self.numbers, hidden, strict=True))
-        ]
+        sides = [{attribute: both[name][side] for attribute, name in names.items()} for side in (0, 1)]
+        runs = [numpy_decoder.steps(*given) for given in zip(self.numbers, sides, hidden, strict=True)]
+
+        def products(asked: numpy_decoder.Names, states: list[Floats]) -> list[tuple[Floats, ...]]:
+            for name in asked:
+                if observe := self.losses.observers.get(names[name + ".weight"]):
+                    observe(states[0])
+            pairs = zip(sides, states, strict=True)
+            return [tuple(x @ side[name + ".weight"].T for name in asked) for side, x in pairs]
+
+        return numpy_decoder.in_step(runs, products)
 
     @np.errstate(over="ignore", invalid="ignore")  # as numpy_decoder.block
     def stream(self, index: int, hidden: list[Floats]) -> list[Floats]:
@@ -267,7 +204,9 @@ class _Run:
             parts = [widened(source.rows(name, start, stop)) for source in self.sources]
             for matrix, part in zip(pair, parts, strict=True):
                 matrix[start:stop] = part
-            compared.add(*parts, labels=range(start, stop))
+            # The first rows stand for all: a block is rounded as slowly as it was made.
+            made = self.sources[1].nearest(name, 0, parts[0]) if not start else None
+            compared.add(parts[0], parts[1], made, labels=range(start, stop))
 
         list(self.pool.map(read, range(0, rows, step)))
         self.note(name, name, compared)
@@ -287,13 +226,18 @@ class _Run:
     def read_pair(self, name: str, other: str) -> Pair:
         """A tensor of the reference and its counterpart."""
         base, candidate = self.sources[0].float32(name), self.sources[1].float32(other)
-        self.note(name, other, Matrix().add(base, candidate))
+        made = rounded(self.sources[1], other, 0, base, candidate)
+        error = self.note(name, other, Matrix().add(base, candidate, made))
+        if made is not None and error.lost:
+            self.losses.watch(name, base, candidate, made)
         return base, candidate
 
-    def note(self, name: str, other: str, compared: Matrix) -> None:
+    def note(self, name: str, other: str, compared: Matrix) -> TensorError:
         """Keep the error of a tensor of the candidate, and what is wrong with its rows."""
         head_dim = self.numbers[0].head_dim
-        self.tensors.append(tensor_error(self.sources, (name, other), compared, head_dim))
+        error = tensor_error(self.sources, (name, other), compared, head_dim)
+        self.tensors.append(error)
+        return error
 
 
 def _broken(values: list[Floats], where: str) -> str:

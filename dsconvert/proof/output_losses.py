@@ -8,27 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
 from dsconvert.models.weights import Floats, WeightSource
 from dsconvert.proof.figures import TensorError
 
-if TYPE_CHECKING:
-    import torch
-
-    Observer = Callable[[torch.Tensor], None]
-
+Observer = Callable[[Any], None]
 AT_FIRST = 1 << 20  # values of a matrix that are rounded at first
 LEAST_ROWS = 64
 ENOUGH = 512  # tokens: the ratio of two losses does not change with more
 
 
-def rounded(
-    source: WeightSource, name: str, start: int, base: torch.Tensor, candidate: torch.Tensor
-) -> Floats | None:
+def rounded(source: WeightSource, name: str, start: int, base: Any, candidate: Any) -> Floats | None:
     """What plain rounding makes of the rows of `base`, those from `start` on, in the type of a tensor.
+
+    Both are of numpy or of torch.
 
     The first rows of them, or all where the first are the candidate's: a matrix that is not rounded plainly
     is judged by some rows as well as by all, and rounding it may cost what making it did. None where nothing
@@ -36,13 +32,19 @@ def rounded(
     """
     rows = base.reshape(-1, base.shape[-1])
     count = max(LEAST_ROWS, AT_FIRST // rows.shape[1])
-    found = source.nearest(name, start, rows[:count].cpu().numpy())
+    found = source.nearest(name, start, _host(rows[:count]))
     if found is None or len(rows) <= count:
         return found
-    if not np.array_equal(found, candidate.reshape(rows.shape)[:count].cpu().numpy()):
+    if not np.array_equal(found, _host(candidate.reshape(rows.shape)[:count])):
         return found
-    others = source.nearest(name, start + count, rows[count:].cpu().numpy())
+    others = source.nearest(name, start + count, _host(rows[count:]))
     return None if others is None else np.concatenate([found, others])
+
+
+def _host(values: Any) -> Floats:
+    """An array of numpy or torch as one of numpy."""
+    found: Floats = values if isinstance(values, np.ndarray) else values.cpu().numpy()
+    return found
 
 
 @dataclass
@@ -55,18 +57,22 @@ class Losses:
     sums: dict[str, list[float]] = field(default_factory=dict)
     observers: dict[str, Observer] = field(default_factory=dict)
 
-    def watch(self, name: str, base: torch.Tensor, candidate: torch.Tensor, made: Floats) -> None:
+    def watch(self, name: str, base: Any, candidate: Any, made: Floats) -> None:
         """Count the inputs [..., K] that the linear `name` will be given, up to ENOUGH of them."""
-        pair = candidate[: len(made)].float(), base.new_tensor(made).float()
-        errors = [x - base[: len(made)].float() for x in pair]
+        base, candidate = base[: len(made)], candidate[: len(made)]
+        plain = made if isinstance(base, np.ndarray) else base.new_tensor(made).float()
+        if not isinstance(base, np.ndarray):
+            base, candidate = base.float(), candidate.float()
+        errors = [x - base for x in (candidate, plain)]
         total, seen = self.sums.setdefault(name, [0.0, 0.0]), 0
 
-        def count(x: torch.Tensor) -> None:
+        def count(x: Any) -> None:
             nonlocal seen
-            inputs = x.reshape(-1, x.shape[-1])[: ENOUGH - seen].float()
+            inputs = x.reshape(-1, x.shape[-1])[: ENOUGH - seen]
+            inputs = inputs if isinstance(inputs, np.ndarray) else inputs.float()
             seen += len(inputs)
             for i, error in enumerate(errors):
-                total[i] += float((inputs @ error.T).double().square().sum())
+                total[i] += float(np.square(_host(inputs @ error.T), dtype=np.float64).sum())
 
         self.observers[name] = count
 

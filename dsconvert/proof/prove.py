@@ -1,68 +1,42 @@
-"""The proof of one output against its checkpoint: text, weights, blocks, logits, the real runtime."""
+"""The proof of one output against its checkpoint, the same for every command that makes or judges one."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 import dsconvert
-from dsconvert.calibration.record import evaluation_windows
 from dsconvert.checkpoints.source_files import check_unchanged
 from dsconvert.decoder import torch_decoder as st
-from dsconvert.errors import TokenizerError, UsageError
+from dsconvert.errors import UsageError
 from dsconvert.events import Check, Event, Step, Warn
-from dsconvert.machine import usable_cores
+from dsconvert.machine import free_memory, usable_cores
 from dsconvert.proof import compare as comparing
-from dsconvert.proof import logprob_file, time_budget
+from dsconvert.proof import logprob_file
+from dsconvert.proof.block_sample import compare_blocks, sample_tensors
 from dsconvert.proof.compare import Comparison
+from dsconvert.proof.effort import Effort, choose
+from dsconvert.proof.figures import IntArray
+from dsconvert.proof.numpy_compare import compare_in_numpy, knows
+from dsconvert.proof.options import Mode, ProofOptions
 from dsconvert.proof.result import Report
-from dsconvert.proof.sources import Opened, Reference, limits_name
+from dsconvert.proof.sources import Opened, Reference, StoredTensors, limits_name
+from dsconvert.proof.structure import check_structure, structure_faults
+from dsconvert.proof.text import Text, check_text, choose_text, handling
 from dsconvert.proof.thresholds import Thresholds, thresholds_for, verdict
-from dsconvert.texts import builtin
-from dsconvert.texts.sets import BUILTIN, load_text
-from dsconvert.texts.windows import Windows, consecutive, strided
-from tokenizer_tools import identity, parity
+from dsconvert.texts.windows import Windows
+from tokenizer_tools import identity
 from tokenizer_tools.library import decode
 from tokenizer_tools.library import ids as encode
 
 if TYPE_CHECKING:
     from dsconvert.proof.runtime import EngineFigures
-
-PAGE = 20_000  # characters of text on which tokenizers are compared, besides the probes
-RUNTIME_LENGTH = 512  # tokens: the window of llama.cpp's perplexity tool
-
-
-@dataclass(frozen=True)
-class ProofOptions:
-    """How an output is to be verified; `length` 0 stands for 2048, or llama.cpp's own window."""
-
-    text: str = BUILTIN
-    windows: int = 8
-    length: int = 0
-    stride: int = 512
-    device: str = "auto"
-    dtype: str | None = None
-    max_kld: float | None = None
-    max_ppl_ratio: float | None = None
-    min_top1: float | None = None
-    kld_base: Path | None = None
-    engine: str | None = None
-    effort: str = "full"
-
-
-@dataclass(frozen=True)
-class Text:
-    """The windows that are scored, and the pages on which tokenizers are compared."""
-
-    windows: Windows
-    pages: tuple[str, ...]
-    source: str
 
 
 @dataclass(frozen=True)
@@ -84,12 +58,17 @@ class Proof:
 
 
 def prove(
-    opened: Opened, reference: Reference, asked: ProofOptions, companion: Companion | None = None
+    opened: Opened,
+    reference: Reference,
+    asked: ProofOptions,
+    companion: Companion | None = None,
+    planned: StoredTensors | None = None,
 ) -> Generator[Event, None, Proof]:
     """Verify one output: yields steps and Checks, returns the report with the verdict over all of them.
 
-    Raises ConversionError when something cannot be compared at all: a file that cannot be read, another
-    model, text that is too short. What can be compared and is wrong is a failed Check.
+    `planned` are the tensors that a conversion meant to write. Raises ConversionError when something cannot
+    be compared at all: a file that cannot be read, another model, text that is too short. What can be
+    compared and is wrong is a failed Check.
 
     >>> from converters.outputs import open_output, open_reference
     >>> from dsconvert.checkpoints.locate import locate
@@ -104,34 +83,43 @@ def prove(
         raise UsageError(
             "--engine llama.cpp runs GGUF files", where=opened.path, why=f"this is a {opened.kind}"
         )
-    comparing.check_sizes(reference.config, opened.config)
+    comparing.check_sizes(reference.config, opened.config, but=("layers",))
     changes = {"max_kld": asked.max_kld, "max_ppl_ratio": asked.max_ppl_ratio, "min_top1": asked.min_top1}
     limits = thresholds_for(limits_name(opened), **changes)
     chosen_text = yield from choose_text(reference, asked)
     yield Step(f"{opened.path}: {opened.kind} {opened.quant}, {opened.bits:.2f} bits per weight")
-    checks = check_text(opened, reference, chosen_text.pages)
+    faults = structure_faults(opened, reference)
+    checks = [check_structure(opened, faults, planned), *opened.own(reference)]
+    checks += check_text(opened, reference, chosen_text.pages)
     yield from checks
     dtype = asked.dtype or ("float32" if asked.engine else None)  # the runtime computes in float32
     where: dict[str, Any] = {"device": asked.device, "dtype": dtype}
-    comparison = yield from compare_output(opened, reference, chosen_text, asked, where)
+    mode: Mode = "quick" if asked.effort == "quick" and not asked.engine else "full"
+    chosen = choose(reference.config, chosen_text.windows, mode, free_memory())
+    if faults:
+        yield Step("comparing rows of the tensors that both have; models of other tensors are not run")
+        comparison = compare_rows(opened, reference, asked, chosen)
+    else:
+        comparison = yield from compare_output(opened, reference, chosen_text.windows, chosen, asked, where)
     found = list(comparing.judge(comparison, limits).checks)
     yield from found
     engine = None
     if asked.engine and comparison.tokens is not None:
         engine, others = yield from run_engine(opened, reference, chosen_text, limits, comparison, where)
         found += others
-    if companion is not None:
+    if companion is not None and not faults:
         found += yield from companion.check()
     check_unchanged(reference.checkpoint.seen)  # else something else was compared
     said = verdict([*checks, *found])
+    plain = bool(faults) or chosen.blocks == () or in_numpy(opened, reference, chosen, asked)
     report = Report(
         title=f"{opened.path.name} against {reference.title}",
         comparison=comparison,
         verdict=said,
         limits=limits,
-        windows=chosen_text.windows,
+        windows=chosen.windows,
         sizes=opened.sizes,
-        provenance=provenance(opened, reference, chosen_text, where, comparison)
+        provenance=provenance(opened, reference, chosen_text, {} if plain else where, comparison)
         | ({} if companion is None else {"projector": companion.said}),
         engine=engine,
         decode=partial(decode, reference.tokenizer.tokenizer),
@@ -139,68 +127,26 @@ def prove(
     return Proof(opened, report)
 
 
-def choose_text(reference: Reference, asked: ProofOptions) -> Generator[Event, None, Text]:
-    """The windows to score, cut as asked from the text that is named; raises UsageError, CheckpointError."""
-    tokenizer, bos = reference.tokenizer.tokenizer, reference.tokenizer.first_id
-    runtime = asked.kld_base is not None or asked.engine is not None
-    length = min(asked.length or (RUNTIME_LENGTH if runtime else 2048), reference.config.context_length)
-    stride = min(asked.stride, length)
-    if asked.kld_base is not None and os.path.lexists(asked.kld_base):
-        base = logprob_file.open_base(asked.kld_base)
-        return Text(base.windows, pages_of(builtin.evaluation_page(PAGE)), str(asked.kld_base))
-    if asked.text == BUILTIN:
-        count = length + (asked.windows - 1) * (length if asked.kld_base else stride)
-        page = builtin_page(tokenizer, count)
-        ids = np.array(encode(tokenizer, [page])[0][:count], np.int64)
-        if asked.kld_base is not None:
-            return Text(consecutive(ids, length, bos), pages_of(page), BUILTIN)
-        return Text(strided(ids, length, stride, bos), pages_of(page), BUILTIN)
-    found = yield from load_text(asked.text, "evaluation")
-    if asked.kld_base is not None:
-        stride = length
-    windows = evaluation_windows(
-        found, lambda texts: encode(tokenizer, texts), length=length, stride=stride, count=asked.windows,
-        bos=bos,
-    )  # fmt: skip
-    if asked.kld_base is not None:
-        windows = Windows(windows.tokens, np.full(len(windows.tokens), length // 2, np.int64))
-    return Text(windows, pages_of(found.documents[0]), f"{found.name} {found.provenance}")
+def prove_conversion(
+    opened: Opened, reference: Reference, asked: ProofOptions, planned: StoredTensors | None
+) -> Generator[Event, None, Proof]:
+    """As `prove`, of what a conversion just wrote; ends with a line on the perplexities, if there are any."""
+    proof = yield from prove(opened, reference, asked, planned=planned)
+    figures = proof.report.comparison.figures
+    if figures is not None:
+        yield Step(
+            f"perplexity {figures.ppl.value:.3f}, of the checkpoint {figures.ppl_base.value:.3f}, "
+            f"over {figures.tokens} predictions"
+        )
+    return proof
 
 
-def builtin_page(tokenizer: Any, tokens: int) -> str:
-    """A page of the built-in evaluation text (prose, code, some Chinese) of at least so many tokens."""
-    chars = 4 * tokens
-    while True:
-        page = builtin.evaluation_page(chars)
-        found = len(encode(tokenizer, [page])[0])
-        if found >= tokens:
-            return page
-        chars = max(chars + 1000, chars * tokens // max(found, 1))
-
-
-def pages_of(page: str) -> tuple[str, ...]:
-    """The probes, and the beginning of a text in pieces that every runtime takes."""
-    pieces = [page[at : at + 4000] for at in range(0, min(len(page), PAGE), 4000)]
-    return (*parity.PROBES, *pieces)
-
-
-def check_text(opened: Opened, reference: Reference, pages: Sequence[str]) -> list[Check]:
-    """Tokenizer, special tokens and chat template, from the output's own files."""
-    if isinstance(opened.text, TokenizerError):
-        return [Check("token ids", False, str(opened.text))]
-    own = handling(reference, opened)
-    found = identity.findings(own, opened.text, pages)
-    if opened.keys:
-        found.append(identity.same_runtime(own, opened.keys, pages))
-    return [Check(f.name, f.same, f.detail, f.count) for f in found]
-
-
-def handling(reference: Reference, opened: Opened) -> identity.TextHandling:
-    """How the checkpoint handles text; of the templates that an output may carry the one that it does."""
-    own = identity.of_data(reference.tokenizer)
-    template = "" if isinstance(opened.text, TokenizerError) else opened.text.template
-    known = template if template in reference.templates else reference.templates[-1]
-    return replace(own, template=known)
+def compare_rows(opened: Opened, reference: Reference, asked: ProofOptions, chosen: Effort) -> Comparison:
+    """Rows of the tensors that both have, all of a small model's; for models that cannot both be run."""
+    pair, head_dim = (reference.source, opened.source), reference.config.head_dim
+    tensors = sample_tensors(pair, (), head_dim, asked.threads, every=chosen.small)
+    differing = comparing.config_differences(reference.config, opened.config)
+    return Comparison(None, None, (), tensors, differing)
 
 
 def run_engine(
@@ -239,55 +185,98 @@ def run_engine(
 def compare_output(
     opened: Opened,
     reference: Reference,
-    chosen_text: Text,
+    windows: Windows,
+    chosen: Effort,
     asked: ProofOptions,
     where: dict[str, Any],
 ) -> Generator[Event, None, Comparison]:
-    """Both models over the windows, or the output against a file of the base's log-probabilities."""
-    config, windows, lengths = (
-        reference.config,
-        chosen_text.windows,
-        np.array(reference.tokenizer.token_bytes, np.int64),
-    )
-    if asked.kld_base is not None:
-        if os.path.lexists(asked.kld_base):
-            base = logprob_file.open_base(asked.kld_base)
-            scored = yield from logprob_file.compare_base(
-                base, opened.source, opened.config, token_bytes=lengths, **where
-            )
-            return replace(scored, config=comparing.config_differences(config, opened.config))
-        yield from logprob_file.write_base(asked.kld_base, reference.source, config, windows, **where)
-        yield Step(f"wrote {asked.kld_base}")
-    mode: Any = "quick" if asked.effort == "quick" and not asked.engine else "full"
-    chosen = time_budget.choose(config, windows, mode, asked.device)
+    """Both models as far as chosen, or the output against a file of the base's log-probabilities.
+
+    `windows` are all that were asked for, which such a file is written of.
+    """
+    pair, config, base = (reference.source, opened.source), reference.config, asked.kld_base
+    tokenizer = reference.tokenizer
+    lengths = np.array(tokenizer.token_bytes, np.int64) if chosen.blocks is None else None
+    if base is not None and os.path.lexists(base):
+        known = logprob_file.open_base(base)
+        scored = yield from logprob_file.compare_base(
+            known, opened.source, opened.config, token_bytes=lengths, **where
+        )
+        return replace(scored, config=comparing.config_differences(config, opened.config))
+    if base is not None:
+        yield from logprob_file.write_base(base, reference.source, config, windows, **where)
+        yield Step(f"wrote {base}")
     yield Step("verifying " + chosen.text)
-    found = yield from time_budget.run(
-        reference.source, opened.source, config, chosen, candidate_config=opened.config,
-        token_bytes=lengths, keep_states=asked.engine is not None, **where,
-    )  # fmt: skip
+    if chosen.blocks == ():
+        return compare_rows(opened, reference, asked, chosen)
+    if in_numpy(opened, reference, chosen, asked):
+        found = yield from compare_in_numpy(*pair, config, chosen, opened.config, asked.threads, lengths)
+    else:
+        found = yield from compare_in_torch(opened, reference, chosen, asked, where, lengths)
     if chosen.blocks is None:
         return found
-    yield Step("comparing some rows of every other tensor")
-    others = time_budget.sample_tensors(reference.source, opened.source, found.tensors, config.head_dim)
+    names = {tensor.name for tensor in found.tensors}
+    others = sample_tensors(pair, names, config.head_dim, asked.threads)
     return replace(found, tensors=(*found.tensors, *others))
+
+
+def in_numpy(opened: Opened, reference: Reference, chosen: Effort, asked: ProofOptions) -> bool:
+    """Whether numpy runs the models: where loading torch would take longer than that, and it knows them."""
+    if asked.names_arithmetic or not (chosen.small or chosen.blocks is not None):
+        return False
+    return knows(reference.config, opened.config, chosen.windows)
+
+
+def compare_in_torch(
+    opened: Opened,
+    reference: Reference,
+    chosen: Effort,
+    asked: ProofOptions,
+    where: dict[str, Any],
+    lengths: IntArray | None,
+) -> Generator[Event, None, Comparison]:
+    """Both models as far as chosen, by transformers' own modules on the device asked for."""
+    pair, config = (reference.source, opened.source), reference.config
+    use_threads(asked.threads)
+    if chosen.blocks is not None:
+        return (
+            yield from compare_blocks(
+                *pair, config, chosen.windows, chosen.blocks, candidate_config=opened.config, **where
+            )
+        )
+    return (
+        yield from comparing.compare(
+            *pair, config, chosen.windows, candidate_config=opened.config, token_bytes=lengths,
+            keep_states=asked.engine is not None, **where,
+        )
+    )  # fmt: skip
+
+
+def use_threads(count: int) -> None:
+    """Let torch compute on so many threads, where a number was asked for."""
+    import torch
+
+    if count:
+        torch.set_num_threads(count)
 
 
 def provenance(
     opened: Opened, reference: Reference, chosen_text: Text, where: dict[str, Any], comparison: Comparison
 ) -> dict[str, str]:
-    """What was compared with what, on which text, by which versions."""
-    import torch
-    import transformers
-
-    place = st.pick_device(where["device"])
+    """What was compared with what, on which text, by which versions; `where` says by torch, {} by numpy."""
+    arithmetic = "float32 on cpu, in numpy"
+    if where:
+        place = st.pick_device(where["device"])
+        arithmetic = f"{str(st.pick_dtype(where['dtype'], place)).removeprefix('torch.')} on {place}"
     scored = 0 if comparison.figures is None else comparison.figures.tokens
+    libraries = ["torch", "transformers"] if where else ["numpy"]
+    versions = [f"{name} {version(name)}" for name in libraries]
     return {
         "output": str(opened.path),
         "kind": f"{opened.kind} {opened.quant}, {opened.bits:.3f} bits per weight, {opened.nbytes} bytes",
         "reference": reference.name or reference.folder.name,
         "text": f"{chosen_text.source}; windows of {chosen_text.windows.length} tokens, "
         f"{scored} predictions scored",
-        "arithmetic": f"{str(st.pick_dtype(where['dtype'], place)).removeprefix('torch.')} on {place}",
-        "versions": f"dsconvert {dsconvert.__version__}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}",
+        "arithmetic": arithmetic,
+        "versions": ", ".join([f"dsconvert {dsconvert.__version__}", *versions]),
     }

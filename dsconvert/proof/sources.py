@@ -11,6 +11,7 @@ from typing import Any
 from dsconvert.checkpoints.checkpoint import Checkpoint
 from dsconvert.checkpoints.weight_files import open_weights
 from dsconvert.errors import CheckpointError, TokenizerError, UsageError
+from dsconvert.events import Check
 from dsconvert.models.config import ModelConfig
 from dsconvert.models.diagnosis import is_left_over
 from dsconvert.models.weights import WeightSource
@@ -20,6 +21,10 @@ from tokenizer_tools.load import TokenizerData, load_tokenizer
 
 # The mixture whose limits a stranger's type has to keep, by its bits per weight.
 BY_BITS = ((12.0, "bf16"), (7.5, "q8_0"), (6.0, "q6_k"), (4.8, "q5"), (3.8, "q4_0"), (2.8, "q3"), (0.0, "q2"))
+
+
+# Name, shape and type (of EXL2 the groups) of every tensor of an output.
+StoredTensors = frozenset[tuple[str, tuple[int, ...], object]]
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class Reference:
     templates: tuple[str, ...] = field(repr=False)  # the chat templates that an output may carry
     notes: tuple[str, ...] = field(repr=False, default=())  # on how it was found and read
     name: str = ""  # as the user gave it: reports say no more of where it lies
+    add_bos: bool | None = None  # whether BOS goes before a text, where that was asked for
 
     @property
     def folder(self) -> Path:
@@ -55,7 +61,9 @@ class Opened:
     """An output as a weight source, with what its files say of text, types and sizes.
 
     `quant` is the type or mixture that it says it is, `limits` the name of the thresholds for it. `nbytes`
-    counts the files, `sizes` the tensors.
+    counts the files, `sizes` the tensors. `stored` are these under the file's own names, `holds` a line on
+    them; `strange` says which of them no model has, and `source` leaves out. `own` are the checks of its
+    format alone.
     """
 
     path: Path
@@ -67,6 +75,10 @@ class Opened:
     text: TextHandling | TokenizerError  # the error where the files give no tokenizer
     sizes: tuple[TypeSize, ...]
     nbytes: int
+    stored: StoredTensors = field(repr=False)
+    holds: str
+    strange: tuple[str, ...] = ()
+    own: Callable[[Reference], list[Check]] = field(default=lambda reference: [], repr=False)
     keys: Mapping[str, Any] = field(default_factory=dict, repr=False)  # a GGUF file's
     notes: tuple[str, ...] = field(default=(), repr=False)  # on how a 16-bit folder was read
 

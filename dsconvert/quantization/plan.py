@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from dsconvert.calibration.request import CalibrationRequest
 from dsconvert.checkpoints.marked_folders import check_folder
@@ -13,6 +13,7 @@ from dsconvert.checkpoints.output_plan import REPLACED, check_place
 from dsconvert.events import Event, Warn
 from dsconvert.quantization.linears import Selection
 from dsconvert.quantization.run_state import check_state, state_folder
+from tokenizer_tools.load import TokenizerData
 
 
 @dataclass(frozen=True)
@@ -32,28 +33,6 @@ class RunOptions:
     effort: str = "quick"
 
 
-class Tokenizer(Protocol):
-    """What a run needs of a tokenizer."""
-
-    @property
-    def first_id(self) -> int | None:
-        """The id that goes before every text, or None."""
-        ...
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What the user should know."""
-        ...
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text."""
-        ...
-
-    def render(self, messages: list[dict[str, Any]]) -> str:
-        """A conversation as the chat template writes it."""
-        ...
-
-
 class Job(Protocol):
     """A conversion planned, of any format; nothing is written yet."""
 
@@ -68,7 +47,7 @@ class Job(Protocol):
         ...
 
     @property
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> TokenizerData:
         """The model's tokenizer."""
         ...
 

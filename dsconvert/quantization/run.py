@@ -22,9 +22,12 @@ from dsconvert.checkpoints.safetensors_writer import Piece, from_array
 from dsconvert.checkpoints.source_files import check_unchanged
 from dsconvert.decoder import torch_decoder as st
 from dsconvert.events import Event, Finished, Step, Warn
+from dsconvert.proof.sources import Opened, StoredTensors
+from dsconvert.proof.text import default_windows
 from dsconvert.quantization.blocks import Restore, Solution, collected, progress, quantize_blocks
 from dsconvert.quantization.linears import model_digest
 from dsconvert.quantization.plan import Job
+from dsconvert.quantization.proof import prove_folder
 from dsconvert.quantization.ranks import Ranks
 from dsconvert.quantization.run_state import State, open_state, state_folder
 
@@ -76,7 +79,8 @@ class Format:
     `settings` name what each linear becomes, `nbytes` are its bytes in the output; both in the order of the
     blocks, and the head last where it is quantized (`head`). `solve` takes a linear's name, weight W [N, K]
     and Hessian H [K, K]; `restore` gives the weights of a block that is finished. `write` takes the linears'
-    tensors and why some are rounded to nearest, by name, and gives the bytes of the folder's weights.
+    tensors and why some are rounded to nearest, by name, and gives the bytes of the folder's weights, which
+    `opened` reads back and `planned` names.
     """
 
     settings: Mapping[str, str]
@@ -84,7 +88,8 @@ class Format:
     solve: Callable[[str, torch.Tensor, torch.Tensor], Coded]
     restore: Restore
     write: Callable[[Mapping[str, Piece], Mapping[str, str]], int]
-    prove: Callable[[], Iterator[Event]]
+    opened: Callable[[], Opened]
+    planned: StoredTensors
     head: bool = False
 
 
@@ -100,39 +105,35 @@ class Run:
 
 def run(
     job: Job,
-    held_out: Callable[[], st.IntArray],
     choose: Callable[[Run], Generator[Event, None, Format]],
     ranks: Ranks,
     started: float,
 ) -> Iterator[Event]:
     """Quantize what `job` has planned, yielding what happens; all `ranks` call it.
 
-    `held_out` gives the windows that the result is judged on, int64 [n, length], which are compared with the
-    calibration text. `choose` gives the format for what this run has; all processes call it. `started` is
+    `choose` gives the format for what this run has; all processes call it. `started` is
     time.monotonic() at the begin. A run that is stopped leaves the blocks that it finished beside the output,
     for `resume`, and nothing under the final name.
     """
     with ExitStack() as stack:
-        begun = yield from begin(stack, job, held_out, ranks)
+        begun = yield from begin(stack, job, ranks)
         chosen = yield from choose(begun)
         yield from solve_blocks(begun, chosen)
         if not ranks.first:
             return
         nbytes = chosen.write(*collected(begun.state))
     yield Finished(str(job.out), nbytes, time.monotonic() - started)
-    yield from chosen.prove()
+    yield from prove_folder(job, chosen.opened, chosen.planned)
     check_unchanged(job.model.checkpoint.seen)  # else something else was proven
 
 
-def begin(
-    stack: ExitStack, job: Job, held_out: Callable[[], st.IntArray], ranks: Ranks
-) -> Generator[Event, None, Run]:
+def begin(stack: ExitStack, job: Job, ranks: Ranks) -> Generator[Event, None, Run]:
     """Open the decoder, draw the windows, open the state, which `stack` closes."""
     drawn: Calibration | None = None
     with ranks.together():
         decoder = open_decoder(job, ranks)
         if ranks.first:
-            drawn = yield from draw(job, held_out())
+            drawn = yield from draw(job)
     calibration = ranks.shared(drawn)
     assert calibration is not None  # an error has ended all
     by = f", {ranks.count} processes" if ranks.count > 1 else ""
@@ -145,12 +146,14 @@ def begin(
     return Run(decoder, calibration, state, ranks)
 
 
-def draw(job: Job, held_out: st.IntArray) -> Generator[Event, None, Calibration]:
-    """The calibration windows; a chat file goes through the model's own template."""
-    data = job.tokenizer
+def draw(job: Job) -> Generator[Event, None, Calibration]:
+    """The calibration windows, compared with those of the proof; a chat file goes through the model's own
+    template.
+    """
+    data, config = job.tokenizer, job.model.config
     wanted = replace(job.run.calibration, bos=data.first_id)
-    context = job.model.config.context_length
-    return (yield from calibrate(wanted, data.encode, context, held_out, data.render))
+    judged = default_windows(data.encode, config, data.first_id).tokens
+    return (yield from calibrate(wanted, data.encode, config.context_length, judged, data.render))
 
 
 def open_decoder(job: Job, ranks: Ranks) -> st.Decoder:

@@ -106,7 +106,7 @@ def test_verify_and_imatrix_look_again_too(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from converters.gguf import importance_file
-    from dsconvert.proof import time_budget
+    from dsconvert.proof import prove
 
     out = tmp_path / "out.gguf"
     list(events_of("gguf", model, out))
@@ -119,7 +119,7 @@ def test_verify_and_imatrix_look_again_too(
 
         return changed
 
-    monkeypatch.setattr(time_budget, "run", after(time_budget.run))
+    monkeypatch.setattr(prove, "compare_in_numpy", after(prove.compare_in_numpy))
     monkeypatch.setattr(importance_file, "measure_inputs", after(importance_file.measure_inputs))
     asked = ["verify", str(out), "--against", str(model), "--windows", "1", "--length", "64"]
     matrix = tmp_path / "i.gguf"

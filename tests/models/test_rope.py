@@ -22,12 +22,10 @@ from dsconvert.checkpoints.output_folder import with_both_ropes
 from dsconvert.decoder import numpy_config
 from dsconvert.decoder.numpy_config import Numbers, Unread, numbers
 from dsconvert.errors import CheckpointError
-from dsconvert.events import Step
 from dsconvert.models.architectures.llama import DEFAULTS, LLAMA
 from dsconvert.models.config import ModelConfig, normalise
 from dsconvert.models.rope import KEYS, Rope, rope_factors
 from dsconvert.proof import numpy_compare
-from dsconvert.proof.thresholds import thresholds_for
 from dsconvert.texts import windows
 
 torch = pytest.importorskip("torch")
@@ -201,7 +199,7 @@ def test_the_torch_decoder_is_built_of_the_raw_config(monkeypatch: pytest.Monkey
 
 
 def test_an_unknown_key_is_left_to_transformers() -> None:
-    _, source, config = make()
+    _, _, config = make()
     unknown = dataclasses.replace(config, decoder={**config.decoder, "attention_bonus": 3})
     text = windows.whole(tokens(config, 1, 32))
     with pytest.raises(Unread, match="attention_bonus"):
@@ -210,12 +208,8 @@ def test_an_unknown_key_is_left_to_transformers() -> None:
         dynamic = {**config.decoder, "rope_scaling": {"type": "dynamic", "factor": 2.0}}
         other = dataclasses.replace(config, decoder={**dynamic, "max_position_embeddings": 16})
         numpy_compare.read_both(other, other, text)
-    noisy = source.changed(model__layers__0__mlp__up_proj__weight=np.zeros((160, 64), np.float32))
-    for candidate, passes in ((source, True), (noisy, False)):
-        run = numpy_compare.check(source, candidate, unknown, text, thresholds_for("q8_0"), 0.0, config)
-        seen = list(run)
-        assert "attention_bonus" in next(event.text for event in seen if isinstance(event, Step))
-        assert all(getattr(event, "passed", True) for event in seen) == passes
+    assert numpy_compare.knows(config, config, text)
+    assert not numpy_compare.knows(unknown, config, text)
 
 
 def test_notes_say_what_was_taken() -> None:

@@ -18,9 +18,9 @@ from random_llama import Memory, make, tokens
 from dsconvert.errors import OutputError
 from dsconvert.proof import compare
 from dsconvert.proof import result as rp
+from dsconvert.proof.block_sample import compare_blocks
 from dsconvert.proof.figures import Estimate
 from dsconvert.proof.thresholds import thresholds_for
-from dsconvert.proof.time_budget import compare_blocks
 from dsconvert.report import charts
 from dsconvert.report import page as report_page
 from dsconvert.streams import as_json

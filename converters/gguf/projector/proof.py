@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 
 from converters.gguf.as_model import open_model
 from converters.gguf.parse import GGUFFile
@@ -16,6 +17,7 @@ from dsconvert.events import Check, Event, Step
 from dsconvert.models.config import ModelConfig
 from dsconvert.models.language_model import language_model
 from dsconvert.proof import thresholds
+from dsconvert.proof.options import Mode
 from dsconvert.vision import prompt as picture_prompt
 from dsconvert.vision import torch_towers
 from dsconvert.vision.plan import Towers
@@ -24,6 +26,7 @@ from tokenizer_tools.library import tokens
 from tokenizer_tools.load import TokenizerData
 from tokenizer_tools.vision_template import SYSTEM
 
+QUICK_PARAMETERS = 50_000_000  # of towers whose embeddings a quick proof compares
 READABLE = ("projector", "tensors")  # the checks without which a projector gives no embeddings
 
 
@@ -91,14 +94,17 @@ def prove_pair(
     projector: GGUFFile,
     texts: Sequence[tuple[GGUFFile, float]] = (),
     *,
-    compute: bool = True,
+    mode: Mode = "full",
+    as_planned: bool = True,
 ) -> Iterator[Event]:
     """Prove a projector against its checkpoint, and with each of `texts`, its text files, the pair.
 
-    Complete for a runtime, its weights, each text file's pairing; with `compute` the embeddings of a picture,
-    and a question about it to each text file, whose mean KL divergence may be the number that comes with it.
-    Raises CheckpointError when the projector is of another model.
+    Its tensors, `as_planned` by a conversion; complete for a runtime, its weights, each text file's pairing;
+    then the embeddings of a picture, and a question about it to each text file, whose mean KL divergence may
+    be the number that comes with it. A "quick" proof computes none with big towers. Raises CheckpointError
+    when the projector is of another model.
     """
+    yield check_structure(model, projector, as_planned)
     found = list(completeness(projector))
     yield from found
     if any(check.name in READABLE and not check.passed for check in found):
@@ -108,13 +114,26 @@ def prove_pair(
     for text, _ in texts:
         faults = pair_faults(text, projector)
         yield Check("pair", not faults, "; ".join(faults) or f"belongs to {text.path.name}")
-    if not compute:
+    if mode == "quick" and sum(prod(spec.shape) for spec in model.towers.specs) > QUICK_PARAMETERS:
+        yield Step("image embeddings were not compared; --effort full does it")
         return
     yield Step("computing the embeddings of a picture twice")
     both = embeddings(model, projector)
     yield check_embeddings(*both, projector_quant(projector))
     for text, limit in texts:
         yield check_question(model, text, limit, both)
+
+
+def check_structure(model: Pictured, projector: GGUFFile, as_planned: bool) -> Check:
+    """Names and shapes are those of the checkpoint's towers."""
+    wanted = {(spec.gguf, spec.shape) for spec in model.towers.specs}
+    differing = wanted ^ {(tensor.name, tensor.shape) for tensor in projector.tensors.values()}
+    detail = f"{len(projector.tensors)} tensors, {len(projector.typed)} keys"
+    if differing:
+        detail = f"{len(differing)} tensors are not the towers', the first is {min(differing)[0]}"
+    elif not as_planned:
+        detail = "tensors are not of the types that were planned"
+    return Check("structure", as_planned and not differing, detail, len(differing))
 
 
 def same_towers(model: Pictured, projector: GGUFFile) -> None:

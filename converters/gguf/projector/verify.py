@@ -13,6 +13,7 @@ from converters.gguf.projector.completeness import completeness
 from converters.gguf.projector.keys import is_projector
 from dsconvert.errors import UsageError
 from dsconvert.events import Check, Event
+from dsconvert.proof.options import Mode, ProofOptions
 from dsconvert.proof.sources import Opened, Reference, limits_name
 from dsconvert.vision.plan import plan_towers
 
@@ -31,6 +32,7 @@ class Pair:
     projector: GGUFFile
     limit: float
     said: str
+    mode: Mode
 
 
 def is_projector_file(path: Path) -> bool:
@@ -68,8 +70,9 @@ def check_files(output: Path, mmproj: Path) -> None:
         raise UsageError("--mmproj should be a projector", where=mmproj, why=found, hint=USAGE)
 
 
-def open_pair(opened: Opened, mmproj: Path, reference: Reference, max_kld: float | None) -> Pair:
-    """The pair of an output and its projector; no weight is read. A `max_kld` given holds for pictures too.
+def open_pair(opened: Opened, mmproj: Path, reference: Reference, asked: ProofOptions) -> Pair:
+    """The pair of an output and its projector; no weight is read. A `max_kld` asked for holds for pictures
+    too.
 
     Raises UsageError for an output or a checkpoint without pictures, CheckpointError for a projector of
     another model.
@@ -94,14 +97,21 @@ def open_pair(opened: Opened, mmproj: Path, reference: Reference, max_kld: float
         projector_proof.same_towers(model, projector)
     quant = projector_proof.projector_quant(projector) if complete else "incomplete"
     usual = projector_proof.limit_of(limits_name(opened), quant) if complete else 0.0
-    limit = usual if max_kld is None else max_kld
-    return Pair(model, open_gguf(opened.path), projector, limit, f"{mmproj}, {quant}")
+    limit = usual if asked.max_kld is None else asked.max_kld
+    return Pair(
+        model,
+        open_gguf(opened.path),
+        projector,
+        limit,
+        f"{mmproj}, {quant}",
+        "quick" if asked.effort == "quick" else "full",
+    )
 
 
 def check_pair(pair: Pair) -> Generator[Event, None, list[Check]]:
     """Yields what is found of the pair, and gives the Checks."""
     checks = []
-    events = projector_proof.prove_pair(pair.model, pair.projector, [(pair.text, pair.limit)])
+    events = projector_proof.prove_pair(pair.model, pair.projector, [(pair.text, pair.limit)], mode=pair.mode)
     for event in projector_proof.of_projector(events):
         if isinstance(event, Check):
             checks.append(event)
