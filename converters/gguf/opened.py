@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from converters.gguf.as_model import open_parts
+from converters.gguf.claims import check_file_type
 from converters.gguf.file_types import FILE_TYPES
 from converters.gguf.parse import GGUFFile, open_gguf
 from dsconvert.proof.result import TypeSize, sizes_by_type
 from dsconvert.proof.sources import Opened, StoredTensors, commonest, text_handling
+from dsconvert.proof.thresholds import widest
 from tokenizer_tools.identity import of_metadata
 
 
@@ -21,9 +23,10 @@ def open_file(path: Path) -> Opened:
     nbytes = sum(part.stat().st_size for part in file.paths)
     text = text_handling(lambda: of_metadata(file.keys))
     return Opened(
-        path, "GGUF", quant, quant, model, model.config, text, sizes, nbytes, stored_tensors(file),
+        path, "GGUF", quant, widest((size.type, size.weights) for size in sizes), model, model.config, text,
+        sizes, nbytes, stored_tensors(file),
         f"{len(file.tensors)} tensors, {len(file.typed)} keys", (*strange, *narrow_vectors(file)),
-        keys=file.keys,
+        own=lambda reference: [check_file_type(file)], keys=file.keys,
     )  # fmt: skip
 
 

@@ -60,7 +60,7 @@ class Reference:
 class Opened:
     """An output as a weight source, with what its files say of text, types and sizes.
 
-    `quant` is the type or mixture that it says it is, `limits` the name of the thresholds for it. `nbytes`
+    `quant` is the type or mixture that it says it is, `limits` the name of its tensors' thresholds. `nbytes`
     counts the files, `sizes` the tensors. `stored` are these under the file's own names, `holds` a line on
     them; `strange` says which of them no model has, and `source` leaves out. `own` are the checks of its
     format alone.

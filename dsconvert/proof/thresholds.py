@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -161,6 +162,18 @@ def thresholds_for(
             )
         return Thresholds(max_kld, max_ppl_ratio, min_top1=min_top1)
     return replace(base, **changes)
+
+
+def widest(types: Iterable[tuple[str, int]]) -> str:
+    """Of tensors' types and how many weights each has, the one of widest limits that has a twentieth of all.
+
+    The last line behind the limits that go by plain rounding: what a file says of its type has no part in it.
+    The commonest where none is known. Raises ValueError without types.
+    """
+    found = list(types)
+    least = sum(count for _, count in found) / 20
+    known = [(limits.max_kld, kind) for kind, n in found if n >= least and (limits := _row(LIMITS, kind))]
+    return max(known)[1] if known else max(found, key=lambda one: one[1])[0]
 
 
 def snr_floor(tensor_type: str) -> float:
