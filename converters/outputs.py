@@ -11,7 +11,7 @@ from dsconvert.checkpoints.checkpoint import open_checkpoint
 from dsconvert.checkpoints.locate import SAMPLES, in_folder, locate
 from dsconvert.errors import UsageError
 from dsconvert.models.architectures import find_architecture
-from dsconvert.models.config import load_config, load_json
+from dsconvert.models.config import load_json
 from dsconvert.models.diagnosis import stated_method
 from dsconvert.models.language_model import language_model
 from dsconvert.proof.result import sizes_by_type
@@ -32,7 +32,7 @@ def open_reference(model: str, add_bos: bool | None = None) -> Reference:
     from dsconvert.vision.plan import plan_towers, with_template
 
     checkpoint = open_checkpoint(model)
-    config = load_config(checkpoint.folder)
+    config = checkpoint.config
     find_architecture(config.architecture, checkpoint.folder / "config.json")
     tokenizer = load_tokenizer(checkpoint.folder, config.vocab_size, add_bos)
     towers = plan_towers(checkpoint, config, tokenizer)
@@ -95,7 +95,7 @@ def open_tokenizer(path: Path) -> show.Opened:
 
 def _open_checkpoint(path: Path) -> Opened:
     checkpoint = open_checkpoint(path)
-    config = load_config(checkpoint.folder)
+    config = checkpoint.config
     sizes = sizes_by_type((t.dtype, prod(t.shape), t.nbytes) for t in checkpoint.tensors.values())
     source, decoder = language_model(checkpoint, config, checkpoint.folder / "config.json", partial=True)
     stored = frozenset((name, t.shape, t.dtype) for name, t in checkpoint.tensors.items())

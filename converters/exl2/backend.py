@@ -20,7 +20,6 @@ from dsconvert.checkpoints.source_files import check_unchanged
 from dsconvert.checkpoints.weight_files import SAFETENSORS
 from dsconvert.errors import UsageError, quoted
 from dsconvert.events import Event, Finished, Step
-from dsconvert.models.config import load_json
 from dsconvert.models.diagnosis import stated_method
 from dsconvert.models.language_model import Inner
 from dsconvert.quantization.proof import prove_folder
@@ -116,7 +115,7 @@ def _misread(checkpoint: Checkpoint) -> str:
     strange = next((name for name in checkpoint.tensors if name not in named), "")
     if strange:
         return f"It looks for {quoted(strange)}, which no safetensors file here names"
-    method = stated_method(load_json(checkpoint.folder / "config.json"))
+    method = stated_method(checkpoint.stated)
     return (
         f"config.json states the quantization {quoted(method)}, which the weights have not" if method else ""
     )

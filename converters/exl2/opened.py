@@ -7,7 +7,6 @@ from pathlib import Path
 from converters.exl2.pack import PARTS
 from converters.exl2.reader import HEAD_LINEAR, EXL2Model, open_model
 from dsconvert.events import Check
-from dsconvert.models.config import load_config, load_json
 from dsconvert.models.language_model import language_model
 from dsconvert.proof.output_folder import check_companions, is_our_folder
 from dsconvert.proof.sources import Opened, Reference, folder_text, stored_sizes
@@ -17,7 +16,8 @@ WITHIN = 0.01  # bits per weight that a folder may lie beside what was asked for
 
 def open_folder(path: Path) -> Opened:
     """An EXL2 folder as an output to be proven; raises what reading it raises."""
-    model, config = open_model(path), load_config(path)
+    model = open_model(path)
+    config = model.checkpoint.config
     source, decoder = language_model(model, config, path / "config.json", partial=True)
     head = model.linears.get(HEAD_LINEAR)
     quant = f"exl2-{model.bits:.2f}bpw-h{head.width if head else 16}"
@@ -35,7 +35,7 @@ def open_folder(path: Path) -> Opened:
 
 def check_own(model: EXL2Model, reference: Reference) -> list[Check]:
     """The bits per weight, where they are stated, and the files that dsconvert copies."""
-    settings = load_json(model.folder / "config.json").get("quantization_config")
+    settings = model.checkpoint.stated.get("quantization_config")
     asked = settings.get("bits") if isinstance(settings, dict) else None
     checks = []
     if isinstance(asked, int | float) and not isinstance(asked, bool):

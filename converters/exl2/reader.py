@@ -18,7 +18,7 @@ from dsconvert.checkpoints.safetensors_reader import Stored, mapped_values
 from dsconvert.checkpoints.weight_files import open_unindexed
 from dsconvert.errors import CheckpointError, quoted
 from dsconvert.models.architectures import ARCHITECTURES
-from dsconvert.models.config import load_config, load_json
+from dsconvert.models.config import ModelConfig, load_json
 from dsconvert.models.tensor_table import expand
 from dsconvert.models.weights import Array
 
@@ -159,14 +159,15 @@ def open_model(folder: Path) -> EXL2Model:
     Reads headers and tables of groups only. Outputs are the config's where the file pads them. Raises
     CheckpointError when a quantized linear lacks a part or its parts contradict each other.
     """
-    settings = load_json(folder / "config.json").get("quantization_config")
+    config = load_json(folder / "config.json")
+    settings = config.get("quantization_config")
     method = settings.get("quant_method") if isinstance(settings, dict) else None
     if settings and method != "exl2":
         raise CheckpointError(
             "is not an EXL2 folder", where=folder, why=f"It states quant_method {quoted(method)}"
         )
-    checkpoint = Checkpoint(folder, *open_unindexed(folder))
-    outputs = _stated_outputs(folder)
+    checkpoint = Checkpoint(folder, *open_unindexed(folder), stated=config)
+    outputs = _stated_outputs(checkpoint.config)
     linears = {
         name.removesuffix(".q_weight"): _open_linear(checkpoint, name.removesuffix(".q_weight"), outputs)
         for name in checkpoint.tensors
@@ -177,9 +178,8 @@ def open_model(folder: Path) -> EXL2Model:
     return EXL2Model(checkpoint, linears)
 
 
-def _stated_outputs(folder: Path) -> dict[str, int]:
+def _stated_outputs(config: ModelConfig) -> dict[str, int]:
     """The outputs of every linear of the model that config.json describes, by tensor name."""
-    config = load_config(folder)
     arch = ARCHITECTURES.get(config.architecture)
     specs = expand(arch.table, config) if arch else []
     return {name: spec.source[0] for spec in specs if len(spec.source) == 2 for name in spec.names}

@@ -22,7 +22,7 @@ from dsconvert.events import phase
 from dsconvert.machine import collector_paused
 from dsconvert.models.architecture import Architecture
 from dsconvert.models.architectures import find_architecture
-from dsconvert.models.config import ModelConfig, load_config
+from dsconvert.models.config import ModelConfig
 from dsconvert.models.provenance import origin, pairing_id
 from dsconvert.models.tensor_table import Spec, plan
 from dsconvert.vision.plan import Towers, plan_towers, with_template
@@ -105,7 +105,7 @@ def _prepare(options: Options) -> Job:
     check_calibration(options)
     checkpoint = open_checkpoint(options.model)
     check_quotable(checkpoint.folder)
-    config = load_config(checkpoint.folder)
+    config = checkpoint.config
     architecture = find_architecture(config.architecture, checkpoint.folder / "config.json")
     specs = tuple(plan(architecture.table, config, checkpoint.shapes()))
     checkpoint.check_readable(name for spec in specs for name in spec.names)

@@ -8,7 +8,7 @@ from converters.gptq.pack import PARTS
 from converters.gptq.reader import open_model
 from dsconvert.events import Check
 from dsconvert.models.architectures import find_architecture
-from dsconvert.models.config import ModelConfig, load_config
+from dsconvert.models.config import ModelConfig
 from dsconvert.models.language_model import language_model
 from dsconvert.proof.output_folder import check_companions, is_our_folder
 from dsconvert.proof.sources import Opened, Reference, folder_text, stored_sizes
@@ -20,7 +20,8 @@ MADE = (PREPROCESSOR, PROCESSOR, TOKENIZER, "chat_template.jinja")  # see plan.w
 
 def open_folder(path: Path) -> Opened:
     """A GPTQ folder as an output to be proven; raises what reading it raises."""
-    model, config = open_model(path), load_config(path)
+    model = open_model(path)
+    config = model.checkpoint.config
     source, decoder = language_model(model, config, path / "config.json", partial=True)
     quant = f"gptq-{model.bits}bit" + (f"-{model.group_size}g" if model.group_size > 0 else "")
     sizes = stored_sizes(model, model.checkpoint, model.linears, PARTS)

@@ -109,7 +109,8 @@ def open_model(folder: Path) -> GPTQModel:
     Reads the headers only. Raises CheckpointError when the settings are missing or unknown, when a
     quantized linear lacks a part, or when shapes and settings do not agree.
     """
-    settings = _settings(folder)
+    config = load_json(folder / "config.json")
+    settings = _settings(folder, config)
     bits, group_size = _whole(folder, settings, "bits"), _whole(folder, settings, "group_size")
     form = settings.get("checkpoint_format", settings.get("format", "gptq"))
     method = settings.get("quant_method", "gptq")
@@ -122,7 +123,7 @@ def open_model(folder: Path) -> GPTQModel:
             why=f"It states {found}",
             hint="Known: gptq and gptq_v2 with 2, 3, 4 or 8 bits",
         )
-    checkpoint = Checkpoint(folder, *open_weights(folder))
+    checkpoint = Checkpoint(folder, *open_weights(folder), stated=config)
     linears = {
         name.removesuffix(".qweight"): _shape(checkpoint, name.removesuffix(".qweight"), bits, group_size)
         for name in checkpoint.tensors
@@ -133,9 +134,8 @@ def open_model(folder: Path) -> GPTQModel:
     return GPTQModel(checkpoint, bits, group_size, form, linears)
 
 
-def _settings(folder: Path) -> dict[str, Any]:
+def _settings(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     """The quantization settings: those of config.json, else of the legacy file."""
-    config = load_json(folder / "config.json")
     for part in (config, *(config.get(key) for key in DECODER_KEYS)):
         value = part.get("quantization_config") if isinstance(part, dict) else None
         if isinstance(value, dict):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from dsconvert.checkpoints.source_files import SourceFile, remember, small_files
 from dsconvert.checkpoints.spelling import LEFTOVERS, respelled
 from dsconvert.checkpoints.weight_files import Weights, open_file, open_weights
 from dsconvert.errors import CheckpointError, quoted
-from dsconvert.models.config import is_tied, load_json
+from dsconvert.models.config import ModelConfig, is_tied, load_json, normalise
 from dsconvert.models.diagnosis import SOURCE, is_left_over, quantized_form, stated_method
 from dsconvert.models.model_class import model_class
 from dsconvert.models.weights import Array, Floats, widened
@@ -33,6 +34,7 @@ class Checkpoint:
     `notes` are what the user should know of how it was found and read; every command shows them.
     All methods may be called from many threads at once. The files stay mapped while a view of them lives;
     `seen` says what they, and the small files beside them, were before they were opened.
+    `stated` is config.json as it was read, once.
     """
 
     folder: Path
@@ -40,6 +42,12 @@ class Checkpoint:
     tensors: Mapping[str, Stored] = field(repr=False)
     notes: tuple[str, ...] = field(repr=False, default=())
     seen: tuple[SourceFile, ...] = field(repr=False, default=())
+    stated: dict[str, Any] = field(repr=False, default_factory=dict)
+
+    @cached_property
+    def config(self) -> ModelConfig:
+        """What config.json means; raises CheckpointError."""
+        return normalise(self.stated, self.folder / "config.json")
 
     @property
     def nbytes(self) -> int:
@@ -123,7 +131,7 @@ def open_checkpoint(model: str | Path | None = None) -> Checkpoint:
     notes = (*found.notes, *weights.notes, *left_over, *named.notes, *respelt)
     used = {*small_files(folder), *weights.files}
     seen = tuple(file for file in before if file.path in used)
-    return Checkpoint(folder, weights.files, tensors, notes, seen)
+    return Checkpoint(folder, weights.files, tensors, notes, seen, config)
 
 
 def _refuse_quantized(

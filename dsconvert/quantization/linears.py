@@ -11,7 +11,7 @@ from dsconvert.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from dsconvert.checkpoints.safetensors_writer import from_stored
 from dsconvert.errors import UsageError
 from dsconvert.models.architectures import find_architecture
-from dsconvert.models.config import ModelConfig, load_config
+from dsconvert.models.config import ModelConfig
 from dsconvert.models.diagnosis import DECODER_KEYS
 from dsconvert.models.language_model import language_model
 from dsconvert.models.tensor_table import SOLVE_ORDER, Spec, plan
@@ -78,7 +78,7 @@ def select(model: str, language_only: bool, head: bool = False) -> Selection:
     them. Raises what `open_checkpoint` and `plan` raise, UsageError for a head that is the embedding.
     """
     checkpoint, vision = open_checkpoint(model), None
-    outer = load_config(checkpoint.folder)
+    outer = checkpoint.config
     if has_original_layout(outer) and not language_only:
         checkpoint, outer, vision = in_transformers_layout(checkpoint, outer)
     architecture = find_architecture(outer.architecture, checkpoint.folder / "config.json")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 
 from dsconvert.events import Event, Step
-from dsconvert.models.config import load_config
 from dsconvert.proof.options import ProofOptions
 from dsconvert.proof.prove import prove_conversion
 from dsconvert.proof.sources import Opened, Reference, StoredTensors
@@ -30,10 +29,10 @@ def prove_folder(
 
 def reference_of(job: Job) -> Reference:
     """The checkpoint of a conversion as what its output is held against."""
-    model, folder = job.model, job.model.checkpoint.folder
+    model = job.model
     made = model.files.get(TEMPLATE)  # for a layout whose template takes pictures
     templates = (job.tokenizer.chat.default, *([made] if isinstance(made, str) else []))
     return Reference(
-        model.checkpoint, load_config(folder), model.source, model.config, job.tokenizer, templates,
+        model.checkpoint, model.checkpoint.config, model.source, model.config, job.tokenizer, templates,
         name=job.run.model, add_bos=job.run.add_bos,
     )  # fmt: skip

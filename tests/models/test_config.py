@@ -8,11 +8,15 @@ from typing import Any
 
 import pytest
 import tiny
+from click.testing import CliRunner
 
+from dsconvert.cli import cli
 from dsconvert.errors import CheckpointError
+from dsconvert.models import config as config_file
 from dsconvert.models.architectures.llama import DEFAULTS
 from dsconvert.models.config import ModelConfig, load_config, load_json, normalise
 from dsconvert.models.rope import RopeScaling
+from dsconvert.quantization.linears import select
 
 PEER = Path(__file__).parents[3] / "shared" / "data" / "peers" / "tiny256"
 BASE: dict[str, Any] = {"architectures": ["LlamaForCausalLM"]}
@@ -161,3 +165,22 @@ def test_partial_rotation_is_refused() -> None:
     raw = {"architectures": ["LlamaForCausalLM"], "rope_parameters": {"partial_rotary_factor": 0.5}}
     with pytest.raises(CheckpointError, match="partial_rotary_factor"):
         normalise(raw, "config.json")
+
+
+def test_config_json_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint's opening reads it and hands it on; where the tokenizer looks for EOS is not counted."""
+    folder = tiny.tiny_checkpoint(tmp_path / "model", layers=1)
+    parsed: list[str] = []
+    plain = config_file.read_object
+
+    def counted(path: Path, *rest: Any) -> Any:
+        parsed.append(path.name)
+        return plain(path, *rest)
+
+    monkeypatch.setattr(config_file, "read_object", counted)
+    made = CliRunner().invoke(cli, ["gguf", str(folder), "--dry-run", "-o", str(tmp_path / "out.gguf")])
+    assert made.exit_code == 0, made.output
+    assert parsed == ["config.json"]
+    parsed.clear()
+    assert select(str(folder), language_only=False).config.layers == 1
+    assert parsed == ["config.json"]
