@@ -1,4 +1,4 @@
-"""What a conversion tells while it runs: one stream feeds the progress bar, `--json`, reports and tests."""
+"""The events that a conversion yields: one stream feeds the progress bar, `--json`, reports and tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the machine has: usable cores, free memory; giving freed memory back; pausing the collector."""
+"""Usable cores and free memory; returns freed memory to the system; pauses the garbage collector."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Standard output and error as they may be: closed, full, a pipe that nobody reads; and what is said there.
+"""Writes to standard output and error, which may be closed, full or unread; untrusted text is escaped.
 
 Everything that is printed goes through `write`, which escapes what a terminal would obey: names and texts
 come from strangers' files. A stream that cannot be written is given up, and the work goes on.

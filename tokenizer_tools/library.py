@@ -1,4 +1,4 @@
-"""The `tokenizers` library behind one door: whatever it does with hostile input becomes a TokenizerError.
+"""Calls the `tokenizers` library; every failure on hostile input becomes a TokenizerError.
 
 Its Rust side panics on some malformed files and on `str()` or `repr()` of some of its objects (a
 BaseException that a plain `except Exception` misses), so it is only called here, and none of its objects

@@ -1,4 +1,4 @@
-"""What the files of a checkpoint folder state about its tokens, for proofs: read here on its own.
+"""Reads added tokens and end ids from a checkpoint folder's files a second time, on its own, for proofs.
 
 `load` and `added` turn a folder into a tokenizer; a token that they lose is missing on both sides of a
 comparison with what was made of it. So a proof takes the tokens from here, straight from the files.

@@ -1,4 +1,4 @@
-"""Has chat templates rendered by a process of their own, which strangers' templates cannot harm.
+"""Renders chat templates in a separate process with limits, since a template may be hostile.
 
 One process serves all renderings of a command. It is started ahead of need, since it takes as long as
 importing jinja2 does, and again after a template has broken it.

@@ -1,4 +1,4 @@
-"""What the proof of a tokenizer against a runtime's found: the name to write, or a text that differs."""
+"""The result of proving a tokenizer against a runtime's: the name to write, or a text that differs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `dsconvert inspect` tells of a GGUF file, and whether two files belong together."""
+"""What `dsconvert inspect` reports of a GGUF file, and whether two files belong together."""
 
 from __future__ import annotations
 

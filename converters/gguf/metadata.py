@@ -1,4 +1,4 @@
-"""The keys of a GGUF language model: what it is, its numbers, where it came from."""
+"""The keys of a GGUF language model: architecture, sizes and provenance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a conversion to GGUF is asked for, and one of its outputs: files with their tensors."""
+"""The options of a conversion to GGUF, and one of its outputs: files with their tensors."""
 
 from __future__ import annotations
 

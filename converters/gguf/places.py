@@ -1,4 +1,4 @@
-"""Where a tensor stands in a model, and the conditions on that which the rules of the mixtures name."""
+"""The position of a tensor in a model, and the conditions on it that the rules of the mixtures use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A conversion planned to the last byte: what is asked, what is there, what goes where."""
+"""Plans a GGUF conversion to the last byte: options, source tensors, and the layout of every output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From an option to calibration windows: the text is found, drawn from, reported on, warned about."""
+"""Draws calibration windows from the text that an option names, with a report and warnings."""
 
 from __future__ import annotations
 

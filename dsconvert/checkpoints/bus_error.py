@@ -1,4 +1,4 @@
-"""What happens when a mapped file is cut short while it is read: the system ends the process (SIGBUS).
+"""Reports a mapped file that is cut short while it is read: the system ends the process by SIGBUS then.
 
 No Python may run then: the thread stands in the middle of an instruction. So the handler is a few lines of
 machine code, made by the compiler that numba brings along: it says what happened, removes the parts that

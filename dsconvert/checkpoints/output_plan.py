@@ -1,4 +1,4 @@
-"""What is seen to before any work for everything that is written: its place, its room, what it would harm.
+"""Checks every output before any work: its location is writable, has room, and no other file is harmed.
 
 An output never takes the place of a file that the same command reads, whatever `--force` says; a link is
 never written through.

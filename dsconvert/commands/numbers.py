@@ -1,4 +1,4 @@
-"""Numbers as options: what click's own types let through and no command can use."""
+"""Option types for numbers: finite ones within limits, and sizes with a unit."""
 
 from __future__ import annotations
 

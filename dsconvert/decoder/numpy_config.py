@@ -1,4 +1,4 @@
-"""What a decoder's arithmetic goes by besides its weights, for the numpy proof.
+"""The numbers that a decoder's arithmetic needs besides its weights, for the numpy proof.
 
 Config.json is read here a second time, apart from the converter's reading, so that what that one drops shows.
 Whatever this small reading does not know it leaves to transformers' own class, see `Unread`.

@@ -1,4 +1,4 @@
-"""transformers' own reading of a config, which the torch decoder runs by: nothing of ours stands between."""
+"""Builds transformers' own config object from config.json; the torch decoder runs by it, unchanged."""
 
 from __future__ import annotations
 

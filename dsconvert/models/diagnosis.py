@@ -1,4 +1,4 @@
-"""What a checkpoint is that is no plain 16-bit one: told by its tensors' names, with what helps."""
+"""Recognises checkpoints that are not plain 16-bit ones by their tensors' names, and says what helps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a report holds, and its form for machines; `report_page` makes the page of it."""
+"""The report of a proof, and its JSON form; `dsconvert.report.page` makes the HTML page of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The proof as a page that one looks at.
+"""Makes the HTML page of a proof.
 
 One HTML file that loads nothing: styles and charts are inside, and its own policy forbids scripts and
 outside content.
