@@ -28,7 +28,7 @@ TEXT = ["token ids", "added tokens", "special tokens", "chat template"]
 LOGITS = ["mean KLD", "PPL ratio"]
 # What is proven of each format, in this order; where only some blocks are run these instead of LOGITS.
 NAMES = {
-    "gguf": ["structure", *TEXT, "pre-tokenizer", "config", "weights"],
+    "gguf": ["structure", "file type", *TEXT, "pre-tokenizer", "config", "weights"],
     "gptq": ["structure", "tokenizer", *TEXT, "config", "weights"],
     "exl2": ["structure", "bits per weight", "tokenizer", *TEXT, "config", "weights"],
 }
