@@ -26,10 +26,10 @@ sys.path.pop(0)  # this folder has a gguf.py, which is not the library
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
 import calibrated
+from held_out import evaluation
 
 from converters.exl2.convert import convert
 from converters.exl2.plan import Job, Options, prepare
-from converters.exl2.proof import evaluation
 from converters.exl2.reader import open_model
 from converters.gguf import convert as gguf
 from converters.gguf import output

@@ -54,7 +54,6 @@ def child(asked: dict[str, Any]) -> None:
 
     from converters.gptq.convert import convert
     from converters.gptq.plan import prepare
-    from converters.gptq.proof import evaluation
     from dsconvert.proof import compare
     from dsconvert.quantization.run import draw
 
@@ -71,7 +70,7 @@ def child(asked: dict[str, Any]) -> None:
                 pass
     else:
         job = prepare(options)
-        tokens = compare.result(draw(job, evaluation(job).tokens)).tokens
+        tokens = compare.result(draw(job)).tokens
         gptq_peer.load()
         with measured(found):
             gptq_peer.quantize(

@@ -37,11 +37,11 @@ import calibrated
 import gptq_peer
 import numpy as np
 import numpy.typing as npt
+from held_out import evaluation
 
 from converters.gptq import convert as flow
 from converters.gptq.convert import convert
 from converters.gptq.plan import Job, Options, prepare
-from converters.gptq.proof import evaluation
 from converters.gptq.reader import open_model
 from dsconvert.models.config import load_config
 from dsconvert.models.language_model import language_model
@@ -118,7 +118,7 @@ def setting(given: argparse.Namespace, model: str, scheme: dict[str, int], folde
 def peer(options: Options, out: Path, order: str, given: argparse.Namespace) -> Floats:
     """gptqmodel's result with the same tokens and settings."""
     job = prepare(options)
-    tokens = compare.result(draw(job, evaluation(job).tokens)).tokens
+    tokens = compare.result(draw(job)).tokens
     gptq_peer.quantize(
         job.model.checkpoint.folder, tokens, out, order, bits=options.bits,
         group_size=options.group_size, damp_percent=options.damp, mse=given.peer_mse,

@@ -12,6 +12,7 @@ the least and the median. A limit belongs between the largest of the second and 
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,11 +22,14 @@ import numpy as np
 import numpy.typing as npt
 from click.testing import CliRunner
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
+
+from held_out import held_out
+
 from converters.outputs import open_output, open_reference
 from dsconvert.cli import cli
 from dsconvert.decoder import linear_inputs
 from dsconvert.decoder import torch_decoder as st
-from dsconvert.proof.output_folder import held_out
 from dsconvert.proof.sources import Opened, Reference
 from tokenizer_tools.library import ids
 
