@@ -1,7 +1,7 @@
 """Which planted defects `dsconvert verify` finds in outputs of every type of a real model, and what it says
 of faithful ones.
 
-    PYTHONPATH=tests/support python benchmarks/planted.py MODEL [--types q4_0,gptq2,exl2_3] [--quick]
+    python benchmarks/planted.py MODEL [--types q4_0,gptq2,exl2_3] [--quick]
 
 MODEL is a checkpoint of Llama's table. Each output is made without its own proof, verified, harmed in one
 way after the other by `tests/support/planted.py`, and verified again. A line of the table is an output: the
@@ -14,12 +14,17 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import harm
 from click.testing import CliRunner, Result
+
+# Ahead of this folder, whose module of this name hides the one of the tests.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
+
+import harm
 from planted import DEFECTS, GRAVEST
 
 from converters.gguf.file_types import MIXTURES
