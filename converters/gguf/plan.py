@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.gguf import importance, metadata, mixtures, qtypes, rope
+from converters.gguf.claims import true_mixture
 from converters.gguf.file_types import FILE_TYPES
 from converters.gguf.layout import KeyValues, Layout, Tensor, is_gguf, lay_out, lay_out_split
 from converters.gguf.output import Options, Output
@@ -211,7 +212,7 @@ def plan_output(
         imatrix=options.imatrix is not None or options.calibration is not None,
     )  # fmt: skip
     tensors = [Tensor(name, shape, qtypes.QTYPES[choices[name].type]) for name, shape in shapes.items()]
-    keys = metadata.with_file_type(keys, FILE_TYPES[quant])
+    keys = metadata.with_file_type(keys, FILE_TYPES[true_mixture(quant, tensors)])
     layouts = lay_out_split(path.name, keys, tensors, options.split_max_size)
     fallbacks = Counter(
         f"{choice.wanted} -> {choice.type}" for choice in choices.values() if choice.fell_back

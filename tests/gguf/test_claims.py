@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from converters.gguf.claims import KEY, false_mixture
 from converters.gguf.file_types import MIXTURES
 from converters.gguf.mixtures import choose
+from converters.gguf.parse import open_gguf
 from dsconvert.cli import cli
 from dsconvert.proof.thresholds import LIMITS
 
@@ -77,3 +78,15 @@ def test_verify_names_a_false_file_type_and_judges_by_the_tensors(tmp_path: Path
     (failed,) = [check for check in found["checks"] if not check["passed"]]
     assert failed["name"] == "file type"
     assert failed["detail"] == f"{KEY} says q2_k, but no matrix of a block is q2_k: they are q8_0"
+
+
+def test_overrides_that_leave_none_of_the_type_asked_for_make_another_file_type(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    out = tmp_path / "a.gguf"
+    overrides = ["--tensor-type", "attn=q4_0", "--tensor-type", "ffn=q5_k"]
+    made = CliRunner().invoke(cli, ["gguf", "sample:", "-q", "q8_0", *overrides, "-o", str(out)])
+    assert made.exit_code == 0, made.output
+    assert open_gguf(out).keys[KEY] == MIXTURES["q4_0"].file_type  # 8 of the 14 matrices
+    some = ["--tensor-type", "attn=q4_0", "-o", str(tmp_path / "b.gguf")]
+    assert CliRunner().invoke(cli, ["gguf", "sample:", "-q", "q8_0", *some]).exit_code == 0
+    assert open_gguf(tmp_path / "b.gguf").keys[KEY] == MIXTURES["q8_0"].file_type
