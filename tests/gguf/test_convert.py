@@ -54,7 +54,7 @@ def expected_bytes(
     """Each tensor's bytes as ggml makes them of the source's float32 values."""
     source = open_checkpoint(model)
     expected = {}
-    for spec in open_model(file).specs.values():
+    for (spec,) in open_model(file).specs.values():
         tensor = file.tensors[spec.gguf]
         values = source.float32(spec.hf)
         if spec.gguf.endswith("attn_q.weight"):
