@@ -299,10 +299,13 @@ class TestOutputsThatAreInputs:
         out = tmp_path / "out.gguf"
         done(*GGUF, model, "-o", out)
         before = tree(tmp_path)
-        one = tmp_path / "one"
+        one = tmp_path / "one.json"
         asked = ("verify", out, "--against", model, "--windows", "1", "--length", "64")
-        assert "two outputs" in refused(*asked, "--report", one, "--json", tmp_path / "model" / ".." / "one")
-        assert "two outputs" in refused(*asked, "--report", one, "--json", tmp_path / "one.part")
+        assert "two outputs" in refused(*asked, "--report", one, "--json", tmp_path / "model/../one.json")
+        part = tmp_path / "one.json.part"
+        assert "two outputs" in refused(*asked, "--report", part, "--json", one)
+        assert json.loads(one.read_text())["event"] == "error"  # as JSON, where the user asked for JSON
+        one.unlink()
         assert "two outputs" in refused(*asked, "--report", one, "--kld-base", one)
         assert tree(tmp_path) == before
 
@@ -342,10 +345,10 @@ class TestSideFiles:
     @pytest.mark.parametrize("option", ["--report", "--json"])
     def test_the_part_is_no_link(self, model: Path, out: Path, tmp_path: Path, option: str) -> None:
         (tmp_path / "target.txt").write_text("mine")
-        (tmp_path / "r.part").symlink_to(tmp_path / "target.txt")
+        (tmp_path / "r.json.part").symlink_to(tmp_path / "target.txt")
         before = tree(tmp_path)
         asked = ("verify", out, "--against", model, "--windows", "1", "--length", "64")
-        refused(*asked, option, tmp_path / "r")
+        assert "r.json.part" in refused(*asked, option, tmp_path / "r.json")
         assert tree(tmp_path) == before
 
     @pytest.mark.parametrize("option", ["--report", "--json", "--kld-base"])
@@ -353,10 +356,11 @@ class TestSideFiles:
         self, model: Path, out: Path, tmp_path: Path, option: str
     ) -> None:
         asked = ("verify", out, "--against", model, "--windows", "1", "--length", "64")
-        assert "mkdir -p" in refused(*asked, option, tmp_path / "none" / "r")
-        assert "verifying" not in refused(*asked, option, tmp_path / "none" / "r")
-        assert "bytes too long" in refused(*asked, option, tmp_path / ("r" * 251))
-        assert "is a file, not a folder" in refused(*asked, option, out / "r")
+        name = "r.json" if option == "--json" else "r"
+        assert "mkdir -p" in refused(*asked, option, tmp_path / "none" / name)
+        assert "verifying" not in refused(*asked, option, tmp_path / "none" / name)
+        assert "bytes too long" in refused(*asked, option, tmp_path / ("r" * 250 + name))
+        assert "is a file, not a folder" in refused(*asked, option, out / name)
 
     def test_nothing_that_exists_is_taken_for_log_probabilities(
         self, model: Path, out: Path, tmp_path: Path

@@ -278,7 +278,7 @@ def test_what_is_there_stays_unless_forced(tmp_path: Path, source: Path) -> None
     (tmp_path / "other" / "holiday.jpg").touch()
     (tmp_path / "file").touch()
     for name in ("other", "file"):
-        with pytest.raises(OutputError, match="no model folder"):
+        with pytest.raises(OutputError, match="is not a model folder"):
             written(tmp_path / name, source, force=True)
     assert (tmp_path / "other" / "holiday.jpg").exists()
 

@@ -2,6 +2,8 @@
 
 One process imports once, then forks a child for each attempt and kills it at a random moment. One that is
 killed is resumed; one that ends is compared with the run that nobody killed, and the next begins anew.
+Every other one is killed only after it has finished a block, so that some have blocks to go on from however
+little of the time the blocks take.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from typing import Any
 import calibrated
 import torch
 
+ENDED = os.WEXITED | os.WNOHANG | os.WNOWAIT
+
 
 def main(kind: str, model: str, folder: Path, kills: int, settings: dict[str, Any]) -> None:
     """Print how often a run was killed, and how often one went on from finished blocks."""
@@ -30,11 +34,17 @@ def main(kind: str, model: str, folder: Path, kills: int, settings: dict[str, An
     text = {"calib": "builtin", "calib_samples": 4, "calib_len": 128}
     options = make(model, out=out, resume=True, effort="off", **text, **settings)
 
-    def attempt(seconds: float | None) -> int:
+    def finished() -> int:
+        return len(list(state.glob("block-*.json")))
+
+    def attempt(seconds: float | None, one_block: bool = False) -> int:
+        before = finished()
         pid = os.fork()
         if pid == 0:
             list(convert(options))
             os._exit(0)
+        while one_block and finished() <= before and os.waitid(os.P_PID, pid, ENDED) is None:
+            time.sleep(0.001)
         if seconds is not None:
             time.sleep(seconds)
             os.kill(pid, signal.SIGKILL)
@@ -51,8 +61,9 @@ def main(kind: str, model: str, folder: Path, kills: int, settings: dict[str, An
     rng = random.Random(5)
     killed = resumed = 0
     while killed < kills:
-        resumed += any(state.glob("block-*.json"))
-        code = attempt(rng.uniform(0, whole))
+        resumed += finished() > 0
+        one_block = rng.random() < 0.5
+        code = attempt(rng.uniform(0, 0.02 if one_block else whole), one_block)
         assert code in (0, -signal.SIGKILL), code
         killed += code == -signal.SIGKILL
         if out.exists():
