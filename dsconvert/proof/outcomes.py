@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from dsconvert.errors import ConversionError
 from dsconvert.proof.prove import Proof
 from dsconvert.proof.result import Outcome, as_dict
 
 
 def outcome_of(proof: Proof) -> Outcome:
-    """The row of an output in the table; raises ConversionError for a broken one, which has no figures."""
-    found, opened = proof.report.comparison, proof.opened
-    if found.figures is None:
-        raise ConversionError("has no figures to compare", where=opened.path, why=found.broken)
-    passed = proof.report.verdict.passed
-    return Outcome(opened.path.name, opened.nbytes, opened.bits, found.figures, passed)
+    """The row of an output in the table; a broken output has no figures."""
+    opened, report = proof.opened, proof.report
+    return Outcome(
+        opened.path.name, opened.nbytes, opened.bits, report.comparison.figures, report.verdict.passed
+    )
 
 
 def comparison_object(title: str, proofs: Iterable[Proof]) -> dict[str, Any]:

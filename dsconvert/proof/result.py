@@ -79,12 +79,15 @@ class WorstToken:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One of several outputs of the same model; `bits` are bits per weight over all tensors."""
+    """One of several outputs of the same model; `bits` are bits per weight over all tensors.
+
+    `figures` are None for an output that cannot be run whole.
+    """
 
     name: str
     nbytes: int
     bits: float
-    figures: Figures
+    figures: Figures | None
     passed: bool
 
 
@@ -95,17 +98,19 @@ OUTCOME_FIGURES = frozenset(range(1, len(OUTCOME_COLUMNS) - 1))  # the columns t
 
 def outcome_row(outcome: Outcome) -> tuple[str, ...]:
     """The cells of OUTCOME_COLUMNS, for a page or a terminal."""
-    figures = outcome.figures
+    size = (outcome.name, f"{outcome.nbytes / 1e6:.1f}", f"{outcome.bits:.2f}")
+    return (*size, *_figure_cells(outcome.figures), "pass" if outcome.passed else "FAIL")
+
+
+def _figure_cells(figures: Figures | None) -> tuple[str, ...]:
+    if figures is None:
+        return ("-",) * (len(OUTCOME_COLUMNS) - 4)
     return (
-        outcome.name,
-        f"{outcome.nbytes / 1e6:.1f}",
-        f"{outcome.bits:.2f}",
         f"{figures.ppl.value:.4f}",
         f"{figures.ppl_ratio.value:.4f}",
         f"{figures.kld.value:.5f}",
         f"{figures.kld_percentiles['99']:.5f}",
         f"{figures.same_top.value:.2%}",
-        "pass" if outcome.passed else "FAIL",
     )
 
 

@@ -37,7 +37,7 @@ def as_html(report: Report) -> str:
 
 def comparison_page(title: str, outcomes: Sequence[Outcome]) -> str:
     """Several outputs of one model in one table, and their size against their KL divergence."""
-    points = {o.name: (o.nbytes / 1e6, o.figures.kld.value) for o in outcomes}
+    points = {o.name: (o.nbytes / 1e6, o.figures.kld.value) for o in outcomes if o.figures is not None}
     chart = charts.log_scatter(points, "size, MB", "mean KLD, nats")
     body = f"<h1>{escape(title)}</h1>{chart}{table(OUTCOME_COLUMNS, map(outcome_row, outcomes))}"
     return document(title, body)

@@ -71,3 +71,18 @@ def test_another_width_is_another_model(model: Path, tmp_path: Path) -> None:
     result = command("verify", other, "--against", model)
     assert result.exit_code == 2, result.output
     assert "not the same model" in result.stderr
+
+
+def test_compare_shows_an_output_that_cannot_be_run_beside_one_that_can(model: Path, tmp_path: Path) -> None:
+    less = without_last_block(model, tmp_path / "less")
+    page = tmp_path / "page.html"
+    result = command("compare", less, model, "--against", model, "--report", page)
+    assert result.exit_code == 3, result.output
+    rows = {
+        line.split()[0]: line.split()
+        for line in result.stdout.splitlines()
+        if line.split()[-1:] in (["FAIL"], ["pass"])
+    }
+    assert rows["less"][3:] == [*"-----", "FAIL"]
+    assert rows["model"][-1] == "pass"
+    assert "<td>less</td>" in page.read_text()
