@@ -25,7 +25,8 @@ def dequantize(blocks: npt.NDArray[Any], qtype: QType) -> Floats:
     if qtype.name in PLAIN:
         return np.array(blocks).view(PLAIN[qtype.name]).astype(np.float32, copy=False)
     kind = gguf.GGMLQuantizationType(qtype.ggml)
-    return np.asarray(gguf.dequantize(np.ascontiguousarray(blocks), kind), dtype=np.float32)
+    with np.errstate(all="ignore"):  # a stranger's scales may be infinite: the proof says so
+        return np.asarray(gguf.dequantize(np.ascontiguousarray(blocks), kind), dtype=np.float32)
 
 
 def nearest(rows: Floats, qtype: QType) -> Floats | None:

@@ -16,6 +16,7 @@ import tiny
 import tiny_vl
 from click.testing import CliRunner, Result
 
+import dsconvert.checkpoints.checkpoint
 import dsconvert.models.config
 from converters.exl2.backend import check_readable
 from converters.exl2.plan import Job as Exl2Job
@@ -76,9 +77,8 @@ def command(*arguments: object) -> Result:
 
 def dropping(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     whole = dsconvert.models.config.normalise
-    monkeypatch.setattr(
-        dsconvert.models.config, "normalise", lambda raw, where: DROPPED[what][0](whole(raw, where))
-    )
+    for module in (dsconvert.models.config, dsconvert.checkpoints.checkpoint):
+        monkeypatch.setattr(module, "normalise", lambda raw, where: DROPPED[what][0](whole(raw, where)))
 
 
 @pytest.mark.parametrize("what", DROPPED)

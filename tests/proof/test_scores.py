@@ -15,6 +15,7 @@ from converters.gguf.output import Options
 from converters.gguf.parse import open_gguf
 from dsconvert.checkpoints.checkpoint import open_checkpoint
 from dsconvert.decoder import torch_decoder
+from dsconvert.models.weights import widened
 from dsconvert.proof import compare
 from dsconvert.proof.figures import token_figures
 from dsconvert.proof.row_sums import Matrix, snr
@@ -95,6 +96,6 @@ def test_rows_are_those_of_the_whole_tensor(tmp_path: Path) -> None:
         for source in (open_checkpoint(tmp_path), open_model(open_gguf(out))):
             for name, shape in source.shapes().items():
                 if len(shape) == 2:
-                    rows = source.rows(name, 3, 20)
+                    rows = widened(source.rows(name, 3, 20))
                     assert rows.dtype == np.float32
                     assert np.array_equal(rows, source.float32(name)[3:20]), (quant, name)
