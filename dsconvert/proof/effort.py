@@ -1,4 +1,4 @@
-"""How much of two models is run in a proof: a rule of sizes alone, so that every command chooses the same."""
+"""How much of two models is run in a proof: a rule of sizes and free memory, the same in every command."""
 
 from __future__ import annotations
 

@@ -24,11 +24,9 @@ ENOUGH = 512  # tokens: the ratio of two losses does not change with more
 def rounded(source: WeightSource, name: str, start: int, base: Any, candidate: Any) -> Floats | None:
     """What plain rounding makes of the rows of `base`, those from `start` on, in the type of a tensor.
 
-    Both are of numpy or of torch.
-
-    The first rows of them, or all where the first are the candidate's: a matrix that is not rounded plainly
-    is judged by some rows as well as by all, and rounding it may cost what making it did. None where nothing
-    rounds to the type.
+    `base` and `candidate` are of numpy or of torch. Returns the first rows, or all rows where the first are
+    the candidate's: a matrix that is not rounded plainly is judged by some rows as well as by all, and
+    rounding it may cost what making it did. None where nothing rounds to the type.
     """
     rows = base.reshape(-1, base.shape[-1])
     count = max(LEAST_ROWS, AT_FIRST // rows.shape[1])

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import harm
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -24,21 +25,8 @@ from dsconvert.cli import cli
 pytest.importorskip("torch")
 Floats = npt.NDArray[np.float32]
 # Types, and where a block keeps the float16 numbers that all its values are multiples of.
-SCALES: dict[str, tuple[int, ...]] = {
-    "f32": (),
-    "f16": (),
-    "bf16": (),
-    "q8_0": (0,),
-    "q6_k": (208,),
-    "q5_k": (0, 2),
-    "q5_0": (0,),
-    "q5_1": (0, 2),
-    "q4_k": (0, 2),
-    "q4_0": (0,),
-    "q4_1": (0, 2),
-    "q3_k": (108,),
-    "q2_k": (80, 82),
-}
+BLOCKS = ("q8_0", "q6_k", "q5_k", "q5_0", "q5_1", "q4_k", "q4_0", "q4_1", "q3_k", "q2_k")
+SCALES = {"f32": (), "f16": (), "bf16": ()} | {kind: harm.SCALES[kind] for kind in BLOCKS}
 MIXTURES = {kind: f"{kind}_s" if kind in ("q3_k", "q4_k", "q5_k") else kind for kind in SCALES}
 WEIGHTED = ("q6_k", "q4_k", "q4_0", "q3_k", "q2_k")
 FACTOR = np.float32(1.05)
