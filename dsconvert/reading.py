@@ -58,7 +58,7 @@ def read_head(path: Path, limit: int) -> bytes:
 def read_bytes(
     path: Path, limit: int, error: type[ConversionError] = CheckpointError, hint: str = AGAIN
 ) -> bytes:
-    """A small file whole; raises `error` when it cannot be read, is no regular file or exceeds `limit`."""
+    """A small file whole; raises `error` when it cannot be read, is not a regular file or exceeds `limit`."""
     try:
         data = read_head(path, limit + 1)
     except (OSError, ValueError) as cause:  # ValueError: a NUL in the name

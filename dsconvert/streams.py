@@ -16,14 +16,14 @@ _lost: list[TextIO] = []
 
 
 def escaped(text: str) -> str:
-    """The text with everything that is no visible character escaped: controls, line ends, bidi marks."""
+    """The text with every invisible character escaped: controls, line ends, bidi marks."""
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def as_json(value: Any) -> str:
-    """The value as one line of JSON, with what is no visible character escaped as JSON does."""
+    """The value as one line of JSON, with every invisible character escaped as JSON does."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     if text.isprintable():
         return text

@@ -148,7 +148,7 @@ def add(
 
 @dataclass
 class _Adding:
-    """The tokens so far, what to tell, and whose ids a file beside tokenizer.json gave."""
+    """The tokens so far, the notes, and whose ids a file beside tokenizer.json gave."""
 
     library: Tokenizer
     added: dict[int, AddedToken]

@@ -121,8 +121,8 @@ def render(template: str, messages: Any = DIALOGUE, **variables: Any) -> str:
 def check(templates: ChatTemplates, **variables: str) -> tuple[str, ...]:
     """Notes on templates that do not render a plain dialogue; empty when all do.
 
-    A template that only takes other content (images, tools) is no error: the note says what it said. After
-    one that goes over a limit, and after TRIED, no other is tried.
+    A template that only takes other content (images, tools) is not an error: the note repeats its message.
+    After one that goes over a limit, and after TRIED, no other is tried.
     """
     texts = {name: text for name, text in {"default": templates.default, **templates.named}.items() if text}
     notes: list[str] = []

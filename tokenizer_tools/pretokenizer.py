@@ -57,7 +57,7 @@ class _Proof:
         return row.split_otherwise(self.tokens)
 
     def failure(self, row: Runtime) -> Difference | None:
-        """None when the runtime gives the model's own ids on all texts."""
+        """None when the runtime has the model's own ids on all texts."""
         texts = self.undecided(row)
         self.encoded = len(texts)
         return self.difference(row, parity.PROBES) or self.difference(row, texts)

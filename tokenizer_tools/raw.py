@@ -13,7 +13,7 @@ from tokenizer_tools.library import parse_object, read_object, read_text
 
 
 def added_ids(folder: Path, rows: int) -> dict[str, int]:
-    """The text and the id of every added token with an embedding row, as transformers gives them.
+    """The text and the id of every added token with an embedding row, as transformers returns them.
 
     From tokenizer.json, then from added_tokens_decoder of tokenizer_config.json or, without that key, from
     added_tokens.json. Of two ids for a text, and of two texts for an id, the first counts.

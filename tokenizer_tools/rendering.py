@@ -22,7 +22,7 @@ from typing import Any
 
 from tokenizer_tools.template_worker import LENGTH, SECONDS, TEXT_LIMIT
 
-WALL = 6.0  # seconds; the kernel counts processor time, which a busy machine gives more slowly
+WALL = 6.0  # seconds; the kernel counts processor time, which passes more slowly on a busy machine
 STARTING = 30.0  # until it is ready, which takes 0.1 s on a machine that is not busy
 ANSWER_LIMIT = 12 * TEXT_LIMIT  # JSON spells a character with up to 12 bytes
 SCRIPT = Path(__file__).with_name("template_worker.py")

@@ -22,7 +22,7 @@ TRIED = 64  # added tokens that are tried there
 def resolve_scores(data: TokenizerData, override: str | None) -> Resolution:
     """By proof on the probes and on the text of every token, which decides for all texts (see spm.py).
 
-    Raises TokenizerError where ids differ, with the first text that does; notes tell of texts that begin
+    Raises TokenizerError where ids differ, with the first text that does; notes report texts that begin
     with a space, or hold added tokens, where the runtime puts a space that the tokenizer does not.
     """
     if override is not None:

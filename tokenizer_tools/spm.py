@@ -5,7 +5,7 @@ highest score first, the leftmost of equals (llm_tokenizer_spm in src/llama-voca
 same where each token's score is minus the rank of the merge that makes it. That can be proven of all texts:
 until something is joined across a token's bounds, its characters are joined in the same order as when the
 token stands alone, so the last merge of the token alone is the only one that ever makes it; where every
-token alone gives the same ids by ranks and by scores, every text does.
+token alone has the same ids by ranks and by scores, every text has.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def types(tokens: Sequence[str], kinds: Sequence[int], unk: object) -> tuple[int
 def scores(tokens: Sequence[str], kinds: Sequence[int], merges: Sequence[Pair]) -> tuple[float, ...]:
     """Every token's score: minus the rank of the merge that makes it; below all of those where none does.
 
-    Tokens that are no pieces of text have 0, as in SentencePiece.
+    Tokens that are not pieces of text have 0, as in SentencePiece.
     """
     ranks = {pair: rank for rank, pair in enumerate(merges)}
     ways = Counter(left + right for left, right in ranks)

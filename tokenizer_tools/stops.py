@@ -59,7 +59,7 @@ def stop_ids(
 def turn_end(template: str, added: Mapping[int, str], names: Mapping[str, str]) -> int | None:
     """The id of the added token with which a template ends an answer; None where there is none."""
     if not template or chat_template.check(ChatTemplates(template), **names):
-        return None  # one that renders no plain dialogue has been told of, and is not tried again
+        return None  # one that renders no plain dialogue has been reported, and is not tried again
     try:
         text = chat_template.render(template, TURN, **names, add_generation_prompt=False)
     except Unrendered:

@@ -30,7 +30,7 @@ def main() -> None:
     sys.path[:] = _read(source) or []
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_FSIZE, 0)
-    with contextlib.suppress(Exception):  # every request will tell it
+    with contextlib.suppress(Exception):  # every request will report it
         _renderer()
     _limit(resource.RLIMIT_AS, MEMORY)
     _limit(resource.RLIMIT_DATA, MEMORY)

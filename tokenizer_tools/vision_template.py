@@ -2,7 +2,7 @@
 
 The model's own prompt is the conversation format "deepseek" of deepseek_vl/utils/conversation.py with the
 system text of its processor; transformers' template for it takes parts only and fails on strings, which
-llama.cpp's server sends. This one gives the same text on plain dialogues. It writes no BOS: the tokenizer
+llama.cpp's server sends. This one renders the same text on plain dialogues. It writes no BOS: the tokenizer
 adds it.
 """
 
@@ -88,7 +88,7 @@ def image_token(tokenizer: TokenizerData, text: str, stated: object, folder: Pat
         assert isinstance(token_id, int)
         return tokenizer.tokens[token_id], token_id
     raise CheckpointError(
-        "the token for pictures cannot be told",
+        "the token for pictures is not known",
         where=folder,
         why=why,
         hint="Fetch the tokenizer and the processor files of the same model again",

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # llama.cpp's token types (llama.h, llama_token_type); UNKNOWN and BYTE are a SentencePiece model's.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 SPACE = "\u0120"  # how a byte-level vocabulary spells a space
-# The classes whose tokenizer is told by vocab.json and merges.txt alone.
+# The classes whose tokenizer is defined by vocab.json and merges.txt alone.
 GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast")
 FLAGS = ("normalized", "lstrip", "rstrip", "single_word")
 
@@ -37,7 +37,7 @@ class AddedToken:
 
 
 def read_vocab(model: Mapping[str, Any], path: Path) -> dict[str, int]:
-    """Token -> id of the BPE model; raises TokenizerError when an id is no number or has two tokens."""
+    """Token -> id of the BPE model; raises TokenizerError when an id is not a number or has two tokens."""
     vocab = model.get("vocab")
     if not isinstance(vocab, dict) or not all(type(i) is int and i >= 0 for i in vocab.values()):
         raise TokenizerError("has a vocabulary that is not token to id", where=path)

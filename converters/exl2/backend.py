@@ -56,7 +56,7 @@ def convert(options: Options) -> Iterator[Event]:
 
 
 def run(job: Job, work: Path) -> Path:
-    """Run the converter in the folder `work`; gives the folder that it made. UsageError when it fails."""
+    """Run the converter in the folder `work`; returns the folder that it made. UsageError when it fails."""
     own, made = work / "job", work / "made"  # `work` itself holds our marker
     own.mkdir(exist_ok=True)
     shutil.rmtree(made, ignore_errors=True)

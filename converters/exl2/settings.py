@@ -58,7 +58,7 @@ def groups_for(inputs: int, setting: Setting) -> tuple[Group, ...]:
     """The groups of `inputs` rows, a multiple of 32: every width gets whole groups, the last the rest.
 
     ceil(min(inputs * share, rows left) / size) groups of each width, as exllamav2's own quantizer has them;
-    only the last group may be short. Raises UsageError for a setting that is no EXL2.
+    only the last group may be short. Raises UsageError for a setting that EXL2 does not have.
     """
     _check(setting)
     groups: list[Group] = []

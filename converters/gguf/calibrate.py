@@ -68,7 +68,7 @@ def report_text(report: CalibrationReport) -> str:
 
 
 def plan_measured(job: Job) -> Generator[Event, None, tuple[Job, Calibration | None]]:
-    """Draw the text that the conversion asks for, and plan anew with the keys that tell of it.
+    """Draw the text that the conversion asks for, and plan anew with the keys that describe it.
 
     None where there is nothing to measure for. Raises UsageError where a mixture needs more than a
     measurement can give, and what `draw_windows` raises.
@@ -90,7 +90,7 @@ def plan_measured(job: Job) -> Generator[Event, None, tuple[Job, Calibration | N
 
 
 def weighed(job: Job, drawn: Calibration | None) -> Generator[Event, None, Job]:
-    """The job with the importance that its checkpoint gives its inputs on the text drawn."""
+    """The job with the importance of its inputs, measured on the text drawn."""
     if drawn is None:
         return job
     yield Step(f"measuring on {drawn.report.tokens:,} tokens of {drawn.report.text}")

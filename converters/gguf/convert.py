@@ -64,7 +64,7 @@ def describe(job: Job) -> Iterator[Event]:
     for note in job.notes:
         yield Warn(note)
     if job.options.dry_run and job.options.calibration is not None:
-        yield Step("the keys that tell of the calibration text come on top of the sizes: 1 to 2 kB")
+        yield Step("the keys that describe the calibration text come on top of the sizes: 1 to 2 kB")
     if job.towers is not None and job.towers.left_out:
         yield Step(job.towers.left_out)
     sources = {spec.gguf: spec for spec in job.tensors}
@@ -82,5 +82,5 @@ def describe(job: Job) -> Iterator[Event]:
         pre = job.pre if output in job.outputs else ""
         yield Planned(files, output.quant, tuple(rows), sizes, source, pre)
         for change, count in output.fallbacks.items():
-            why = f"({change}): their rows are no multiple of its block"
+            why = f"({change}): their rows are not a multiple of its block"
             yield Warn(f"{count} tensors of {output.quant} take another type {why}")

@@ -1,4 +1,4 @@
-"""The mixtures of llama-quantize as a table: what each file type gives to the tensors of a decoder.
+"""The mixtures of llama-quantize as a table: which type each file type uses for each tensor of a decoder.
 
 The rules are those of llama.cpp's src/llama-quant.cpp (llama_tensor_get_type).
 """
@@ -29,7 +29,7 @@ class Mixture:
 
     `output` is the type of the output layer, `embedding` that of an embedding which is not used as one,
     `flat` that of tensors of two dimensions, where these are others. `wants` names a type that this mixture
-    gives to no tensor without importance data, beside those of which that is always so.
+    uses for no tensor without importance data, beside those of which that is always so.
     """
 
     file_type: int

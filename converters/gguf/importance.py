@@ -39,7 +39,7 @@ NO_DATA = "has no data"
 class ImportanceMatrix:
     """Importance, float32 [n_cols], by GGUF name; where it came from; what could not be used.
 
-    `path` is None when it was measured on the way. `unusable` gives for each entry left out the reason why.
+    `path` is None when it was measured on the way. `unusable` has the reason for each entry left out.
     `report` is our own report on the calibration text, JSON, "" in other tools' files.
     """
 
@@ -239,7 +239,7 @@ def _from_dat(path: Path) -> ImportanceMatrix:
         size = 4 * source.number(f"entry {number}")
         sums = np.frombuffer(source.take(size, f"entry {number}"), "<f4").astype(np.float32)
         _keep(name, sums, np.array([calls], np.float32), values, unusable)
-    # What was run through the model is told at the end, by newer versions only.
+    # What was run through the model stands at the end, in newer versions' files only.
     chunks = source.number("the number of chunks") if source.at < len(source.data) else 0
     dataset = source.string("the data set's name") if source.at < len(source.data) else ""
     return ImportanceMatrix(path, values, (dataset,) if dataset else (), chunks, unusable)

@@ -29,7 +29,7 @@ def model_keys(config: ModelConfig, architecture: Architecture) -> dict[str, tup
 
 
 def general_keys(folder: Path, config: ModelConfig, arch: str, parameters: int) -> dict[str, tuple[str, Any]]:
-    """`general.*` without the file type: name, size and origin as far as config, folder and card tell."""
+    """`general.*` without the file type: name, size and origin as far as config, folder and card say."""
     organization, name = origin(folder, config)
     keys: dict[str, tuple[str, Any]] = {
         "general.architecture": ("string", arch),
@@ -66,9 +66,9 @@ def basename(name: str) -> str:
 
 
 def model_card(folder: Path) -> dict[str, Any]:
-    """The front matter of README.md, every value as it is written, so that the language no is no false.
+    """The front matter of README.md, every value as it is written: the language `no` stays `no`.
 
-    Empty when there is none or it cannot be read (a card is no weight).
+    Empty when there is none or it cannot be read (a card does not matter to the weights).
     """
     try:
         text = read_head(folder / "README.md", CARD).decode("utf-8-sig", errors="replace")

@@ -69,8 +69,8 @@ def choose(
 
     `wide` says that the model has the shape whose attn_v gets more bits (Architecture.wide_values).
     `shapes` are rows first, by GGUF name; without an "output.weight" the embedding counts as tied.
-    `overrides` are (pattern, type): the first pattern found in a name gives its type. Unlike
-    llama-quantize they also hold when `quant` is f32, f16 or bf16. `pure` gives the default type
+    `overrides` are (pattern, type): the first pattern found in a name decides its type. Unlike
+    llama-quantize they also hold when `quant` is f32, f16 or bf16. `pure` takes the default type
     to every matrix. `imatrix` says that an importance matrix is used. Raises UsageError for an unknown
     type, for a pattern that is not a regular expression or fits no matrix, and for a mixture that needs an
     importance matrix without one.
@@ -115,12 +115,12 @@ def _refuse_without_importance(quant: str, types: Mapping[str, str]) -> None:
 
 
 def needing(quant: str) -> set[str]:
-    """The types that a quantization gives to no layer without importance data."""
+    """The types that a quantization uses for no layer without importance data."""
     return {name for name, kind in QTYPES.items() if kind.importance >= WANTED} | {_mixture(quant).wants}
 
 
 def needs_importance(quant: str) -> bool:
-    """Whether a quantization gives any layer a type that needs importance data."""
+    """Whether a quantization uses a type that needs importance data."""
     mixture = _mixture(quant)
     kinds = {mixture.default, *(kind for role in _ROLES for _, kind in mixture.rule(role))}
     return bool(kinds & needing(quant))

@@ -86,7 +86,7 @@ class StoredTensor:
     def rows(self, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Rows `start` to `stop`, dequantized: [rows, columns]; a 1-D tensor is one row.
 
-        Raises CheckpointError for a type whose values cannot be told here.
+        Raises CheckpointError for a type whose values cannot be computed here.
         """
         try:
             return dequantize(self.blocks()[start:stop], self.qtype)
@@ -117,7 +117,7 @@ class GGUFFile:
 def open_gguf(path: Path) -> GGUFFile:
     """Parse and check the file at `path`, or every file of the split set whose first file it is.
 
-    Raises CheckpointError for anything that is no complete GGUF file; no weight is read.
+    Raises CheckpointError for anything that is not a complete GGUF file; no weight is read.
 
     >>> from converters.gguf.convert import convert
     >>> from converters.gguf.output import Options

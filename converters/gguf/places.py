@@ -17,7 +17,7 @@ class Place:
 
 
 When = Callable[[Place], bool]
-Rule = tuple[tuple[When, str], ...]  # the first that holds gives the type; none: the mixture's default
+Rule = tuple[tuple[When, str], ...]  # the first that holds decides the type; none: the mixture's default
 
 
 def always(at: Place) -> bool:

@@ -96,7 +96,7 @@ class Job:
 def prepare(options: Options) -> Job:
     """Open, validate and plan; the exact bytes ahead of the data and every offset are known after it.
 
-    A matrix that is made on the way adds keys that tell of its text: see `with_keys`.
+    A matrix that is made on the way adds keys that describe its text: see `with_keys`.
     """
     with collector_paused(), phase("plan, in all"):
         return _prepare(options)
@@ -166,7 +166,7 @@ def check_calibration(options: Options) -> None:
     if options.imatrix is not None:
         raise UsageError(
             "--imatrix and --calib contradict each other",
-            why="one gives an importance matrix, the other makes one",
+            why="one reads an importance matrix, the other makes one",
             hint="Leave one of them out",
         )
     from dsconvert.calibration.request import check_chat

@@ -19,7 +19,7 @@ class QType:
     ggml: int
     block: int
     size: int
-    fallback: str = ""  # the type taken instead when a row is no multiple of `block`
+    fallback: str = ""  # the type taken instead when a row is not a multiple of `block`
     importance: int = 0
 
     def nbytes(self, values: int) -> int:

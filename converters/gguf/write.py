@@ -39,7 +39,7 @@ class Target:
 class Chunk:
     """Some rows of one tensor, and its targets.
 
-    `read` gives them, [rows, columns]; `start` is the place of the first value, `nbytes` what
+    `read` returns them, [rows, columns]; `start` is the place of the first value, `nbytes` what
     they take in the checkpoint.
     """
 

@@ -125,7 +125,7 @@ def packed_of(solved: Solved, bits: int) -> packing.Packed:
 def write(
     job: Job, calibration: Calibration, solved: Mapping[str, Piece], fell_back: Mapping[str, str]
 ) -> int:
-    """The folder, of what is kept and of the `solved` linears' tensors; gives the bytes of its weights."""
+    """The folder, of what is kept and of the `solved` linears' tensors; returns the bytes of its weights."""
     model = job.model
     pieces = {out: from_stored(model.checkpoint.tensors[name]) for out, name in model.kept.items()}
     settings = quantization_settings(job.layout, job.options.damp, job.options.lm_head)

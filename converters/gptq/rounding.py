@@ -48,8 +48,8 @@ def nearest(rows: Floats, packed: Packed, bits: int, checkpoint_format: str, sta
 def _searched(stored: torch.Tensor, plain: Mapping[int, Grid], searched: Mapping[int, Grid]) -> bool:
     """Whether stored scales [G, n] lie nearer to those of searched ranges than to those of whole ones.
 
-    The group with the least scales for its weights tells: where it is walked first its weights had not moved
-    yet, and those that move grow.
+    The group with the smallest scales for its weights shows it: where it is walked first its weights had
+    not moved yet, and those that move grow.
     """
 
     def median(g: int, scale: torch.Tensor) -> float:

@@ -19,7 +19,7 @@ FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 @dataclass(frozen=True)
 class Layout:
-    """The settings that readers care about; see grid.Scheme. `desc_act`: groups are no runs of inputs."""
+    """The settings that readers care about; see grid.Scheme. `desc_act`: groups are not runs of inputs."""
 
     scheme: Scheme
     desc_act: bool = False
@@ -109,7 +109,7 @@ def check_shapes(
 
 
 def broken_rules(linears: Mapping[str, tuple[int, ...]], layout: Layout) -> Iterator[Broken]:
-    """Every rule that a linear breaks, by rule; what is not refused can be told as a warning."""
+    """Every rule that a linear breaks, by rule; what is not refused can become a warning."""
     for rule in RULES:
         for name, (outputs, inputs) in linears.items():
             if not rule.holds(outputs, inputs, layout):
@@ -127,7 +127,7 @@ def refusing_runtimes(linears: Mapping[str, tuple[int, ...]], layout: Layout) ->
 def _check_settings(layout: Layout, runtimes: Collection[str]) -> None:
     scheme = layout.scheme
     if scheme.bits not in BITS:
-        raise UsageError(f"{scheme.bits} bits are no GPTQ format", hint="Use --bits " + _either(BITS))
+        raise UsageError(f"{scheme.bits} bits are not a GPTQ format", hint="Use --bits " + _either(BITS))
     if scheme.group_size not in GROUP_SIZES:
         hint = "Use --group-size " + _either(GROUP_SIZES)
         raise UsageError(f"groups of {scheme.group_size} are not read everywhere", hint=hint)

@@ -17,7 +17,7 @@ from dsconvert.texts.windows import Windows, strided, whole
 
 SPAN = 50  # tokens: text that is repeated by chance is shorter
 EVALUATION_WINDOWS = 256  # of c4, as the GPTQ reference takes them
-FEW_TOKENS = 256  # distinct ones; less is no sample of what a model meets
+FEW_TOKENS = 256  # distinct ones; fewer do not represent what a model meets
 OVERLAP_WARNED = 0.01  # modules of the standard library share a function here and there: 0.2 %
 
 

@@ -50,7 +50,7 @@ class Drawn:
 
 
 def draw(text: TextSet, encode: Encode, ask: SampleRequest) -> Drawn:
-    """Draw windows as the text's method says; `encode` gives ids without special tokens.
+    """Draw windows as the text's method says; `encode` returns ids without special tokens.
 
     Raises UsageError where the text is too short.
     """

@@ -34,7 +34,7 @@ class Repository:
 def parse(model: str) -> Repository | None:
     """What "owner/name", "owner/name@revision" or the address of a page stands for; None for another text.
 
-    Raises UsageError for a page of the hub that is no model's.
+    Raises UsageError for a page of the hub that is not a model's.
     """
     plain = HUB_ID.fullmatch(model)
     if plain and plain[1].split("/")[0] not in HOSTS:

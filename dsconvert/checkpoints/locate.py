@@ -81,7 +81,7 @@ def locate(model: str | Path | None) -> Path:
 
 
 def in_folder(folder: Path) -> Found:
-    """The model that a folder holds: the folder itself, or a snapshot; CheckpointError says what is there."""
+    """The model in a folder: the folder itself, or a snapshot; else CheckpointError says what it holds."""
     if os.path.lexists(folder / "config.json"):
         return Found(folder)
     snapshots = _folders(folder / "snapshots") if os.path.isdir(folder / "refs") else []

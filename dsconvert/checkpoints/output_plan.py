@@ -145,7 +145,7 @@ def check_distinct(paths: Iterable[Path]) -> None:
 def check_no_input(path: Path, inputs: Iterable[Path], ours: Known | None = None) -> None:
     """Raises OutputError where the file `path`, or its part, is one that the command reads.
 
-    Files are told apart by what they are, not by their names: links and hard links count. In a folder that
+    Files are distinguished by identity, not by name: links and hard links count. In a folder that
     is read, files that `ours` knows are outputs of an earlier run, not inputs.
     """
     for target in (path, part_of(path)):

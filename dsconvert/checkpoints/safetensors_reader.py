@@ -51,10 +51,10 @@ class Stored:
     """One tensor of a weight file.
 
     `dtype` is "bf16", "f16", "f32" or another type's name in lower case. `data` is a read-only view of
-    the mapped file in the stored shape (uint16 for bf16), None for a type that is no plain number. `offset`
-    is the first byte in the file, None where the bytes are not in one piece. `decode` reads what no view can
-    show, scaled bytes for example: it takes the first of some rows and the end of them, and returns them as
-    `rows` does. A type without either is not read.
+    the mapped file in the stored shape (uint16 for bf16), None for a type that is not a plain number.
+    `offset` is the first byte in the file, None where the bytes are not in one piece. `decode` reads what no
+    view can show, scaled bytes for example: it takes the first of some rows and the end of them, and returns
+    them as `rows` does. A type without either is not read.
     """
 
     path: Path
@@ -112,7 +112,7 @@ def mapped_values(stored: Stored) -> Array:
     return np.memmap(stored.path, INTEGERS[stored.dtype], "r", stored.offset, stored.shape)
 
 
-@np.errstate(over="ignore")  # infinity is met, and told, where the value is used
+@np.errstate(over="ignore")  # infinity is reported where the value is used
 def plain(data: Array) -> Array:
     """Values of a readable type in one of the two that are converted: the bits of bf16, or float32.
 
@@ -251,10 +251,12 @@ def _check_layout(path: Path, entries: list[_Entry], available: int) -> None:
         if entry.begin < cursor:
             raise damaged(path, f"Tensors {quoted(previous)} and {quoted(entry.name)} overlap")
         if entry.begin > cursor:
-            raise damaged(path, f"{entry.begin - cursor:,} bytes before {quoted(entry.name)} are no tensor's")
+            raise damaged(
+                path, f"{entry.begin - cursor:,} bytes before {quoted(entry.name)} belong to no tensor"
+            )
         cursor, previous = entry.end, entry.name
     if cursor < available:
-        raise damaged(path, f"{available - cursor:,} bytes after the last tensor are no tensor's")
+        raise damaged(path, f"{available - cursor:,} bytes after the last tensor belong to no tensor")
 
 
 def _stored(path: Path, entry: _Entry, mapped: mmap.mmap, start: int) -> Stored:

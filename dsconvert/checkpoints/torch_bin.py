@@ -21,7 +21,7 @@ MEMBERS_LIMIT = 1 << 20
 # Where trainers keep the model inside of a checkpoint that holds more, the commonest first.
 TRAINERS_KEYS = ("state_dict", "model_state_dict", "model", "module")
 DTYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "f64"}
-# The file's name is no part of the code: it may hold anything.
+# The file's name is not part of the code: it may hold anything.
 RESAVE = (
     "Save it again in the current format, which runs no code either: python -c "
     '"import sys, torch; f = sys.argv[1]; torch.save(torch.load(f, weights_only=True), f)" {name}'

@@ -83,7 +83,7 @@ def run(work: Callable[[], int], display: Display, *, debug: bool) -> None:
         code = display.fail(_interrupted())
     except (SystemExit, GeneratorExit):
         raise
-    except BaseException as error:  # a library's panic is no Exception
+    except BaseException as error:  # a library's panic is not an Exception
         if debug:
             raise
         code = display.fail(_unexpected(error))

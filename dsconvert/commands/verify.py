@@ -103,7 +103,7 @@ def check_effect(options: ProofOptions) -> None:
     if base is not None and os.path.exists(base):
         hint = "Leave it out, or name a new file, which is then written from the checkpoint"
         tokens = open_base(base).windows.tokens
-        # The same again is no contradiction.
+        # The same value again does not contradict it.
         agreeing = {"windows": options.windows >= len(tokens), "length": options.length == tokens.shape[1]}
         decided = [name for name in COMPARED if not agreeing.get(name, False)]
         refuse(*decided, where=f"because {base} holds the text and the windows", hint=hint)

@@ -215,7 +215,7 @@ def _measured(
         raise QuantizationError(
             "is given inputs that are not finite numbers",
             where=names[0],
-            why="The checkpoint itself gives NaN or infinity on the calibration text",
+            why="The checkpoint itself computes NaN or infinity on the calibration text",
             hint="Look for damaged weights with `dsconvert inspect`, or fetch the checkpoint again",
         )
     return Group(names, moment, seen)

@@ -34,7 +34,7 @@ KNOWN = (
     "is_causal", "_attn_implementation_autoset", "_flash_attn_2_enabled", "use_flash_attn",
 )  # fmt: skip
 ONLY = {"hidden_act": ("silu", "swish"), "partial_rotary_factor": (None, 1), "is_causal": (True,)}
-# `finetuned` tells of how the model was made.
+# `finetuned` says how the model was made.
 ROPE_KEYS = {"type", "rope_type", "rope_theta", "partial_rotary_factor", "finetuned"}
 NEEDED = {"factor", "low_freq_factor", "high_freq_factor"}
 FACTOR, ORIGINAL = {"factor"}, {"factor", "original_max_position_embeddings"}

@@ -24,7 +24,7 @@ EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.w
 
 
 def tensor_names(source: WeightSource, config: ModelConfig) -> tuple[tuple[dict[str, str], ...], str]:
-    """Per layer module attribute -> tensor name, and the tensor that gives logits (the embedding if tied).
+    """Per layer module attribute -> tensor name, and the tensor of the output head (the embedding if tied).
 
     Raises PlanError when tensors are missing, unknown or misshapen, CheckpointError for a class without a
     table.
@@ -86,7 +86,7 @@ def in_step(
 ) -> list[Floats]:
     """Run the steps of one layer of several models side by side, each matrix asked for once for all.
 
-    `products` gives each model's products of the named matrices with its own states.
+    `products` returns each model's products of the named matrices with its own states.
     """
     asked, made = [next(run) for run in runs], list[Floats]()
     while not made:

@@ -29,7 +29,7 @@ def sensitivities(
 
     `windows` int64 [n, length]; the mean is over their tokens, the gradient that of the sum of their
     log-likelihoods, so that 1/2 sum_n s_n E[d_n^2] is a linear's share of the mean KL divergence per token.
-    The same seed gives the same values on one device. Raises QuantizationError where they are not finite.
+    Deterministic for a seed on one device. Raises QuantizationError where they are not finite.
     """
     import torch
 
@@ -55,7 +55,7 @@ def _broken(where: str, what: str) -> QuantizationError:
     return QuantizationError(
         what,
         where=where,
-        why="The checkpoint itself gives NaN or infinity on the calibration text",
+        why="The checkpoint itself computes NaN or infinity on the calibration text",
         hint="Look for damaged weights with `dsconvert inspect`, or fetch the checkpoint again",
     )
 

@@ -43,7 +43,7 @@ class Decoder:
     device: torch.device
     dtype: torch.dtype
     blocks: tuple[dict[str, str], ...]  # per layer: module attribute -> tensor name
-    head: str  # the tensor that gives logits; the embedding when tied
+    head: str  # the tensor of the output head; the embedding when tied
     library: Any = field(repr=False)  # transformers' config
     rotary: Any = field(repr=False)
 

@@ -51,9 +51,9 @@ class Architecture:
     CheckpointError for a config that says more than the table can. `gguf_keys` come without the prefix,
     `derived` are the float32 tensors that a GGUF file needs and no checkpoint holds. `torch_classes` imports
     transformers, `numpy_block` says whether the decoder's numpy block computes the same. `groups` are the
-    linears in the order in which they are solved. `wide_values` tells of the shape of which llama-quantize
-    gives attn_v more bits. `mount` is set for a decoder inside a bigger model, `beside` are the tables that
-    its other parts may have.
+    linears in the order in which they are solved. `wide_values` says whether the model has
+    the shape for which llama-quantize raises the bits of attn_v. `mount` is set for a decoder inside a
+    bigger model, `beside` are the tables that its other parts may have.
     """
 
     hf_class: str

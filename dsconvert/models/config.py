@@ -24,7 +24,7 @@ LAYERS_LIMIT = 4096  # the plan names every layer's tensors before it compares t
 class ModelConfig:
     """The numbers of a decoder, as a converter reads them; `raw` is config.json as read.
 
-    `decoder` is its part that tells of the decoder, from which the reference side of a proof is built; empty
+    `decoder` is its part about the decoder, from which the reference side of a proof is built; empty
     for a file without config.json. `notes` are what the user should know of how the numbers were read.
     `tied` says that the head may be absent; where the checkpoint has one it counts.
     """

@@ -16,7 +16,7 @@ SOURCE = "Convert the 16-bit checkpoint that it was made from: each quantization
 
 @dataclass(frozen=True)
 class Form:
-    """A form of checkpoints: the pattern of tensor names that gives it away, what it is, what to do."""
+    """A form of checkpoints: the pattern of tensor names that identifies it, what it is, what to do."""
 
     pattern: str
     what: str

@@ -29,7 +29,7 @@ def chunks(spec: Spec, values: int) -> Iterator[tuple[int, int]]:
 def stored_rows(spec: Spec, read: Read, start: int, stop: int) -> Array:
     """Rows `start` to `stop` - 1 of the stored tensor, [rows, columns]; of a vector values, [values, 1].
 
-    `read` gives rows of the checkpoint's tensors, as WeightSource.rows does; the result is of its type.
+    `read` returns rows of the checkpoint's tensors, as WeightSource.rows does; the result is of its type.
     """
     each, parts = spec.rows // spec.many, []
     for index in range(start // each, -(-stop // each)):
@@ -57,7 +57,7 @@ def _of_one(spec: Spec, name: str, read: Read, start: int, stop: int) -> Array:
 def source_rows(specs: Sequence[Spec], name: str, read: Read, start: int, stop: int) -> Floats:
     """Rows `start` to `stop` - 1 of the checkpoint's tensor `name` in float32.
 
-    `specs` are the stored tensors made of it, in the order of their parts (see `by_source`); `read` gives
+    `specs` are the stored tensors made of it, in the order of their parts (see `by_source`); `read` returns
     rows of them as `stored_rows` does, by GGUF name.
     """
     whole = specs[0].source

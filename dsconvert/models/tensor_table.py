@@ -41,7 +41,7 @@ class Transform:
     """A layout change inside each unit of a tensor's rows, a head for example, and its inverse.
 
     `units` is the dimension that counts the units; "" stands for rows that stay as they are, of a tensor that
-    is one unit. `forward` takes source rows as [units, rows, ...] and gives a view of them in the stored
+    is one unit. `forward` takes source rows as [units, rows, ...] and returns a view of them in the stored
     order, units first; `inverse` takes [units, ...] of the stored shape. Neither changes a value or a dtype.
     """
 
@@ -255,13 +255,13 @@ def plan_stored(
 def fit_stored(
     table: Table, config: Any, shapes: Mapping[str, tuple[int, ...]], derived: Collection[str] = ()
 ) -> tuple[list[Spec], list[str]]:
-    """As `plan_stored` of what is there: the tensors that fit the table, and a sentence on each other one."""
+    """As `plan_stored`, of existing tensors: those that fit the table, and a sentence on each other one."""
     specs = {spec.gguf: spec for spec in expand(table, config)}
     fitting, strange = [], []
     for name, shape in shapes.items():
         if name not in specs:
             if name not in derived and name != "rope_freqs.weight":
-                strange.append(f"{name[:120]} is no tensor of {config.architecture}")
+                strange.append(f"{name[:120]} is not a tensor of {config.architecture}")
         elif shape != specs[name].shape:
             strange.append(f"{name} has shape {list(shape)}, the file's keys say {list(specs[name].shape)}")
         else:

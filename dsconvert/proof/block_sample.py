@@ -134,7 +134,7 @@ def _embedded(run: Run) -> torch.Tensor:
 
 
 def _same_input(run: Run, index: int, start: torch.Tensor) -> tuple[BlockError, torch.Tensor, str]:
-    """One block of both on `start`; gives its error, the input for those that follow, and who broke."""
+    """One block of both on `start`; returns its error, the input for those that follow, and who broke."""
     base, candidate = run.apply(index, [start, start])
     broken = run.broken([base, candidate], f"after block {index}")
     relative, cosine = hidden_error(base, candidate)

@@ -94,7 +94,7 @@ def compare(
     """Run both models over the windows and compare every tensor, block and scored prediction.
 
     `candidate_config` is what the candidate's own file states, the reference's when None. Yields Step and
-    BlockCompared, returns the Comparison. A model that gives a value that is not a number ends the run and
+    BlockCompared, returns the Comparison. A model that computes a value that is not a number ends the run and
     is named in `broken`. Raises PlanError and CheckpointError when a source cannot be run at all, and
     UsageError for a device, a dtype, or token ids outside the vocabulary.
     """
@@ -222,7 +222,7 @@ class Run:
         return Comparison(None, None, tuple(self.blocks), tensors, self.config, broken)
 
     def broken(self, values: list[torch.Tensor], where: str) -> str:
-        """Which of the two gives a value that is not finite, if one does."""
+        """Which of the two computed a value that is not finite, if either did."""
         for who, tensor in zip(("the reference", "the candidate"), values, strict=True):
             if not st.finite(tensor):
                 return f"{who} gives non-finite values {where}"

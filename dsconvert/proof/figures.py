@@ -160,7 +160,7 @@ def joined(parts: list[dict[str, Any]]) -> TokenFigures:
 
 
 def summary(tokens: TokenFigures, token_bytes: IntArray | None = None) -> Figures:
-    """The means over all scored tokens; `token_bytes` [vocab], each token's length, gives bits per byte."""
+    """The means over all scored tokens; bits per byte need `token_bytes` [vocab], each token's length."""
     nll, base, kld = tokens.nll, tokens.nll_base, tokens.kld
     log_ratio = mean(nll - base)
     rms = mean(tokens.p_diff**2)

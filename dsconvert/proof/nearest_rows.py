@@ -1,6 +1,6 @@
 """Rows of a stored matrix against what plain rounding to nearest in its own type makes of the checkpoint's.
 
-A plain quantizer gives just that; one with an importance matrix, or with error feedback, gives up some signal
+A plain quantizer does just that; one with an importance matrix, or with error feedback, loses some signal
 to noise, about the same in every row. So a row is wrong that is not the rounded one where nearly all others
 are, and one that loses much more than the others; a matrix is wrong that loses more than any faithful one.
 Measured over the sample, SmolLM2-135M and random models, in dB that a whole matrix loses: importance -1.7 to

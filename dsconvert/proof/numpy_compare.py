@@ -241,7 +241,7 @@ class _Run:
 
 
 def _broken(values: list[Floats], where: str) -> str:
-    """Which of the two gives a value that is not finite, if one does."""
+    """Which of the two computed a value that is not finite, if either did."""
     for who, array in zip(("the reference", "the candidate"), values, strict=True):
         if not np.isfinite(np.abs(array).max()):
             return f"{who} gives non-finite values {where}"

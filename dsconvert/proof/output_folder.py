@@ -22,7 +22,7 @@ def is_our_folder(folder: Path) -> bool:
 def check_companions(source: Path, out: Path, made: Collection[str] = ()) -> Check:
     """Tokenizer and generation files of the folder `out` are those of `source`, byte by byte.
 
-    Those called as in `made` are no copies: they were made for another layout.
+    Those called as in `made` are not copies: they were made for another layout.
     """
     files = [file for file in companions(source) if file.name not in made]
     lost = [f.name for f in files if not (out / f.name).is_file()]

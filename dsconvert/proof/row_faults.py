@@ -72,7 +72,7 @@ LEAST_LENGTH = 0.02  # by which a row may be longer or shorter in any case
 # of a row hangs on a few of its values, and says nothing.
 ANY_LENGTH = ("tq1_0", "tq2_0")
 SUSPECT, BLUNT = 1.5, 0.03  # see `_misrounded`
-FEW = 16  # rows of which no distribution is told
+FEW = 16  # too few rows to estimate a distribution from
 LEAST_COLUMNS = 128  # of which the lengths of rows say something
 LEAST_ROWS, LEAST_WRONG, LEFT = 128, 8, 0.15  # of wrong columns: rows, columns, what is theirs in them
 HEAVY = 0.25  # of the mean column's sum of squares: lighter ones may be lost in the others' noise

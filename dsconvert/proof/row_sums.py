@@ -1,6 +1,6 @@
 """Sums over every row and column of a matrix and of its candidate, in numpy or torch, chunk by chunk.
 
-What a row's direction and length say is told from these sums; `row_faults` judges them.
+`row_faults` judges a row's direction and length by these sums.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The same windows through llama.cpp: what it makes of a file, beside what its own arithmetic predicts.
 
-Three runs of a file are told apart: its weights in float32; the prediction, the same weights with activations
+Three runs of a file differ: its weights in float32; the prediction, the same weights with activations
 rounded as the runtime rounds them (`activations`); and the runtime. From the first to the second is the
 runtime's arithmetic; from the second to the third should be nothing but chance.
 """

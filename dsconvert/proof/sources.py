@@ -89,7 +89,7 @@ class Opened:
 
 
 def text_handling(opened: Callable[[], TextHandling]) -> TextHandling | TokenizerError:
-    """What `opened` returns, or its error: an output without a usable tokenizer fails, it is no accident."""
+    """What `opened` returns, or its error: without a usable tokenizer an output fails, the run goes on."""
     try:
         return opened()
     except TokenizerError as error:

@@ -15,7 +15,7 @@ from dsconvert.proof.sources import Opened, Reference, StoredTensors
 def structure_faults(opened: Opened, reference: Reference) -> list[str]:
     """Where an output's tensors are not those that the checkpoint's table names; models can be run without.
 
-    A head that one of them lacks is no fault: the embedding takes its place, and the rows of both are
+    A head that one of them lacks is not a fault: the embedding takes its place, and the rows of both are
     compared. Raises PlanError where the checkpoint itself is not what its config says.
     """
     config, found = reference.config, opened.source.shapes()

@@ -65,7 +65,7 @@ def choose_text(reference: Reference, asked: ProofOptions) -> Generator[Event, N
 
 
 def default_windows(encode: Encode, config: ModelConfig, bos: int | None) -> Windows:
-    """The windows that a proof scores where no text is asked for; `encode` gives the ids of texts."""
+    """The windows that a proof scores where no text is asked for; `encode` returns the ids of texts."""
     length = min(LENGTH, config.context_length)
     count = length + (WINDOWS - 1) * min(STRIDE, length)
     ids = np.array(encode([builtin_page(encode, count)])[0][:count], np.int64)

@@ -1,6 +1,6 @@
 """What a conversion of each type must reach to pass, and the verdict.
 
-The limits separate a faithful conversion from a defect; they are no statement about how good a type is.
+The limits separate a faithful conversion from a defect; they do not rate a type.
 They were set from ggml's own quantizations of two models, the more fragile of which (SmolLM2-135M: mean KLD
 .0011 at q8_0, .0054 at q6_k, .080 at q4_k, .35 at q4_0, where a 2-million-weight model has .00001, .0002,
 .003, .004) has to pass with some room. A big model should stay far below them.
@@ -227,7 +227,7 @@ def judge_blocks(blocks: tuple[BlockError, ...], limits: Thresholds) -> list[Che
 def judge_tensors(tensors: tuple[TensorError, ...]) -> list[Check]:
     """One check per tensor that lost too much or with a wrong row, or one that says that none is.
 
-    None without tensors. The rows of a tensor that is wrong in most of them are not told one by one.
+    None without tensors. The rows of a tensor that is wrong in most of them are not listed one by one.
     """
     if not tensors:
         return []

@@ -48,8 +48,8 @@ def allocate(slots: Sequence[Sequence[Option]], budget: int, weights: int) -> Al
     """Choose an option per slot so that the bits are within `budget` and the sum of errors is least.
 
     Exact unless more than 2048 partial choices compete, and never worse than the best index for all slots
-    alike. The same input gives the same choice. `weights` is how many the slots hold, for messages. Raises
-    UsageError when the budget is below the least options, QuantizationError for a slot without any.
+    alike. Deterministic: the same input, the same choice. `weights` is how many the slots hold, for messages.
+    Raises UsageError when the budget is below the least options, QuantizationError for a slot without any.
     """
     table = [_frontier(i, options) for i, options in enumerate(slots)]
     least = sum(kept[0].bits for kept in table)

@@ -135,7 +135,7 @@ def _solve_group(
 
 
 def _told(solution: Solution, events: list[Event]) -> tuple[dict[str, Any], dict[str, Any], list[Event]]:
-    """What the other processes are told of a solution: all but the weights, as it can be pickled."""
+    """What the other processes receive of a solution: all but the weights, as it can be pickled."""
     pieces = {n: (piece.dtype, piece.shape, b"".join(piece.chunks())) for n, piece in solution[0].items()}
     return pieces, solution[1], events
 

@@ -41,7 +41,7 @@ class Scheme:
 def find_grid(
     w: torch.Tensor, scheme: Scheme, cost: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The scale and zero point of each output of a group: `w` [group, N] gives two tensors [N] of its dtype.
+    """The scale and zero point of each output of a group: for `w` [group, N], two tensors [N] of its dtype.
 
     Min-max, or with `cost` [group], what a squared error of each input costs, the range that costs least.
     Scales are float16 values already, so that codes are chosen for the scale that the file holds. Asymmetric

@@ -35,7 +35,7 @@ class SolverOptions:
 
     @property
     def desc_act(self) -> bool:
-        """Whether groups are no runs of original columns, which the file must say."""
+        """Whether groups are not runs of original columns, which the file must say."""
         return self.act_order and self.dynamic_groups and self.scheme.group_size != -1
 
     @property

@@ -63,7 +63,7 @@ class Job(Protocol):
 
     @property
     def settings(self) -> str:
-        """What of the format's own options the bytes of a block depend on, as --resume tells it."""
+        """What of the format's own options the bytes of a block depend on, as --resume compares it."""
         ...
 
 

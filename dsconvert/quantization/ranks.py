@@ -2,7 +2,7 @@
 torch.distributed. One process alone is a group of one, for which every verb does nothing.
 
 Whatever a process does alone between two exchanges stands in `together`, so that its error ends all of them:
-the first process tells it, the others leave without a word.
+the first process reports it, the others exit silently.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ TIMEOUT = timedelta(hours=12)
 
 
 class ToldElsewhere(Exception):
-    """Another process tells the error; this one only has to end."""
+    """Another process reports the error; this one only exits."""
 
 
 class Gone(ConversionError):
-    """Another process is no longer there."""
+    """Another process has died."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def leave(code: int) -> NoReturn:
 
 def _count() -> int:
     """How many processes torchrun has started; 1 without it."""
-    count = os.environ.get("WORLD_SIZE", "1")  # torchrun's own way to tell it
+    count = os.environ.get("WORLD_SIZE", "1")  # set by torchrun
     return max(int(count), 1) if count.isdecimal() else 1
 
 

@@ -78,9 +78,9 @@ class Format:
 
     `settings` name what each linear becomes, `nbytes` are its bytes in the output; both in the order of the
     blocks, and the head last where it is quantized (`head`). `solve` takes a linear's name, weight W [N, K]
-    and Hessian H [K, K]; `restore` gives the weights of a block that is finished. `write` takes the linears'
-    tensors and why some are rounded to nearest, by name, and gives the bytes of the folder's weights, which
-    `opened` reads back and `planned` names.
+    and Hessian H [K, K]; `restore` returns the weights of a block that is finished. `write` takes the
+    linears' tensors and why some are rounded to nearest, by name, and returns the bytes of the folder's
+    weights, which `opened` reads back and `planned` names.
     """
 
     settings: Mapping[str, str]
@@ -111,7 +111,7 @@ def run(
 ) -> Iterator[Event]:
     """Quantize what `job` has planned, yielding what happens; all `ranks` call it.
 
-    `choose` gives the format for what this run has; all processes call it. `started` is
+    `choose` returns the format for what this run has; all processes call it. `started` is
     time.monotonic() at the begin. A run that is stopped leaves the blocks that it finished beside the output,
     for `resume`, and nothing under the final name.
     """

@@ -94,7 +94,7 @@ class State:
         return read_safetensors(self._block(index))
 
     def begin(self, identity: Mapping[str, Any]) -> None:
-        """Forget what is there, and say of what run the following is."""
+        """Remove the existing state and record which run the new one belongs to."""
         self.forget()
         self._publish(self.folder / JOB, identity)
 
@@ -105,7 +105,7 @@ class State:
                 path.unlink()
 
     def identity(self) -> dict[str, Any] | None:
-        """What `begin` was told; None in a new folder."""
+        """The record that `begin` wrote; None in a new folder."""
         return _read(self.folder / JOB)
 
     def _block(self, index: int) -> Path:
@@ -150,10 +150,10 @@ def check_state(out: Path, resume: bool, force: bool) -> None:
 
 @contextmanager
 def open_state(out: Path, identity: Mapping[str, Any], resume: bool) -> Iterator[State]:
-    """The state of the run that writes `out`: with `resume` what is there, else none yet.
+    """The state of the run that writes `out`: with `resume` the existing one, else an empty one.
 
     It stays after an error where a block is finished, and is removed when the body ends. Raises OutputError
-    when another process holds it, CheckpointError when what is there was begun with another model, options
+    when another process holds it, CheckpointError when the existing one was begun with another model, options
     or calibration.
     """
     folder = state_folder(out)

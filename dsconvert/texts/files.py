@@ -121,7 +121,7 @@ def has_rows(path: Path) -> bool:
 def read_rows(path: Path, columns: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
     """The rows of a JSON lines, JSON array or parquet file, each with its place.
 
-    `columns` are those wanted, of which a parquet file gives the first that it has; without, every one.
+    `columns` are those wanted, of which the first that a parquet file has is read; without, every one.
     Raises CheckpointError for a file that is damaged.
     """
     yield from _parquet(path, columns) if path.name.lower().endswith(PARQUET) else _rows(path)

@@ -23,7 +23,7 @@ def host(url: str) -> str:
 
 
 class Unreachable(CheckpointError):
-    """There is no network, or none is allowed, and the file is not in the local cache."""
+    """The file is not in the local cache, and there is no network, or it may not be used."""
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ def quantize(qtype: QType, rows: Array, out: Bytes, importance: Importance | Non
         return _by_rows(qtype, rows, out, importance)
     flat, target = rows.reshape(-1), out.reshape(-1)
     flags = _direct(qtype.name, rows.dtype)(_bits(flat, qtype), _units(target, qtype))
-    # The other types tell of an overflow themselves.
+    # The other types report an overflow themselves.
     return flags or (_overflow(qtype, target) if qtype.block == SUPER else 0)
 
 
@@ -109,7 +109,7 @@ def source_of(rows: Array) -> str:
 def warm(qtypes: Iterable[QType], source: str, weighted: bool = False) -> None:
     """Load or compile the kernels from `source` ("bf16" or "f32") to each of `qtypes`.
 
-    `weighted` means those for an importance matrix. Call it once before threads start; `compiled` tells
+    `weighted` means those for an importance matrix. Call it once before threads start; `compiled` says
     whether it will take seconds.
     """
     from dsconvert import compile

@@ -9,7 +9,7 @@
 Byte j of the nibbles holds q[j] below and q[j + 16] above; bit j of fifth_bits belongs to q[j].
 
 Every kernel takes `x`, bits [n_blocks, 32] (uint16: bf16, uint32: float32), and `out`, uint8
-[n_blocks, bytes], and gives flags. It works on LANES blocks at a time in three passes that the compiler
+[n_blocks, bytes], and returns flags. It works on LANES blocks at a time in three passes that the compiler
 turns into vector code: the extremes of each block (on bits), its scale (lanes are blocks), its levels.
 Importing this module imports numba.
 """

@@ -1,6 +1,6 @@
 """What the kernels of iq2 and iq3 do around the search: signs, weights, and the scales of a super-block.
 
-`room` is what make_room gives; see grid_search for `lanes` and `groups`, grids for `cells` and `codes`.
+`room` is what make_room returns; see grid_search for `lanes` and `groups`, grids for `cells` and `codes`.
 """
 
 from __future__ import annotations

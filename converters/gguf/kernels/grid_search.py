@@ -47,7 +47,7 @@ def search(
     tries: Any,
     step: Any,
 ) -> None:
-    """Find lanes[SCALE], groups[BEST_CELL] and groups[BEST_CODE]; what is there is the first guess.
+    """Find lanes[SCALE], groups[BEST_CELL] and groups[BEST_CODE]; their existing values are the first guess.
 
     rows [LANES, size] are the values, roots the square roots of their weights; blocks[X] and blocks[W] the
     values and weights side by side. -tries..tries times `step` are added to the largest odd number.

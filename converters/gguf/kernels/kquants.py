@@ -8,7 +8,7 @@
     q6_k    210   16 of 16   d scale (level - 32)        128 low 4 bits, 64 high 2 bits, 16 scales, d
 
 d and dmin are float16. Every kernel takes `x`, bits [n, 256] (uint16: bf16, uint32: float32), fills `out`,
-uint8 [n, bytes], with the bytes of ggml's quantize_row_*_ref, and gives flags; both C-contiguous. Pure, and
+uint8 [n, bytes], with the bytes of ggml's quantize_row_*_ref, and returns flags; both C-contiguous. Pure, and
 free of locks. Importing this module imports numba; a kernel is compiled at its first call.
 """
 

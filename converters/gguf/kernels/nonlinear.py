@@ -66,7 +66,7 @@ EDGES = _edges(VALUES)
 
 @inlined
 def nearest_value(v: Any) -> Any:
-    """The one of VALUES nearest to each number of a vector; the last of what is no number."""
+    """The one of VALUES nearest to each number of a vector; the last for what is not a number."""
     value = vector(VALUES[0])
     for k in range(len(EDGES)):
         value = select(v < EDGES[k], value, VALUES[k + 1])
@@ -75,7 +75,7 @@ def nearest_value(v: Any) -> Any:
 
 @inlined
 def nearest_level(v: Any) -> Any:
-    """The number of the nearest of VALUES; the last of what is no number."""
+    """The number of the nearest of VALUES; the last for what is not a number."""
     level = 0
     for k in range(len(EDGES)):
         level += 0 if v < EDGES[k] else 1

@@ -6,7 +6,7 @@
     tq2_0   66 bytes  256 values -d, 0 or d: 64 bytes of four digits to base 4; f16 d
 
 Every kernel takes `x`, bits [n_blocks, size] (uint16: bf16, uint32: float32), fills `out`, uint8 [n_blocks,
-bytes], with the bytes of ggml's quantize_row_*_ref, and gives flags. An importance matrix changes nothing.
+bytes], with the bytes of ggml's quantize_row_*_ref, and returns flags. An importance matrix changes nothing.
 Pure, and free of locks. Importing this module imports numba.
 """
 
@@ -32,7 +32,7 @@ LARGEST = uint32(0x45280000)  # the bits of 6 * 448: the largest level of the la
 
 @inlined
 def _widen(x: Bits, n: Any, values: Floats) -> Any:
-    """The values of block `n`; gives the bits of the largest magnitude."""
+    """The values of block `n`; returns the bits of the largest magnitude."""
     largest = uint32(0)
     for j in range(x.shape[1]):
         values[j] = as_float(x[n, j])
@@ -127,7 +127,7 @@ def quantize_nvfp4(x: Bits, out: Bytes) -> int:
 
 @inlined
 def _digits(x: Bits, n: Any, values: Floats, digits: Bytes, d: Bytes) -> Any:
-    """0, 1 or 2 for -d, 0 or d, halves away from zero; writes d and gives the largest magnitude's bits."""
+    """0, 1 or 2 for -d, 0 or d, halves away from zero; writes d and returns the largest magnitude's bits."""
     largest = _widen(x, n, values)
     size = uint32(largest).view(np.float32)
     store_half(size, d)

@@ -2,7 +2,7 @@
 
 numba knows arrays and numbers; what a loop over lanes adds up, its compiler keeps in memory, and that costs
 the searches half of their speed. A `Vector` is what LLVM calls one: `a * b + c` does WIDTH float32
-operations twice, each rounded as IEEE says, none fused; a comparison gives booleans for `select`. A number
+operations twice, each rounded as IEEE says, none fused; a comparison returns booleans for `select`. A number
 beside a vector counts for every lane. Importing this module imports numba.
 """
 

@@ -1,6 +1,6 @@
 """Checks a projector file for what llama.cpp needs but does not require: it loads such a file and errs.
 
-Measured on the 1.3B projector in llama.cpp: no use_gelu gives a relative error of 1.2e-2, no v.post_ln 0.98,
+Measured on the 1.3B projector in llama.cpp: without use_gelu the relative error is 1.2e-2, no v.post_ln 0.98,
 no patch bias 0.34, no position embedding 0.35, a wrong mean or std 0.45, another projector type 0.9.
 """
 

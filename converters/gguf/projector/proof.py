@@ -27,7 +27,7 @@ from tokenizer_tools.load import TokenizerData
 from tokenizer_tools.vision_template import SYSTEM
 
 QUICK_PARAMETERS = 50_000_000  # of towers whose embeddings a quick proof compares
-READABLE = ("projector", "tensors")  # the checks without which a projector gives no embeddings
+READABLE = ("projector", "tensors")  # the checks without which a projector computes no embeddings
 
 
 @dataclass(frozen=True)

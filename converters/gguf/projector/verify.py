@@ -109,7 +109,7 @@ def open_pair(opened: Opened, mmproj: Path, reference: Reference, asked: ProofOp
 
 
 def check_pair(pair: Pair) -> Generator[Event, None, list[Check]]:
-    """Yields what is found of the pair, and gives the Checks."""
+    """Yields what is found of the pair, and returns the Checks."""
     checks = []
     events = projector_proof.prove_pair(pair.model, pair.projector, [(pair.text, pair.limit)], mode=pair.mode)
     for event in projector_proof.of_projector(events):
