@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -164,9 +165,9 @@ def main() -> None:
             asked["threads"] = given.threads
             tools = ("ours",) if given.no_peer else ("ours", "gptqmodel")
             rows: dict[str, list[dict[str, float]]] = {tool: [] for tool in tools}
-            for _ in range(given.runs):
-                for tool in tools:
-                    rows[tool].append(one(asked | {"tool": tool, "out": str(folder / f"out-{tool}")}))
+            for run, tool in product(range(given.runs), tools):
+                out = folder / f"{name}-{tool}-{run}"  # what the peer leaves would not be replaced
+                rows[tool].append(one(asked | {"tool": tool, "out": str(out)}))
             for tool, row in rows.items():
                 seconds, cpu, memory = (min(r[key] for r in row) for key in ("seconds", "cpu", "memory"))
                 print(
