@@ -2,15 +2,17 @@
 
     python3 dev.py sample    install into .venv, convert the embedded sample to q4_0, prove the result
     python3 dev.py test      install into .venv if need be, lint, type-check and run the tests
+    python3 dev.py package   build sdist and wheel, install the wheel alone into .venv-plain, test it
     python3 dev.py peers     install gptqmodel beside it into .venv-peers, run the tests against it
 
-Further arguments of `test` and `peers` go to pytest (`-n 0` runs all tests in one process).
+Further arguments of the last three go to pytest (`-n 0` runs all tests in one process).
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -22,6 +24,7 @@ PROGRAMS = "Scripts" if sys.platform == "win32" else "bin"
 BIN = VENV / PROGRAMS
 NEEDED_BY_PEERS = "tests/peers/requirements.txt"
 PEER = "gptqmodel==7.7.0"
+BUILDER = "build==1.3.0"
 
 
 # Two processes of one thread each: on two cores faster than one after the other with two threads.
@@ -50,7 +53,7 @@ def install(folder: Path = VENV, *steps: list[str], files: tuple[str, ...] = ())
     stamp, programs = folder / "installed", folder / PROGRAMS
     if stamp.is_file() and stamp.read_text() == wanted.hexdigest():
         return programs
-    print(f"Setting up {folder.name} (once; about 2 GB of disk with torch)", flush=True)
+    print(f"Setting up {folder.name} (once; with torch about 2 GB of disk)", flush=True)
     venv.create(folder, with_pip=True, clear=stamp.exists())
     for step in steps:
         run(programs / "python", "-m", "pip", "install", "--quiet", "-c", "constraints.txt", *step)
@@ -83,9 +86,22 @@ def test(arguments: list[str]) -> None:
     run(BIN / "python", "-m", "pytest", *TOGETHER, *arguments, **ONE_THREAD)
 
 
+def package(arguments: list[str]) -> None:
+    """The wheel, built from the sdist, as a user gets it: in an environment that has nothing else."""
+    install()
+    built = ROOT / "dist"
+    shutil.rmtree(built, ignore_errors=True)
+    run(install(ROOT / ".venv-build", [BUILDER]) / "python", "-m", "build", "--outdir", built)
+    (wheel,) = map(str, built.glob("*.whl"))
+    plain = install(ROOT / ".venv-plain", [wheel])
+    run(plain / "python", "-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall", wheel)
+    folder = {"DSCONVERT_INSTALLED": str(plain)}
+    run(BIN / "python", "-m", "pytest", "tests/package", *arguments, **folder)
+
+
 def peers(arguments: list[str]) -> None:
     """The tests against other tools, in an environment of their own."""
-    steps = (["-e", ".", "pytest", "-r", NEEDED_BY_PEERS], ["--no-deps", PEER])
+    steps = (["-e", ".[verify]", "pytest", "-r", NEEDED_BY_PEERS], ["--no-deps", PEER])
     programs = install(ROOT / ".venv-peers", *steps, files=(NEEDED_BY_PEERS,))
     run(programs / "python", "-m", "pytest", "tests/peers", *arguments)
 
@@ -98,6 +114,8 @@ def main() -> None:
         case ["test", *arguments]:
             install()
             test(arguments)
+        case ["package", *arguments]:
+            package(arguments)
         case ["peers", *arguments]:
             peers(arguments)
         case _:

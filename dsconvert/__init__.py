@@ -1,3 +1,3 @@
 """dsconvert: model conversion and quantization for the DeepSeek family, with proof."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -21,6 +21,7 @@ COMMANDS = (
     "compare",
     "inspect",
     "tokenizer",
+    "completion",
 )  # modules of dsconvert.commands
 
 
@@ -40,7 +41,13 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="dsconvert")
 def cli() -> None:
-    """Convert and quantize DeepSeek and other Llama-layout models, with proof."""
+    """Convert and quantize DeepSeek and other Llama-layout models, with proof.
+
+    \b
+    Example:
+      dsconvert gguf sample: --quant q4_k_m
+      dsconvert verify sample-q4_k_m.gguf --against sample:
+    """
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 ConversionError            anything that stops a command; exit code 2
 ├── UsageError             an option or an argument does not make sense
+├── MissingLibrary         a library that a plain install leaves out is needed
 ├── CheckpointError        a source file is missing, damaged or contradicts itself
 ├── PlanError              the checkpoint and the architecture table do not match
 ├── TokenizerError         the tokenizer cannot be carried so that ids stay the same
@@ -42,6 +43,10 @@ class ConversionError(Exception):
 
 class UsageError(ConversionError):
     """An option or an argument does not make sense."""
+
+
+class MissingLibrary(ConversionError):
+    """A library that a plain install leaves out is needed."""
 
 
 class CheckpointError(ConversionError):

@@ -23,6 +23,7 @@ GROUND = (
     "dsconvert.compile",
     "dsconvert.errors",
     "dsconvert.events",
+    "dsconvert.libraries",
     "dsconvert.machine",
     "dsconvert.reading",
 )

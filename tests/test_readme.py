@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from datetime import date
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -70,7 +71,23 @@ def test_a_benchmark_says_how_it_is_used(script: Path) -> None:
     assert script.name in done.stdout + done.stderr
 
 
-def test_the_changelog_names_the_version() -> None:
-    first = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert first is not None
-    assert first[1] == dsconvert.__version__
+KINDS = ["Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"]
+
+
+def test_the_changelog_is_kept_and_names_the_version() -> None:
+    """In the form of Keep a Changelog: every version with its day, the newest first."""
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert text.startswith("# Changelog\n")
+    heads = re.findall(r"^## (?!\[Unreleased\]$)(.*)$", text, re.MULTILINE)
+    released = [re.fullmatch(r"\[(\d+)\.(\d+)\.(\d+)\] - (\d{4}-\d\d-\d\d)", head) for head in heads]
+    versions = [tuple(map(int, found.groups()[:3])) for found in released if found]
+    days = [date.fromisoformat(found[4]) for found in released if found]
+    assert len(versions) == len(heads)
+    assert (versions, days) == (sorted(versions, reverse=True), sorted(days, reverse=True))
+    assert ".".join(map(str, versions[0])) == dsconvert.__version__
+    for section in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
+        kinds = re.findall(r"^### (.*)$", section, re.MULTILINE)
+        assert kinds
+        assert kinds == sorted(set(kinds), key=KINDS.index)
+        for entries in re.split(r"^### .*$", section, flags=re.MULTILINE)[1:]:
+            assert entries.strip().startswith("- ")

@@ -15,6 +15,7 @@ from dsconvert.calibration.request import check_chat
 from dsconvert.checkpoints.output_plan import check_distinct, check_files, look
 from dsconvert.checkpoints.source_files import check_companions
 from dsconvert.errors import UsageError
+from dsconvert.libraries import TORCH, need
 from dsconvert.models.language_model import Inner
 from dsconvert.models.provenance import origin
 from dsconvert.quantization.linears import Selection, select
@@ -134,6 +135,7 @@ class Job:
 
 def prepare(options: Options) -> Job:
     """Open, validate and plan; refuses by name every shape that the runtime could not run."""
+    need(*TORCH, what="calibration")
     run = options.run
     check_chat(run.calibration.chat)
     if options.head_bits not in (*HEADS, PLAIN):

@@ -13,6 +13,7 @@ from converters.gguf.write import write_tensors
 from dsconvert.checkpoints.output_files import part_files
 from dsconvert.checkpoints.source_files import check_unchanged
 from dsconvert.events import Event, Finished, Planned, Step, TensorPlan, Warn, phase
+from dsconvert.libraries import TORCH, lacking
 
 
 def convert(options: Options) -> Iterator[Event]:
@@ -29,6 +30,10 @@ def convert(options: Options) -> Iterator[Event]:
     """
     started = time.monotonic()
     job = prepare(options)
+    if not options.dry_run and lacking(*TORCH):
+        from converters.gguf.proof import check_libraries  # else what proves is loaded after the work
+
+        check_libraries(job)
     if options.dry_run or options.calibration is None:
         yield from describe(job)
     else:

@@ -16,6 +16,7 @@ from dsconvert.checkpoints.output_files import part_files
 from dsconvert.checkpoints.output_plan import check_files
 from dsconvert.checkpoints.source_files import check_unchanged
 from dsconvert.events import Event, Finished, Warn
+from dsconvert.libraries import TORCH, need
 from dsconvert.proof.sources import Reference
 
 
@@ -42,6 +43,7 @@ def make(options: Options, open_model: Callable[[], Reference]) -> Iterator[Even
     28
     """
     started = time.monotonic()
+    need(*TORCH, what="calibration")
     check_chat(options.calibration.chat)
     check_files([options.out], [0], force=True)
     reference = open_model()

@@ -10,9 +10,11 @@ from converters.gguf.parse import open_gguf
 from converters.gguf.plan import Job
 from converters.gguf.projector import proof as projector_proof
 from dsconvert.events import Event, Step
+from dsconvert.libraries import TORCH, need
 from dsconvert.machine import collector_paused
 from dsconvert.models.language_model import language_model
 from dsconvert.proof.options import Mode, ProofOptions
+from dsconvert.proof.prove import check_libraries as check_proof
 from dsconvert.proof.prove import prove_conversion
 from dsconvert.proof.sources import Opened, Reference, StoredTensors, limits_name
 from dsconvert.vision.plan import MODEL_TEMPLATE, Towers
@@ -26,9 +28,8 @@ def prove(job: Job) -> Iterator[Event]:
     if job.options.effort == "off":
         yield Step("verification is off: the files were not read back")
         return
-    mode: Mode = "full" if job.options.effort == "full" else "quick"
-    device = job.options.device if mode == "full" else "auto"  # else it is the calibration's
-    options = ProofOptions(effort=mode, device=device, threads=job.options.threads)
+    options = asked_of(job)
+    mode: Mode = "full" if options.effort == "full" else "quick"
     reference, texts = reference_of(job), []
     for output in job.outputs:
         with collector_paused():  # a vocabulary is a great many small objects, and no garbage
@@ -38,6 +39,25 @@ def prove(job: Job) -> Iterator[Event]:
     if job.towers is not None and job.projector is not None:
         events = prove_projector(job, job.towers, job.projector, texts, mode)
         yield from projector_proof.of_projector(events)
+
+
+def asked_of(job: Job) -> ProofOptions:
+    """What a conversion asks of its proof."""
+    mode: Mode = "full" if job.options.effort == "full" else "quick"
+    device = job.options.device if mode == "full" else "auto"  # else it is the calibration's
+    return ProofOptions(effort=mode, device=device, threads=job.options.threads)
+
+
+def check_libraries(job: Job) -> None:
+    """Raises MissingLibrary where the conversion or its proof would need torch, and that is not installed."""
+    if job.options.calibration is not None:
+        need(*TORCH, what="calibration")
+    if job.options.effort == "off":
+        return
+    instead = "convert with --effort off, which leaves the proof out"
+    check_proof(language_model(job.checkpoint, job.config)[1], asked_of(job), instead)
+    if job.towers is not None and job.projector is not None:
+        projector_proof.check_libraries(job.towers, asked_of(job).effort, instead)
 
 
 def reference_of(job: Job) -> Reference:

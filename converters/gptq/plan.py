@@ -12,6 +12,7 @@ from converters.gptq.shapes import Layout, check_shapes
 from dsconvert.calibration.request import check_chat
 from dsconvert.checkpoints.source_files import check_companions
 from dsconvert.errors import UsageError
+from dsconvert.libraries import TORCH, need
 from dsconvert.models.provenance import origin
 from dsconvert.quantization.gptq_grid import Scheme
 from dsconvert.quantization.gptq_solver import SolverOptions
@@ -96,6 +97,7 @@ class Job:
 
 def prepare(options: Options) -> Job:
     """Open, validate and plan; refuses by name every shape that readers could not take, before any work."""
+    need(*TORCH, what="calibration")
     _check(options)
     run = options.run
     model = select(run.model, options.language_only, options.lm_head)

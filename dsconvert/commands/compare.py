@@ -30,6 +30,10 @@ def compare(
 
     Each is verified as `dsconvert verify` does. --report draws size against KL divergence. Exit code 3: one
     failed.
+
+    \b
+    Example:
+      dsconvert compare sample-q4_k_m.gguf sample-q8_0.gguf --against sample: --report sizes.html
     """  # fmt: skip
     from converters.outputs import open_output, open_reference
     from dsconvert import console

@@ -80,6 +80,10 @@ def exl2(
     default: the current folder. Of a model with a vision tower the language model is quantized and the rest
     written beside it. Several GPUs: torchrun --nproc-per-node N -m dsconvert exl2 ... Exit code 0: quantized
     and proven, 2: stopped, 3: a check failed.
+
+    \b
+    Example:
+      dsconvert exl2 sample: --bpw 4.5 --calib builtin --calib-samples 32
     """  # fmt: skip
     from converters.exl2 import backend as exllamav2
     from converters.exl2.convert import convert

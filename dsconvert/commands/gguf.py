@@ -32,6 +32,14 @@ def _quants(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str
     return names
 
 
+def _offered(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """What a shell offers for the last of several names."""
+    from converters.gguf.file_types import FILE_TYPES
+
+    before, comma, last = incomplete.rpartition(",")
+    return [f"{before}{comma}{name}" for name in sorted(FILE_TYPES) if name.startswith(last.lower())]
+
+
 def _overrides(
     ctx: click.Context, param: click.Parameter, value: tuple[str, ...]
 ) -> tuple[tuple[str, str], ...]:
@@ -54,6 +62,7 @@ def _overrides(
     default="q4_0",
     show_default=True,
     callback=_quants,
+    shell_complete=_offered,
     help="Type or mixture; several, with commas, are made from one read.",
 )
 @click.option(
@@ -122,6 +131,10 @@ def gguf(
     MODEL_PATH is a Hugging Face folder, a .safetensors file, a hub id, or an embedded sample: `sample:`, or
     `sample-vl:` with a vision tower; default: the current folder. Exit code 0: converted and proven,
     2: stopped, 3: a check failed.
+
+    \b
+    Example:
+      dsconvert gguf sample: --quant q4_k_m,q8_0
     """  # fmt: skip
     with phase("imports"):
         from converters.gguf.convert import convert

@@ -93,6 +93,10 @@ def gptq(
     MODEL_PATH is a Hugging Face folder, a .safetensors file, a hub id, or `sample:` (the embedded sample);
     default: the current folder. Several GPUs: torchrun --nproc-per-node N -m dsconvert gptq ... Exit code 0:
     quantized and proven, 2: stopped, 3: a check failed.
+
+    \b
+    Example:
+      dsconvert gptq sample: --bits 4 --calib builtin --calib-samples 32
     """  # fmt: skip
     from converters.gptq.convert import convert
     from converters.gptq.plan import Options

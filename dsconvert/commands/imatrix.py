@@ -34,6 +34,10 @@ def imatrix(
 
     MODEL_PATH is a Hugging Face folder, a .safetensors file, a hub id, or `sample:` (the embedded sample);
     default: the current folder.
+
+    \b
+    Example:
+      dsconvert imatrix sample: --calib builtin --outfile im.gguf
     """  # fmt: skip
     from converters.gguf.importance_file import Options, make
     from converters.outputs import open_reference

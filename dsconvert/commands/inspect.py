@@ -22,6 +22,10 @@ def inspect(files: tuple[Path, ...], tensors: bool, display: Display) -> int:
 
     A DeepSeek-VL projector is checked for what a runtime needs and does not ask for. Two files are checked
     for being a pair. Exit code 3: something is missing, or the two are not a pair.
+
+    \b
+    Example:
+      dsconvert inspect sample-q4_k_m.gguf --tensors
     """
     from converters.gguf.inspect import judge, summary
     from converters.gguf.parse import open_gguf

@@ -136,7 +136,10 @@ def _interrupted() -> ConversionError:
 
 def _unexpected(error: BaseException) -> ConversionError:
     from dsconvert.errors import short
+    from dsconvert.libraries import of_import
 
+    if isinstance(error, ModuleNotFoundError) and (known := of_import(error)):
+        return known
     if isinstance(error, MemoryError):
         return ConversionError(
             "there is not enough memory",

@@ -56,6 +56,10 @@ def tokenizer(
     """Show the tokenizer of a GGUF file or a model folder: kind, regex steps; encode; compare.
 
     With --compare the exit code is 3 when any text gets other ids; the differences are shown by class.
+
+    \b
+    Example:
+      dsconvert tokenizer sample-q4_k_m.gguf --encode "Hello  world"
     """  # fmt: skip
     from converters.outputs import open_tokenizer
     from dsconvert import console

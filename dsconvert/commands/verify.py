@@ -49,6 +49,10 @@ def verify(
     and the embeddings of a picture are compared. --mmproj does that beside a text file, and asks both a
     question about the picture. The figures are named and defined as in llama.cpp's perplexity tool. Exit
     code 0: passed, 2: could not be compared, 3: a check failed.
+
+    \b
+    Example:
+      dsconvert verify sample-q4_k_m.gguf --against sample: --report proof.html
     """  # fmt: skip
     from converters.gguf.projector.verify import (
         check_files,

@@ -33,9 +33,10 @@ def library_config(config: ModelConfig) -> Any:
     keys = {k: v for k, v in stated.items() if k not in NOT_ARITHMETIC and v is not None}
     if int(transformers.__version__.split(".")[0]) < 5:
         keys = _old_spelling(keys)
+    classes = torch_classes(config)
     try:
         # A copy, since it changes the RoPE settings in place.
-        library = torch_classes(config).config(**copy.deepcopy(keys))
+        library = classes.config(**copy.deepcopy(keys))
     except Exception as error:  # its validation raises classes of its own
         raise CheckpointError("transformers refuses this config", why=short(error)) from None
     library._attn_implementation = "sdpa"

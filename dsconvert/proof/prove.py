@@ -16,7 +16,9 @@ from dsconvert.checkpoints.source_files import check_unchanged
 from dsconvert.decoder import torch_decoder as st
 from dsconvert.errors import UsageError
 from dsconvert.events import Check, Event, Step, Warn
+from dsconvert.libraries import TORCH, lacking, need
 from dsconvert.machine import free_memory, usable_cores
+from dsconvert.models.config import ModelConfig
 from dsconvert.proof import compare as comparing
 from dsconvert.proof import logprob_file
 from dsconvert.proof.block_sample import compare_blocks, sample_tensors
@@ -30,6 +32,7 @@ from dsconvert.proof.sources import Opened, Reference, StoredTensors, limits_nam
 from dsconvert.proof.structure import check_structure, structure_faults
 from dsconvert.proof.text import Text, check_text, choose_text, handling
 from dsconvert.proof.thresholds import Thresholds, thresholds_for, verdict
+from dsconvert.texts.defaults import LENGTH
 from dsconvert.texts.windows import Windows
 from tokenizer_tools import identity
 from tokenizer_tools.library import decode
@@ -111,7 +114,7 @@ def prove(
         found += yield from companion.check()
     check_unchanged(reference.checkpoint.seen)  # else something else was compared
     said = verdict([*checks, *found])
-    plain = bool(faults) or chosen.blocks == () or in_numpy(opened, reference, chosen, asked)
+    plain = bool(faults) or chosen.blocks == () or in_numpy(reference.config, opened.config, chosen, asked)
     report = Report(
         title=f"{opened.path.name} against {reference.title}",
         comparison=comparison,
@@ -209,7 +212,7 @@ def compare_output(
     yield Step("verifying " + chosen.text)
     if chosen.blocks == ():
         return compare_rows(opened, reference, asked, chosen)
-    if in_numpy(opened, reference, chosen, asked):
+    if in_numpy(config, opened.config, chosen, asked):
         found = yield from compare_in_numpy(*pair, config, chosen, opened.config, asked.threads, lengths)
     else:
         found = yield from compare_in_torch(opened, reference, chosen, asked, where, lengths)
@@ -220,11 +223,25 @@ def compare_output(
     return replace(found, tensors=(*found.tensors, *others))
 
 
-def in_numpy(opened: Opened, reference: Reference, chosen: Effort, asked: ProofOptions) -> bool:
+def in_numpy(config: ModelConfig, other: ModelConfig, chosen: Effort, asked: ProofOptions) -> bool:
     """Whether numpy runs the models: where loading torch would take longer than that, and it knows them."""
     if asked.names_arithmetic or not (chosen.small or chosen.blocks is not None):
         return False
-    return knows(reference.config, opened.config, chosen.windows)
+    return knows(config, other, chosen.windows)
+
+
+def check_libraries(config: ModelConfig, asked: ProofOptions, instead: str = "") -> None:
+    """Raises MissingLibrary where a proof of a model of this config would need torch, and that is missing.
+
+    To be asked before the work that ends with the proof; `instead` is what can be done without torch.
+    """
+    if not lacking(*TORCH):
+        return
+    length = asked.length or LENGTH
+    windows = Windows(np.zeros((asked.windows, length), np.int64), np.zeros(asked.windows, np.int64))
+    chosen = choose(config, windows, "quick" if asked.effort == "quick" else "full", free_memory())
+    if not in_numpy(config, config, chosen, asked):
+        need(*TORCH, what=f"the proof of this model ({chosen.text})", instead=instead)
 
 
 def compare_in_torch(

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dsconvert.errors import ConversionError
+from dsconvert.libraries import missing
 
 ERROR, WARN, CONT = 4, 3, 5  # ggml_log_level
 F16_PAIR, F32_PAIR = struct.pack("<ii", 1, 1), struct.pack("<ii", 0, 0)  # ggml_type of keys and values
@@ -117,11 +118,7 @@ def open_library() -> tuple[ctypes.CDLL, Log]:
     folders = list(spec.submodule_search_locations or ()) if spec else []
     found = [path for folder in folders for path in sorted(Path(folder).glob("xllamacpp*.so"))]
     if not found:
-        raise ConversionError(
-            "llama.cpp is not installed",
-            why="This check runs the file in llama.cpp itself, from the xllamacpp package",
-            hint="pip install xllamacpp",
-        )
+        raise missing("xllamacpp", "running llama.cpp itself")
     try:
         library = ctypes.CDLL(str(found[0]))
         for name, (result, arguments) in SIGNATURES.items():

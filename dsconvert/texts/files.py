@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dsconvert.errors import CheckpointError, ConversionError, UsageError, short
+from dsconvert.libraries import need
 from dsconvert.reading import open_regular
 
 TEXT, JSON, PARQUET = (".txt", ".text", ".md"), (".jsonl", ".json", ".ndjson"), (".parquet",)
@@ -271,13 +272,9 @@ def whole(text: str, path: Path, place: str) -> str:
 
 
 def parquet_reader() -> Any:
-    """The module pyarrow.parquet; UsageError where it is not installed."""
-    try:
-        return import_module("pyarrow.parquet")
-    except ImportError:
-        raise UsageError(
-            "parquet files are read with pyarrow, which is not installed", hint="Run `pip install pyarrow`"
-        ) from None
+    """The module pyarrow.parquet; MissingLibrary where it is not installed."""
+    need("pyarrow", what="reading a parquet file")
+    return import_module("pyarrow.parquet")
 
 
 def _parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, Any]]:

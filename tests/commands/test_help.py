@@ -1,12 +1,19 @@
 """The help of every command, to the letter, and options that mean the same wherever they stand.
 
-After a change of an option that is meant, `python tests/commands/test_help.py` writes the texts anew.
+After a change of an option that is meant, `python tests/commands/test_help.py` writes the texts and the
+manual pages anew.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import re
+import shlex
+import shutil
+import subprocess
 from collections import defaultdict
 from pathlib import Path
+from types import ModuleType
 
 import click
 import pytest
@@ -15,7 +22,7 @@ from click.testing import CliRunner
 import dsconvert
 from dsconvert.cli import COMMANDS, cli
 
-TEXTS = Path(__file__).with_name("help")
+ROOT, TEXTS = Path(__file__).parents[2], Path(__file__).with_name("help")
 # What may differ from command to command, and why: option -> (attributes, reason).
 OWN = {
     "--calib": (("default", "help"), "gguf calibrates only where a text is named"),
@@ -25,6 +32,16 @@ OWN = {
 }
 CONVERSIONS, PROVING = ("gguf", "gptq", "exl2", "imatrix"), ("gguf", "gptq", "exl2", "verify", "compare")
 OUT, EFFORT = ["-o", "--out", "--outfile"], ["--effort", "--verify"]
+
+
+def manual() -> ModuleType:
+    """The program that writes the manual pages."""
+    spec = importlib.util.spec_from_file_location("pages", ROOT / "man" / "pages.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def help_of(*words: str) -> str:
@@ -50,6 +67,49 @@ def test_h_is_help(name: str) -> None:
     short = CliRunner().invoke(cli, [*name.split(), "-h"], prog_name="dsconvert", terminal_width=100)
     assert short.exit_code == 0
     assert short.output == help_of(*name.split())
+
+
+@pytest.mark.parametrize("name", ["", *COMMANDS], ids=lambda name: name or "dsconvert")
+def test_the_help_has_an_example_that_the_command_takes(name: str) -> None:
+    shown = re.search(r"\n  Example:\n((?:    .+\n)+)", help_of(*name.split()))
+    assert shown, "end the docstring with an example"
+    for line in shown[1].splitlines():
+        words = shlex.split(line.strip().removeprefix('eval "$(').removesuffix(')"'))
+        assert words[0] == "dsconvert"
+        assert words[1] == name or not name
+        parent = click.Context(cli, **cli.context_settings)
+        command = cli.get_command(parent, words[1])
+        assert command is not None
+        command.make_context(words[1], words[2:], parent=parent)  # raises for what it does not take
+
+
+@pytest.mark.parametrize("name", ["", *COMMANDS], ids=lambda name: name or "dsconvert")
+def test_the_manual_page_is_this_text_and_builds(name: str) -> None:
+    pages = manual()
+    assert pages.path_of(name).read_text(encoding="utf-8") == pages.page(name)
+    if shutil.which("groff") is None:
+        pytest.skip("needs groff")
+    done = subprocess.run(
+        ["groff", "-ww", "-man", "-Tutf8", str(pages.path_of(name))],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert not done.stderr
+    shown = re.sub(r"\x1b\[[\d;]*m|.\x08", "", done.stdout).replace("\N{HYPHEN}\n", "")
+    sections = re.findall(r"^[A-Z ]+$", shown, re.MULTILINE)
+    assert [s for s in sections if s.strip()] == [
+        "NAME", "SYNOPSIS", "DESCRIPTION", "OPTIONS", "EXIT STATUS", "SEE ALSO"
+    ]  # fmt: skip
+    flat = " ".join(shown.split())
+    for option in options_of(name) if name else []:
+        former = getattr(option, "former", ())
+        assert all(spelling in flat for spelling in option.opts if spelling not in former)
+
+
+def test_every_manual_page_belongs_to_a_command() -> None:
+    pages = manual()
+    assert set((ROOT / "man").glob("*.1")) == {pages.path_of(name) for name in ("", *COMMANDS)}
 
 
 def test_the_version_is_shown() -> None:
@@ -117,3 +177,4 @@ if __name__ == "__main__":
     TEXTS.mkdir(exist_ok=True)
     for command in ("", *COMMANDS):
         (TEXTS / f"{command or 'dsconvert'}.txt").write_text(help_of(*command.split()), encoding="utf-8")
+    manual().write()

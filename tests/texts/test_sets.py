@@ -17,7 +17,7 @@ import pytest
 from hub_server import COMMIT, Hub, client_environment, serving
 from text_files import documents, finished, gzipped, parquet
 
-from dsconvert.errors import CheckpointError, ConversionError, UsageError
+from dsconvert.errors import CheckpointError, ConversionError, MissingLibrary, UsageError
 from dsconvert.texts import files as text_files
 from dsconvert.texts.conversations import read_chats
 from dsconvert.texts.files import Texts, pack, read_documents
@@ -245,10 +245,10 @@ def test_local_parquet(tmp_path: Path) -> None:
 
 
 def test_parquet_without_pyarrow_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     for name in ("wikitext2", str(tmp_path / "a.parquet")):
-        with pytest.raises(UsageError, match="pip install pyarrow"):
+        with pytest.raises(MissingLibrary, match="pip install pyarrow"):
             finished(load_text(name, "calibration", offline=True))
 
 

@@ -14,6 +14,7 @@ from converters.gguf.sampled_weights import check_weights
 from dsconvert.checkpoints.checkpoint import Checkpoint
 from dsconvert.errors import CheckpointError
 from dsconvert.events import Check, Event, Step
+from dsconvert.libraries import TORCH, need
 from dsconvert.models.config import ModelConfig
 from dsconvert.models.language_model import language_model
 from dsconvert.proof import thresholds
@@ -114,7 +115,7 @@ def prove_pair(
     for text, _ in texts:
         faults = pair_faults(text, projector)
         yield Check("pair", not faults, "; ".join(faults) or f"belongs to {text.path.name}")
-    if mode == "quick" and sum(prod(spec.shape) for spec in model.towers.specs) > QUICK_PARAMETERS:
+    if not runs_towers(model.towers, mode):
         yield Step("image embeddings were not compared; --effort full does it")
         return
     yield Step("computing the embeddings of a picture twice")
@@ -122,6 +123,17 @@ def prove_pair(
     yield check_embeddings(*both, projector_quant(projector))
     for text, limit in texts:
         yield check_question(model, text, limit, both)
+
+
+def runs_towers(towers: Towers, mode: str) -> bool:
+    """Whether a proof of this effort computes the embeddings of a picture."""
+    return mode == "full" or sum(prod(spec.shape) for spec in towers.specs) <= QUICK_PARAMETERS
+
+
+def check_libraries(towers: Towers, mode: str, instead: str = "") -> None:
+    """Raises MissingLibrary where the proof of a projector would need torch, and that is not installed."""
+    if runs_towers(towers, mode):
+        need(*TORCH, what="the proof of the projector", instead=instead)
 
 
 def check_structure(model: Pictured, projector: GGUFFile, as_planned: bool) -> Check:
