@@ -20,6 +20,7 @@ COMMANDS = (
     "verify",
     "compare",
     "inspect",
+    "memory",
     "tokenizer",
     "completion",
 )  # modules of dsconvert.commands

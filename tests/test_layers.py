@@ -47,6 +47,7 @@ TABLE: dict[str, tuple[str, ...]] = {
         "tokenizer_tools",
     ),
     "dsconvert.runtimes": (),
+    "dsconvert.memory": ("dsconvert.models", "dsconvert.runtimes"),
     "dsconvert.proof": (
         "dsconvert.models",
         "dsconvert.checkpoints",
@@ -64,7 +65,10 @@ FACE = ("dsconvert.cli", "dsconvert.__main__", "dsconvert.commands", "dsconvert.
 BEFORE_REPORT = tuple(name for name in TABLE if name not in ("dsconvert.report", "dsconvert.streams"))
 TABLE |= dict.fromkeys(FACE, ALL)
 TABLE |= dict.fromkeys(("converters.gguf", "converters.gptq", "converters.exl2"), BEFORE_REPORT)
-TABLE["converters.outputs"] = (*BEFORE_REPORT, "converters.gguf", "converters.gptq", "converters.exl2")
+TABLE |= dict.fromkeys(
+    ("converters.outputs", "converters.sizes"),
+    (*BEFORE_REPORT, "converters.gguf", "converters.gptq", "converters.exl2"),
+)
 # What does not keep the table yet: (module, what it imports) -> why.
 EXCEPTIONS: dict[tuple[str, str], str] = {}
 

@@ -21,7 +21,7 @@ from dsconvert.errors import ConversionError
 from dsconvert.libraries import missing
 
 ERROR, WARN, CONT = 4, 3, 5  # ggml_log_level
-F16_PAIR, F32_PAIR = struct.pack("<ii", 1, 1), struct.pack("<ii", 0, 0)  # ggml_type of keys and values
+F16_PAIR = struct.pack("<ii", 1, 1)  # ggml_type of keys and values
 # A model needs four null pointers before its flags, a context two before and after its cache types.
 FLAGS_AFTER = bytes(32)
 CACHE_AROUND = bytes(16)
@@ -161,10 +161,16 @@ def set_float32_attention(params: Params) -> None:
     for at in range(16, 64, 4):
         if raw[at : at + 24] == FLASH_LAST and raw[at - 4 : at] != MINUS_ONE:
             params.raw[at + 12 : at + 16] = list(bytes(4))
+    set_cache_type(params, 0)
+
+
+def set_cache_type(params: Params, kind: int) -> None:
+    """Set the type of cached keys and values, ggml's number; a field that is not found keeps its default."""
+    raw = bytes(params.raw)
     for at in range(64, 144, 8):
         around = raw[at - 16 : at] + raw[at + 8 : at + 24]
         if raw[at : at + 8] == F16_PAIR and around == CACHE_AROUND * 2:
-            params.raw[at : at + 8] = list(F32_PAIR)
+            params.raw[at : at + 8] = list(struct.pack("<ii", kind, kind))
             return
 
 

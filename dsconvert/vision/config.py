@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from dsconvert.errors import CheckpointError
-from dsconvert.models.architectures.deepseek_vl import HYBRID, ORIGINAL, TOWERS
+from dsconvert.models.architectures.deepseek_vl import HYBRID, ORIGINAL, TOWERS, towers
 from dsconvert.models.config import ModelConfig
-from dsconvert.vision.processor import Pixels, Processor, numbers, original_processor, transformers_processor
+from dsconvert.models.tensor_table import Table
+from dsconvert.vision import processor as pictures
+from dsconvert.vision.processor import Pixels, Processor, numbers
 
 # The towers that the original code builds by name.
 SIGLIP_L: dict[str, Any] = {
@@ -137,17 +139,38 @@ def load_vision(folder: Path, config: ModelConfig) -> VisionConfig:
     original = config.architecture == ORIGINAL
     low, high = _original(raw, config, where) if original else _transformers(raw, config, where)
     if original:
-        processor = original_processor(folder, low, high)
+        processor = pictures.original_processor(folder, low, high)
     else:
-        processor = transformers_processor(folder, hybrid=high is not None)
+        processor = pictures.transformers_processor(folder, hybrid=high is not None)
+    vision = _assembled(config, low, high, processor, where)
+    _check(vision, where)
+    return vision
+
+
+def towers_alone(folder: Path, config: ModelConfig) -> tuple[Table, VisionConfig]:
+    """The towers' table and sizes by config.json alone, whatever processor files there are; CheckpointError.
+
+    Of the processor it has what DeepSeek-VL's is like.
+    """
+    where = folder / "config.json"
+    original = config.architecture == ORIGINAL
+    low, high = (_original if original else _transformers)(config.raw, config, where)
+    pixels = [Pixels(part["image_size"], *2 * (pictures.HALF,)) for part in (low, high) if part is not None]
+    small, big = pixels[0], pixels[1] if high is not None else None
+    processor = Processor(small, big, (127, 127, 127), "bicubic", 14, "", tokens=0)
+    vision = _assembled(config, low, high, processor, where)
+    return towers(config.architecture, high is not None, ()), vision
+
+
+def _assembled(
+    config: ModelConfig, low: dict[str, Any], high: dict[str, Any] | None, processor: Processor, where: Path
+) -> VisionConfig:
     siglip = Tower(pixels=processor.low, **_sizes(low, SIGLIP_DEFAULTS, where))
     sam = _sam(high, processor, where) if high is not None else None
     activation = {str(part["hidden_act"]) for part in (low, high) if part is not None}
     if not activation <= {"gelu", "gelu_pytorch_tanh"} or len(activation) != 1:
         raise _wrong(where, "hidden_act", f"is {sorted(activation)}, should be gelu in every tower")
-    vision = VisionConfig(config.architecture, siglip, sam, config.hidden_size, activation.pop(), processor)
-    _check(vision, where)
-    return vision
+    return VisionConfig(config.architecture, siglip, sam, config.hidden_size, activation.pop(), processor)
 
 
 def _original(

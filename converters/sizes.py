@@ -1,0 +1,225 @@
+"""The bytes that a model's weights take in every type that it can be converted to, or that it has.
+
+Of a config.json, a checkpoint, or an output of any format; no weight is read.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from math import prod
+from pathlib import Path
+
+from converters.exl2.settings import HEADS, bits_of, groups_for
+from converters.exl2.shapes import HEAD_WEIGHT
+from converters.exl2.shapes import check_shapes as check_exl2
+from converters.gguf import mixtures
+from converters.gguf.file_types import MIXTURES
+from converters.gguf.qtypes import QTYPES
+from converters.gptq.pack import stored_shapes
+from converters.gptq.shapes import Layout
+from converters.gptq.shapes import check_shapes as check_gptq
+from dsconvert.checkpoints.checkpoint import open_checkpoint
+from dsconvert.checkpoints.locate import find
+from dsconvert.checkpoints.source_files import weight_files
+from dsconvert.checkpoints.weight_files import open_weights
+from dsconvert.errors import QuantizationError, UsageError
+from dsconvert.memory.model import Made, Sized, Weights, decoder_of, stored_specs, weights_of
+from dsconvert.models.architectures import find_architecture
+from dsconvert.models.config import ModelConfig, load_config, load_json, normalise
+from dsconvert.models.diagnosis import stated_method
+from dsconvert.models.tensor_table import SOLVE_ORDER, Spec, expand
+from dsconvert.quantization.gptq_grid import Scheme
+from dsconvert.vision.config import has_towers, towers_alone
+
+GROUP = 128  # of the GPTQ types listed
+GPTQ_BITS = (2, 3, 4, 8)
+EXL2_RATES = (2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0)
+EXL2_HEAD = 6
+OF_OTHERS = ("f32", "tq1_0", "tq2_0", "mxfp4_moe", "nvfp4")  # for models that were trained for them
+LLAMA_CPP = ("llama.cpp", "llama.cpp-cpu")
+NUMBERED = re.compile(r"(?:^|\.)(?:layers|blk)\.(\d+)\.")
+
+
+def sizes_of(model: str) -> Sized:
+    """The types of what `model` names: an output in the one that it has, a checkpoint or config in all.
+
+    A GGUF file, a folder of any format with or without weights, a config.json, a hub id, "sample:".
+    Raises ConversionError of every kind that opening has.
+
+    >>> sized = sizes_of("sample:")
+    >>> sized.parameters, [made.weights.total for made in sized.types if made.type == "q8_0"]
+    (2622720, [2790400])
+    """
+    if model.endswith(".gguf"):
+        return _of_gguf(Path(model))
+    if Path(model).name == "config.json" and os.path.isfile(model):
+        model = str(Path(model).absolute().parent)
+    found = find(model)
+    folder = found.path if found.path.is_dir() else found.path.parent
+    if stated_method(load_json(folder / "config.json")) and weight_files(folder):
+        return _of_folder(folder)
+    if weight_files(folder):
+        checkpoint = open_checkpoint(model)
+        config, shapes = checkpoint.config, checkpoint.shapes()
+        return _of_config(model, folder, config, stored_specs(config, shapes), checkpoint.notes)
+    return _of_config(model, folder, config := load_config(folder), stored_specs(_untied(config)))
+
+
+def _untied(config: ModelConfig) -> ModelConfig:
+    """The config of a bigger model with a head of its own, which published ones have whatever theirs says."""
+    mount = find_architecture(config.architecture).mount
+    return replace(config, tied=False) if mount and mount.tied_outside else config
+
+
+def _of_config(
+    model: str, folder: Path, config: ModelConfig, specs: list[Spec], notes: tuple[str, ...] = ()
+) -> Sized:
+    beside = 0
+    if has_towers(config):
+        table, vision = towers_alone(folder, config)
+        beside = sum(spec.values for spec in expand(table, vision) if not spec.row.optional)
+    name = shlex.quote(model or ".")
+    types = (*_plain(specs, beside), *_exl2(name, specs, beside), *_gptq(name, specs, beside),
+             *_gguf(name, config, specs, beside))  # fmt: skip
+    count = sum(spec.values for spec in specs) + beside
+    return Sized(model or folder.name, folder, decoder_of(config), count, types, notes)
+
+
+def _plain(specs: list[Spec], beside: int) -> Iterator[Made]:
+    weights = weights_of(specs, lambda spec: 2 * spec.values, 2 * beside)
+    yield Made("bf16", ("eager", "transformers"), weights, "")
+
+
+def _linears(specs: list[Spec]) -> dict[str, tuple[int, ...]]:
+    """The linears of the blocks, every expert one: their shapes [outputs, inputs] by name."""
+    chosen = [spec for spec in specs if _is_linear(spec)]
+    return {name: spec.source for spec in chosen for name in spec.names}
+
+
+def _is_linear(spec: Spec) -> bool:
+    return spec.role in SOLVE_ORDER and spec.hf.endswith(".weight")
+
+
+def _gptq(model: str, specs: list[Spec], beside: int) -> Iterator[Made]:
+    for bits in GPTQ_BITS:
+        scheme = Scheme(bits, GROUP, True)
+        try:
+            check_gptq(_linears(specs), Layout(scheme))
+        except QuantizationError:
+            continue
+        weights = weights_of(specs, partial(_gptq_size, scheme), 2 * beside)
+        yield Made(
+            f"gptq {bits}",
+            ("transformers",),
+            weights,
+            f"dsconvert gptq {model} --bits {bits}",
+        )
+
+
+def _gptq_size(scheme: Scheme, spec: Spec) -> int:
+    if not _is_linear(spec):
+        return 2 * spec.values
+    outputs, inputs = spec.source
+    parts = stored_shapes("", outputs, inputs, scheme.groups(inputs), scheme.bits).values()
+    return spec.many * sum({"I32": 4, "F16": 2}[kind] * prod(shape) for kind, shape in parts)
+
+
+def _exl2(model: str, specs: list[Spec], beside: int) -> Iterator[Made]:
+    try:
+        check_exl2(_linears(specs))
+    except QuantizationError:
+        return
+    for rate in EXL2_RATES:
+        weights = weights_of(specs, partial(_exl2_size, rate), 2 * beside)
+        yield Made(f"exl2 {rate:g}", ("exllamav2",), weights, f"dsconvert exl2 {model} --bpw {rate:g}")
+
+
+def _exl2_size(rate: float, spec: Spec) -> int:
+    if _is_linear(spec):
+        return int(rate * spec.values / 8)
+    if spec.role == "head":
+        outputs, inputs = spec.source
+        return bits_of(inputs, outputs, groups_for(inputs, HEADS[EXL2_HEAD])) // 8
+    return 2 * spec.values
+
+
+def _gguf(model: str, config: ModelConfig, specs: list[Spec], beside: int) -> Iterator[Made]:
+    shapes = {spec.gguf: spec.shape for spec in specs}
+    for quant in MIXTURES:
+        if quant in OF_OTHERS:
+            continue
+        weighed = mixtures.needs_importance(quant)
+        choices = mixtures.choose(
+            quant, shapes, heads=config.heads, kv_heads=config.kv_heads, layers=config.layers,
+            wide=find_architecture(config.architecture).wide_values(config), imatrix=weighed,
+        )  # fmt: skip
+        weights = weights_of(specs, partial(_gguf_size, choices), 2 * beside)
+        command = f"dsconvert gguf {model} --quant {quant}" + " --calib c4" * weighed
+        yield Made(quant, LLAMA_CPP, weights, command)
+
+
+def _gguf_size(choices: Mapping[str, mixtures.Choice], spec: Spec) -> int:
+    return QTYPES[choices[spec.gguf].type].nbytes(spec.values)
+
+
+def _of_gguf(path: Path) -> Sized:
+    from converters.gguf.as_model import stored_config
+    from converters.gguf.opened import stated_quant
+    from converters.gguf.parse import open_gguf
+    from dsconvert.proof.result import sizes_by_type
+
+    file = open_gguf(path)
+    config = stored_config(file)
+    sizes = {name: tensor.nbytes for name, tensor in file.tensors.items()}
+    types = sizes_by_type((t.qtype.name, t.values, t.nbytes) for t in file.tensors.values())
+    weights = _by_place(sizes, "token_embd.", "output.weight", lambda name: True)
+    made = Made(stated_quant(file, types), LLAMA_CPP, weights, "")
+    count = sum(tensor.values for tensor in file.tensors.values())
+    return Sized(str(path), path, decoder_of(config), count, (made,))
+
+
+def _of_folder(folder: Path) -> Sized:
+    """An output in a folder: what its files hold, by the names of its decoder's tensors."""
+    raw = load_json(folder / "config.json")
+    config = normalise(raw, folder / "config.json")
+    method = stated_method(raw)
+    if method not in ("gptq", "exl2"):
+        raise UsageError(
+            f"is quantized by a method whose memory is not computed here, {method[:40]!r}", where=folder
+        )
+    specs = stored_specs(_untied(config))
+    stems = {name.removesuffix(".weight") for spec in specs for name in spec.names}
+    head = next((spec.hf for spec in specs if spec.role == "head"), HEAD_WEIGHT).removesuffix("weight")
+    embed = next(spec.hf for spec in specs if spec.role == "embed").removesuffix("weight")
+    sizes = {name: tensor.nbytes for name, tensor in open_weights(folder).tensors.items()}
+    weights = _by_place(
+        sizes, embed, head, lambda name: name.rpartition(".")[0] in stems or name.startswith(head)
+    )
+    runtime = {"gptq": "transformers", "exl2": "exllamav2"}[method]
+    return Sized(
+        str(folder), folder, decoder_of(config), sum(spec.values for spec in specs),
+        (Made(method, (runtime,), weights, ""),),
+    )  # fmt: skip
+
+
+def _by_place(sizes: Mapping[str, int], embed: str, head: str, decoder: Callable[[str], bool]) -> Weights:
+    """Stored tensors sorted to where they stand; those that are no `decoder`'s are beside it."""
+    embedding = last = beside = 0
+    blocks: dict[int, int] = {}
+    for name, nbytes in sizes.items():
+        found = NUMBERED.search(name)
+        if not decoder(name):
+            beside += nbytes
+        elif name.startswith(embed):
+            embedding += nbytes
+        elif found:
+            blocks[int(found[1])] = blocks.get(int(found[1]), 0) + nbytes
+        else:
+            last += nbytes
+    tied = not any(name.startswith(head) for name in sizes)
+    return Weights(embedding, tuple(blocks[i] for i in sorted(blocks)), last, beside, tied)

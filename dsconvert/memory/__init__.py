@@ -1,0 +1,1 @@
+"""How much memory a model takes when it runs: computed by a formula, and measured."""
