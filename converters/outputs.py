@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 
 from dsconvert.checkpoints.checkpoint import open_checkpoint
-from dsconvert.checkpoints.locate import SAMPLES, in_folder, locate
+from dsconvert.checkpoints.locate import SAMPLES, ModelPath, in_folder, locate
 from dsconvert.errors import UsageError
 from dsconvert.models.architectures import find_architecture
 from dsconvert.models.config import load_json
@@ -20,7 +20,7 @@ from tokenizer_tools import show
 from tokenizer_tools.load import load_tokenizer
 
 
-def open_reference(model: str, add_bos: bool | None = None) -> Reference:
+def open_reference(model: str | ModelPath, add_bos: bool | None = None) -> Reference:
     """The 16-bit checkpoint that `model` names, BOS before a text where `add_bos` or its files say so.
 
     Raises ConversionError of every kind that opening has.
@@ -43,7 +43,7 @@ def open_reference(model: str, add_bos: bool | None = None) -> Reference:
     notes = (*checkpoint.notes, *config.notes)
     return Reference(
         checkpoint, config, source, decoder, tokenizer, tuple(templates), notes,
-        model or checkpoint.folder.name, add_bos,
+        str(model) or checkpoint.folder.name, add_bos,
     )  # fmt: skip
 
 

@@ -89,6 +89,16 @@ class Finished(Event):
 
 
 @dataclass(frozen=True)
+class Fetched(Event):
+    """What was read of a model over the network: bytes, in how many answers, how many of them anew."""
+
+    name: str
+    nbytes: int
+    answers: int
+    again: int
+
+
+@dataclass(frozen=True)
 class BlockRun(Event):
     """One decoder block has run; `index` counts from 0 to `layers` - 1."""
 

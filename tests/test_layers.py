@@ -25,6 +25,7 @@ GROUND = (
     "dsconvert.events",
     "dsconvert.libraries",
     "dsconvert.machine",
+    "dsconvert.network",
     "dsconvert.reading",
 )
 # Each package, or module beside them, and what it may import besides GROUND and itself.

@@ -21,7 +21,7 @@ from click.testing import CliRunner
 from converters.exl2 import measure
 from converters.gguf import inspect, metadata, parse
 from dsconvert import compile as kernels
-from dsconvert.checkpoints import safetensors_reader
+from dsconvert.checkpoints import safetensors_header, safetensors_reader
 from dsconvert.checkpoints.safetensors_writer import from_array
 from dsconvert.cli import cli
 from dsconvert.errors import CheckpointError, ConversionError, OutputError, TokenizerError
@@ -73,7 +73,7 @@ def test_more_strings_than_any_model_has_are_refused(tmp_path: Path, monkeypatch
 
 def test_more_tensors_than_any_model_has_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny.tiny_checkpoint(tmp_path)
-    monkeypatch.setattr(safetensors_reader, "TENSORS_LIMIT", 5)
+    monkeypatch.setattr(safetensors_header, "TENSORS_LIMIT", 5)
     with pytest.raises(CheckpointError, match="more than any model has"):
         safetensors_reader.read_safetensors(folder / "model.safetensors")
 

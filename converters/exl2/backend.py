@@ -86,6 +86,10 @@ def check_installed() -> None:
 def check_readable(job: Job) -> None:
     """See that exllamav2 reads the checkpoint as what it is; raises UsageError."""
     folder, raw = job.model.checkpoint.folder, job.model.raw
+    if (remote := job.model.checkpoint.remote) is not None:
+        raise UsageError(
+            "exllamav2 reads files on this disk", where=remote.repository, hint=f"Leave --remote out. {OURS}"
+        )
     if isinstance(job.model.source, Inner):
         raise UsageError("exllamav2 has no DeepSeek-VL", where=folder, hint=OURS)
     if misread := _misread(job.model.checkpoint):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converters.gguf.layout import Layout, Tensor
+from dsconvert.checkpoints.locate import ModelPath
 
 if TYPE_CHECKING:
     from dsconvert.calibration.request import CalibrationRequest
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 class Options:
     """What `dsconvert gguf` was asked for."""
 
-    model: str
+    model: str | ModelPath
     quants: tuple[str, ...] = ("q4_0",)
     outfile: Path | None = None
     overrides: tuple[tuple[str, str], ...] = ()

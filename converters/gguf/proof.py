@@ -69,7 +69,7 @@ def reference_of(job: Job) -> Reference:
         templates.insert(0, chat.named.get(MODEL_TEMPLATE, ""))
     return Reference(
         job.checkpoint, job.config, source, config, job.tokenizer, tuple(templates),
-        name=job.options.model, add_bos=job.options.add_bos,
+        name=str(job.options.model), add_bos=job.options.add_bos,
     )  # fmt: skip
 
 

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsconvert.checkpoints import bus_error
-from dsconvert.checkpoints.locate import SAMPLE, SAMPLE_VL, find, locate
+from dsconvert.checkpoints.locate import SAMPLE, SAMPLE_VL, Model, find, locate
 from dsconvert.checkpoints.rounding import nearest
 from dsconvert.checkpoints.safetensors_reader import READABLE, Stored
 from dsconvert.checkpoints.source_files import SourceFile, remember, small_files, weight_files
@@ -26,6 +26,9 @@ from dsconvert.models.diagnosis import SOURCE, is_left_over, quantized_form, sta
 from dsconvert.models.model_class import model_class
 from dsconvert.models.weights import Array, Floats, widened
 
+if TYPE_CHECKING:
+    from dsconvert.checkpoints.remote_model import RemoteModel
+
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
@@ -34,7 +37,7 @@ class Checkpoint:
     `notes` are what the user should know of how it was found and read; every command shows them.
     All methods may be called from many threads at once. The files stay mapped while a view of them lives;
     `seen` says what they, and the small files beside them, were before they were opened.
-    `stated` is config.json as it was read, once.
+    `stated` is config.json as it was read, once. With `remote` the files are on the hub, and are read there.
     """
 
     folder: Path
@@ -43,6 +46,7 @@ class Checkpoint:
     notes: tuple[str, ...] = field(repr=False, default=())
     seen: tuple[SourceFile, ...] = field(repr=False, default=())
     stated: dict[str, Any] = field(repr=False, default_factory=dict)
+    remote: RemoteModel | None = field(repr=False, default=None)
 
     @cached_property
     def config(self) -> ModelConfig:
@@ -102,10 +106,11 @@ class Checkpoint:
             raise CheckpointError(f"holds no tensor {quoted(name)}", where=self.folder) from None
 
 
-def open_checkpoint(model: str | Path | None = None) -> Checkpoint:
+def open_checkpoint(model: Model = None) -> Checkpoint:
     """Open what the user named: a folder, a weight file, "sample:" or "sample-vl:", a hub id, or this folder.
 
-    Maps every weight file and checks headers, index and shards against each other; reads no weights. The
+    What is on the hub is downloaded, or read where it is, as a ModelPath says. Maps every weight file and
+    checks headers, index and shards against each other; reads no weights. The
     tensors have the names of their class's table, whatever wrapper they were saved from, and those that the
     model reads only; `notes` say what was changed. Raises UsageError when `model` names nothing,
     CheckpointError for what is missing, damaged, contradictory or quantized already.
@@ -120,8 +125,9 @@ def open_checkpoint(model: str | Path | None = None) -> Checkpoint:
     before = remember([*small_files(folder), *weight_files(folder)])
     where = folder / "config.json"
     config = load_json(where)
-    weights = open_weights(folder) if found.path.is_dir() else open_file(found.path)
-    if model == SAMPLE_VL:  # it holds the towers; its decoder is the other sample's
+    remote, elsewhere = found.remote, found.remote.weights if found.remote is not None else None
+    weights = open_weights(folder, elsewhere) if found.path.is_dir() else open_file(found.path)
+    if str(model) == SAMPLE_VL:  # it holds the towers; its decoder is the other sample's
         decoder = open_weights(locate(SAMPLE))
         moved = {re.sub(r"^model\.", "model.language_model.", n): t for n, t in decoder.tensors.items()}
         weights = Weights((*weights.files, *decoder.files), weights.tensors | moved)
@@ -131,7 +137,8 @@ def open_checkpoint(model: str | Path | None = None) -> Checkpoint:
     notes = (*found.notes, *weights.notes, *left_over, *named.notes, *respelt)
     used = {*small_files(folder), *weights.files}
     seen = tuple(file for file in before if file.path in used)
-    return Checkpoint(folder, weights.files, tensors, notes, seen, config)
+    seen += () if remote is None else (remote.state,)
+    return Checkpoint(folder, weights.files, tensors, notes, seen, config, remote)
 
 
 def _refuse_quantized(

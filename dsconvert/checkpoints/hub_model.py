@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+from glob import escape
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from dsconvert.checkpoints.weight_files import SAFETENSORS, Shelf, choose
 from dsconvert.errors import CheckpointError, UsageError, quoted, short
 
-KINDS = ("*.safetensors", "*.bin")
 HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:@([^@\s]{1,200}))?")
 HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 # What a model needs from the hub; the weights of one kind come with it. An output made of the hub's id is the
@@ -69,30 +73,53 @@ def _revision(model: str, rest: list[str]) -> str | None:
     return "/".join(rest[1 : 1 + taken])
 
 
-def download(repository: Repository) -> Path:
-    """The model's files from the hub or its local cache; safetensors where it has them.
+def is_small(name: str) -> bool:
+    """Whether a file of a repository is one of those that a model needs beside its weights."""
+    if any(fnmatchcase(name, pattern) for pattern in IGNORE):
+        return fnmatchcase(name, TEMPLATES)
+    return any(fnmatchcase(name, pattern) for pattern in FILES)
 
-    Raises CheckpointError.
+
+def download(repository: Repository, cache: Path | None = None) -> Path:
+    """The model's files from the hub or from the local cache, `cache` or the client's own.
+
+    That is what it needs and the weights that are read of it, safetensors where it has them. A download that
+    was broken off goes on where it was. Raises CheckpointError.
     """
+    import huggingface_hub.utils as client
     from huggingface_hub import snapshot_download
 
+    if not sys.stderr.isatty():
+        getattr(client, "disable_progress_bars")()  # noqa: B009 - its types leave it out
+    fetch = partial(snapshot_download, repository.name, cache_dir=cache)
     try:
-        for weights in KINDS:
-            folder = Path(
-                snapshot_download(
-                    repository.name,
-                    revision=repository.revision,
-                    allow_patterns=[*FILES, weights],
-                    ignore_patterns=list(IGNORE),
-                )
-            )
-            if any(folder.glob(weights)):
-                # Patterns of names cannot say "no other folder but this one".
-                snapshot_download(repository.name, revision=folder.name, allow_patterns=[TEMPLATES])
-                return folder
+        small = fetch(revision=repository.revision, allow_patterns=list(FILES), ignore_patterns=list(IGNORE))
+        folder = Path(small)
+        wanted = [escape(name) for name in _weights_of(repository, folder)]
+        fetch(revision=folder.name, allow_patterns=[*wanted, TEMPLATES])
+    except CheckpointError:
+        raise
     except Exception as error:  # the library lets its HTTP client's errors through
         raise hub_error(repository, error) from None
-    raise CheckpointError("has no weights on the hub", where=repository, hint="Look at its file list")
+    return folder
+
+
+def _weights_of(repository: Repository, folder: Path) -> tuple[str, ...]:
+    """The weight files that are read of a repository whose small files are in `folder`."""
+    from huggingface_hub import HfApi
+
+    try:
+        names, unreached = HfApi().list_repo_files(repository.name, revision=folder.name), None
+    except Exception as error:  # no network, or none is allowed: what is in the cache may be all of it
+        names, unreached = [], error
+    top = [name for name in names if "/" not in name]
+    try:
+        return choose(Shelf(folder, dict.fromkeys(top, SAFETENSORS.read))).names
+    except CheckpointError as error:
+        if unreached is not None:
+            raise hub_error(repository, unreached) from None
+        error.where = str(repository)
+        raise
 
 
 def hub_error(repository: Repository, error: Exception) -> CheckpointError:

@@ -8,11 +8,15 @@ import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dsconvert.checkpoints.hub_model import download, parse
+from dsconvert.checkpoints.hub_model import Repository, download, parse
 from dsconvert.errors import CheckpointError, UsageError, quoted, short
 from dsconvert.models.config import load_json
 from dsconvert.reading import read_text
+
+if TYPE_CHECKING:
+    from dsconvert.checkpoints.remote_model import RemoteModel
 
 SAMPLE, SAMPLE_VL = "sample:", "sample-vl:"
 SAMPLES = {SAMPLE: "sample", SAMPLE_VL: "sample_vl"}  # folders of this package
@@ -21,20 +25,79 @@ REF = 1 << 10  # bytes: a branch's file in the hub's cache is a commit of 40 dig
 
 
 @dataclass(frozen=True)
+class ModelPath:
+    """MODEL_PATH as the user gave it, and how it is fetched if it is on the hub.
+
+    `revision` is a branch, tag or commit, `cache` the folder that files are downloaded to. With `remote`
+    nothing is downloaded: weights are read from the hub by ranges, when they are needed.
+    """
+
+    text: str
+    revision: str | None = None
+    cache: Path | None = None
+    remote: bool = False
+
+    def __str__(self) -> str:
+        return self.text
+
+
+Model = str | Path | ModelPath | None
+
+
+@dataclass(frozen=True)
 class Found:
-    """An existing model folder or weight file, and what the user should know of how it was chosen."""
+    """An existing model folder or weight file, and what the user should know of how it was chosen.
+
+    Of a model that is read over the network, the folder holds the small files, and `remote` the others.
+    """
 
     path: Path
     notes: tuple[str, ...] = ()
+    remote: RemoteModel | None = None
 
 
-def find(model: str | Path | None) -> Found:
-    """The existing folder or weight file that `model` stands for.
+def find(model: Model) -> Found:
+    """The model that `model` stands for: a folder or a weight file here, or on the hub what is fetched.
+
+    Raises UsageError also for a choice of revision, cache or way to read where nothing is fetched.
+    """
+    asked = model if isinstance(model, ModelPath) else ModelPath(str(model or ""))
+    found = _on_this_disk(asked.text)
+    if isinstance(found, Repository):
+        return _on_the_hub(found, asked)
+    for option, value in (
+        ("--revision", asked.revision), ("--cache-dir", asked.cache), ("--remote", asked.remote)
+    ):  # fmt: skip
+        if value:
+            where = asked.text or found.path
+            why = f"{where} is on this disk, and nothing is fetched"
+            raise UsageError(f"{option} is for models on the hub", why=why, hint="Leave it out")
+    return found
+
+
+def _on_the_hub(repository: Repository, asked: ModelPath) -> Found:
+    """What is fetched of a repository; raises UsageError for options that contradict each other."""
+    if asked.revision and repository.revision not in (None, asked.revision):
+        why = f"MODEL_PATH names {quoted(repository.revision)}, --revision {quoted(asked.revision)}"
+        raise UsageError("two revisions are given", why=why, hint="Leave one of them out")
+    repository = Repository(repository.name, asked.revision or repository.revision)
+    if not asked.remote:
+        return Found(download(repository, asked.cache))
+    if asked.cache:
+        hint = "Leave one of them out"
+        raise UsageError("--cache-dir has no effect with --remote, which keeps no file", hint=hint)
+    from dsconvert.checkpoints.remote_model import open_remote
+
+    model = open_remote(repository)
+    return Found(model.folder, remote=model)
+
+
+def _on_this_disk(model: str) -> Found | Repository:
+    """The existing folder or weight file that `model` stands for, or a repository of the hub.
 
     A path, "sample:" or "sample-vl:", a hub id or the address of its page when no such folder exists, or
     nothing for a current folder that holds a config.json. Of an entry of the hub's cache it is the snapshot
-    of its main branch. Raises UsageError, and CheckpointError for a folder of something else and for what
-    the hub cannot give.
+    of its main branch. Raises UsageError, and CheckpointError for a folder of something else.
     """
     if not model:
         if os.path.isfile("config.json"):
@@ -44,7 +107,7 @@ def find(model: str | Path | None) -> Found:
             hint='Give a model folder, a .safetensors file, a hub id or "sample:"',
         )
     if model in SAMPLES:
-        return Found(_sample(SAMPLES[str(model)]))
+        return Found(_sample(SAMPLES[model]))
     path = Path(model)
     try:
         if path.is_dir():
@@ -62,16 +125,16 @@ def find(model: str | Path | None) -> Found:
             if path.suffix == ".gguf"
             else "Give the folder that holds config.json and the weights",
         )
-    repository = parse(str(model))
+    repository = parse(model)
     if repository is not None and path.suffix not in WEIGHTS:
-        return Found(download(repository))
+        return repository
     raise UsageError(
         f"{quoted(model)} does not exist",
         hint='Give a model folder, a .safetensors file, a hub id such as owner/name, or "sample:"',
     )
 
 
-def locate(model: str | Path | None) -> Path:
+def locate(model: Model) -> Path:
     """What `find` returns, without its notes.
 
     >>> sorted(path.name for path in locate("sample:").glob("*.json"))[:2]

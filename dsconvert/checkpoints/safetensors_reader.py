@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import mmap
 import os
 from collections.abc import Callable
@@ -14,21 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dsconvert.errors import CheckpointError, quoted, short
+from dsconvert.checkpoints.safetensors_header import Entry, Fetch, check_head, read_header
+from dsconvert.errors import CheckpointError, short
 from dsconvert.reading import open_regular
 
 Array = npt.NDArray[Any]
-
-HEADER_LIMIT = 100_000_000  # the reference implementation's own limit
-TENSORS_LIMIT = 1 << 18  # of one file; a model of 671B has some 90,000 in all
-DIMENSIONS = 16
-WHOLE = (1 << 63) - 1  # the most bytes that an array's sizes may come to
-REFETCH = "Fetch this file again and compare its size and sha256 with the published ones"
-
-# Bits per value of every type that the format names.
-BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F16": 16, "BF16": 16, "I16": 16}
-BITS |= dict.fromkeys(("F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8)
-BITS |= {"U16": 16, "F32": 32, "I32": 32, "U32": 32, "F64": 64, "I64": 64, "U64": 64, "C64": 64}
 
 # The types that weights are read in; bf16 travels as its bits.
 READABLE: dict[str, np.dtype[Any]] = {"bf16": np.dtype("<u2"), "f16": np.dtype("<f2"), "f32": np.dtype("<f4")}
@@ -36,14 +24,6 @@ READABLE["f64"] = np.dtype("<f8")
 
 # The types of packed tensors.
 INTEGERS: dict[str, np.dtype[Any]] = {"i16": np.dtype("<i2"), "i32": np.dtype("<i4")}
-
-# What is found under a weight file's name when it is not one: first bytes, what it is, what to do.
-IMPOSTORS = (
-    (b"version https://git-lfs", "is a Git LFS pointer, not the weights", "Run `git lfs pull` in its folder"),
-    (b"<!doctype", "is a web page, not the weights", "Download the file itself, not the page that shows it"),
-    (b"<html", "is a web page, not the weights", "Download the file itself, not the page that shows it"),
-    (b"gguf", "is a GGUF file already", "Look at it with `dsconvert inspect FILE`"),
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +34,8 @@ class Stored:
     the mapped file in the stored shape (uint16 for bf16), None for a type that is not a plain number.
     `offset` is the first byte in the file, None where the bytes are not in one piece. `decode` reads what no
     view can show, scaled bytes for example: it takes the first of some rows and the end of them, and returns
-    them as `rows` does. A type without either is not read.
+    them as `rows` does. Of a file that is not on this disk there is no view: `fetch` gives bytes of the
+    tensor, from the first of some to the end of them. A type without any of these is not read.
     """
 
     path: Path
@@ -64,18 +45,48 @@ class Stored:
     offset: int | None
     data: Array | None = field(repr=False)
     decode: Callable[[int, int], Array] | None = field(repr=False, default=None)
+    fetch: Fetch | None = field(repr=False, default=None)
 
     @property
     def readable(self) -> bool:
         """Whether its values are known here."""
-        return self.data is not None or self.decode is not None
+        plainly = self.fetch is not None and self.dtype in READABLE
+        return self.data is not None or self.decode is not None or plainly
 
     def rows(self, start: int, stop: int) -> Array:
         """Rows `start` to `stop` - 1, the bits of bf16 or float32, C-contiguous; a scalar is one row."""
+        stop = min(stop, self.shape[0] if self.shape else 1)
         if self.decode is not None:
-            return self.decode(start, min(stop, self.shape[0]))
+            return self.decode(start, stop)
+        if self.fetch is not None:
+            return plain(self._fetched(start, stop))
         assert self.data is not None  # its type is readable
         return plain(self.data[start:stop] if self.shape else self.data.reshape(1))
+
+    def raw(self, start: int, stop: int) -> bytes | memoryview:
+        """Bytes `start` to `stop` - 1 of the tensor as they are stored, in one piece; CheckpointError."""
+        if self.fetch is not None:
+            return self.fetch(start, stop)
+        assert self.offset is not None  # of tensors in one piece only
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.offset + start)
+                data = file.read(stop - start)
+        except OSError as error:
+            raise CheckpointError("cannot be read", where=self.path, why=short(error)) from None
+        if len(data) < stop - start:
+            raise CheckpointError(
+                "was cut short while it was read",
+                where=self.path,
+                hint="Run the same command again when nothing writes there",
+            )
+        return data
+
+    def _fetched(self, start: int, stop: int) -> Array:
+        """Rows of a file elsewhere, in their stored type."""
+        row = self.nbytes // max(self.shape[0] if self.shape else 1, 1)
+        shape = (max(stop - start, 0), *self.shape[1:])
+        return np.ndarray(shape, READABLE[self.dtype], buffer=self.raw(start * row, max(start, stop) * row))
 
 
 def read_safetensors(path: Path) -> dict[str, Stored]:
@@ -87,12 +98,27 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
     size = check_file(path)
     with open_regular(path) as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    header, start = _header(path, mapped)
-    if not _is_string_map(header.pop("__metadata__", {})):
-        raise damaged(path, "__metadata__ is not a map from strings to strings")
-    entries = [_entry(path, name, value) for name, value in header.items()]
-    _check_layout(path, entries, size - start)
+    entries, start = read_header(path, size, lambda first, end: mapped[first:end])
     return {entry.name: _stored(path, entry, mapped, start) for entry in entries}
+
+
+def fetched_safetensors(
+    path: Path, size: int, read: Fetch, span: Callable[[int, int], Fetch]
+) -> dict[str, Stored]:
+    """Every tensor of a safetensors file of `size` bytes that is elsewhere, by name; only its header is read.
+
+    `path` is what messages call it, `read` gives bytes of the file, and `span` what gives bytes of one part
+    of it. Raises CheckpointError as `read_safetensors` does.
+    """
+    check_head(path, size, bytes(read(0, min(32, size))))
+    entries, start = read_header(path, size, read)
+    return {
+        entry.name: Stored(
+            path, entry.dtype, entry.shape, entry.end - entry.begin, start + entry.begin, None,
+            fetch=span(start + entry.begin, start + entry.end),
+        )
+        for entry in entries
+    }  # fmt: skip
 
 
 def values(stored: Stored) -> Array:
@@ -127,6 +153,14 @@ def plain(data: Array) -> Array:
 def part_of(stored: Stored, start: int, stop: int, shape: tuple[int, ...]) -> Stored:
     """Rows `start` to `stop` - 1 of a tensor of a readable type as a tensor of its own, of this shape."""
     row = stored.nbytes // stored.shape[0]
+    if (fetch := stored.fetch) is not None and stored.decode is None:
+        return replace(
+            stored,
+            shape=shape,
+            nbytes=(stop - start) * row,
+            offset=None if stored.offset is None else stored.offset + start * row,
+            fetch=lambda a, b: fetch(start * row + a, start * row + b),
+        )
     if stored.data is None:
         return replace(
             stored,
@@ -147,119 +181,14 @@ def check_file(path: Path) -> int:
     """The size of a weight file in bytes; raises CheckpointError for what is plainly none."""
     try:
         with open_regular(path) as file:
-            size, head = os.fstat(file.fileno()).st_size, file.read(32).lstrip().lower()
+            size, head = os.fstat(file.fileno()).st_size, file.read(32)
     except (OSError, ValueError) as error:
         raise CheckpointError("cannot be read", where=path, why=short(error)) from None
-    if size == 0:
-        raise CheckpointError("is empty", where=path, hint=REFETCH)
-    for magic, what, hint in IMPOSTORS:
-        if head.startswith(magic):
-            raise CheckpointError(what, where=path, hint=hint)
+    check_head(path, size, head)
     return size
 
 
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object_pairs_hook for `json` that raises ValueError when a key comes twice."""
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise ValueError(f"the key {quoted(key)} comes twice")
-            seen.add(key)
-    return value
-
-
-def damaged(path: Path, why: str) -> CheckpointError:
-    """The error for a file that contradicts itself."""
-    return CheckpointError("is damaged", where=path, why=why, hint=REFETCH)
-
-
-@dataclass(frozen=True)
-class _Entry:
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-
-def _header(path: Path, mapped: mmap.mmap) -> tuple[dict[str, Any], int]:
-    """The header's JSON object and where the data starts."""
-    if mapped[:4] == b"PK\x03\x04":
-        raise damaged(path, "It is a zip archive, perhaps a PyTorch file under the wrong name")
-    length = int.from_bytes(mapped[:8], "little")
-    if len(mapped) < 8 or length > HEADER_LIMIT:
-        raise damaged(path, f"Its header claims {length:,} bytes, so this is not a safetensors file")
-    if length > len(mapped) - 8:
-        raise damaged(path, f"Its header claims {length:,} bytes and the file ends after {len(mapped):,}")
-    text = mapped[8 : 8 + length]
-    if not text.startswith(b"{"):
-        raise damaged(path, "Its header does not start with '{'")
-    if (count := text.count(b'"data_offsets"')) > TENSORS_LIMIT:
-        raise damaged(path, f"Its header names {count:,} tensors, more than any model has")
-    try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=unique_keys)
-    except Exception as error:  # of any kind: a parser that strangers feed
-        raise damaged(path, f"Its header is not valid JSON: {short(error)}") from None
-    if not isinstance(header, dict):
-        raise damaged(path, "Its header is not a JSON object")
-    return header, 8 + length
-
-
-def _is_string_map(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
-
-
-def _is_size(value: object) -> bool:
-    return type(value) is int and 0 <= value < 1 << 63
-
-
-def _entry(path: Path, name: str, value: Any) -> _Entry:
-    """One tensor of the header, checked on its own."""
-    value = value if isinstance(value, dict) else {}
-    dtype, shape, offsets = value.get("dtype"), value.get("shape"), value.get("data_offsets")
-    if not isinstance(dtype, str) or dtype not in BITS:
-        raise damaged(path, f"Tensor {quoted(name)} has the unknown dtype {quoted(dtype)}")
-    if not isinstance(shape, list) or len(shape) > DIMENSIONS or not all(map(_is_size, shape)):
-        raise damaged(path, f"Tensor {quoted(name)} has the impossible shape {quoted(shape)}")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
-        raise damaged(path, f"Tensor {quoted(name)} has the impossible data_offsets {quoted(offsets)}")
-    begin, end = offsets
-    if (
-        math.prod(size for size in shape if size) * BITS[dtype] // 8 > WHOLE
-    ):  # numpy counts so, zeros left out
-        raise damaged(path, f"Tensor {quoted(name)} has the impossible shape {quoted(shape)}")
-    bits = math.prod(shape) * BITS[dtype]
-    if begin > end or bits != (end - begin) * 8:
-        raise damaged(
-            path,
-            f"Tensor {quoted(name)} of shape {shape} and type {dtype} needs {(bits + 7) // 8:,} bytes, "
-            f"its data_offsets are {offsets}",
-        )
-    return _Entry(name, dtype.lower(), tuple(shape), begin, end)
-
-
-def _check_layout(path: Path, entries: list[_Entry], available: int) -> None:
-    """The tensors cover the data exactly: nothing outside the file, no overlap, no hole, no rest."""
-    ordered = sorted(entries, key=lambda entry: (entry.begin, entry.end))
-    needed = max((entry.end for entry in entries), default=0)
-    if needed > available:
-        raise damaged(path, f"It is cut short: {needed - available:,} bytes of {needed:,} are missing")
-    cursor, previous = 0, "the header"
-    for entry in ordered:
-        if entry.begin < cursor:
-            raise damaged(path, f"Tensors {quoted(previous)} and {quoted(entry.name)} overlap")
-        if entry.begin > cursor:
-            raise damaged(
-                path, f"{entry.begin - cursor:,} bytes before {quoted(entry.name)} belong to no tensor"
-            )
-        cursor, previous = entry.end, entry.name
-    if cursor < available:
-        raise damaged(path, f"{available - cursor:,} bytes after the last tensor belong to no tensor")
-
-
-def _stored(path: Path, entry: _Entry, mapped: mmap.mmap, start: int) -> Stored:
+def _stored(path: Path, entry: Entry, mapped: mmap.mmap, start: int) -> Stored:
     kind = READABLE.get(entry.dtype)
     offset = start + entry.begin
     # A view may be unaligned: old writers did not pad the header. numpy reads such views as they are.

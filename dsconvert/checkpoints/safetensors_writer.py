@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dsconvert.checkpoints.output_files import write_error
-from dsconvert.checkpoints.safetensors_reader import BITS, Stored, plain
-from dsconvert.errors import CheckpointError
+from dsconvert.checkpoints.safetensors_header import BITS
+from dsconvert.checkpoints.safetensors_reader import Stored, plain
 
 CHUNK = 16 << 20
 # The format's names of numpy's types; bf16 travels as its bits.
@@ -78,31 +78,15 @@ def from_stored(stored: Stored) -> Piece:
     """A piece copied as it is from a weight file; float64 becomes float32, what is decoded its numbers."""
     if stored.decode is not None:
         return _decoded(stored)
-    if stored.offset is None or stored.dtype == "f64":
+    if stored.fetch is None and (stored.offset is None or stored.dtype == "f64"):
         assert stored.data is not None  # it and strided tensors are of readable types
         return from_array(stored.data)
-    offset, nbytes = stored.offset, stored.nbytes
+    if stored.dtype == "f64":
+        return _decoded(stored)
 
     def chunks() -> Iterator[bytes | memoryview]:
-        left = nbytes
-        try:
-            file = stored.path.open("rb")
-        except OSError as error:
-            raise CheckpointError(
-                "cannot be read", where=stored.path, why=error.strerror or str(error)
-            ) from None
-        with file:
-            file.seek(offset)
-            while left:
-                chunk = file.read(min(CHUNK, left))
-                if not chunk:
-                    raise CheckpointError(
-                        "was cut short while it was read",
-                        where=stored.path,
-                        hint="Run the same command again when nothing writes there",
-                    )
-                left -= len(chunk)
-                yield chunk
+        for start in range(0, stored.nbytes, CHUNK):
+            yield stored.raw(start, min(start + CHUNK, stored.nbytes))
 
     return Piece(stored.dtype.upper(), stored.shape, chunks)
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -37,13 +37,18 @@ QUOTED = ("config.json", "README.md", "additional_chat_templates/*.jinja")
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file as it was when it was opened."""
+    """A file as it was when it was opened.
+
+    One that is not on this disk has a `digest`, and `again` asks for what it is now.
+    """
 
     path: Path
     size: int
     mtime_ns: int
     device: int
     inode: int
+    digest: str = ""
+    again: Callable[[], SourceFile | None] | None = field(default=None, compare=False, repr=False)
 
 
 def remember(paths: Iterable[Path]) -> tuple[SourceFile, ...]:
@@ -54,7 +59,7 @@ def remember(paths: Iterable[Path]) -> tuple[SourceFile, ...]:
 def check_unchanged(files: Iterable[SourceFile]) -> None:
     """Raises CheckpointError that names the first file that is not as it was remembered."""
     for file in files:
-        now = seen(file.path)
+        now = file.again() if file.again is not None else seen(file.path)
         if now == file:
             continue
         if now is None:

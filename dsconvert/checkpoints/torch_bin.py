@@ -9,7 +9,8 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsconvert.checkpoints.safetensors_reader import READABLE, Array, Stored, check_file, damaged
+from dsconvert.checkpoints.safetensors_header import damaged
+from dsconvert.checkpoints.safetensors_reader import READABLE, Array, Stored, check_file
 from dsconvert.errors import CheckpointError, quoted, short
 from dsconvert.reading import read_head
 

@@ -9,17 +9,20 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from dsconvert.checkpoints.safetensors_reader import Stored, read_safetensors, unique_keys
+from dsconvert.checkpoints.safetensors_header import unique_keys
+from dsconvert.checkpoints.safetensors_reader import Stored, read_safetensors
 from dsconvert.checkpoints.spelling import may_be_absent
 from dsconvert.checkpoints.torch_bin import read_torch
 from dsconvert.errors import CheckpointError, quoted
 from dsconvert.reading import INDEX, read_object
 
+AT_ONCE = 8  # files elsewhere whose headers are asked for together
 SHARD = re.compile(r"(.+)-(\d{1,6})-of-(\d{1,6})")
 # Files beside the model that are not the model: adapters, original formats, training state.
 ASIDE = re.compile(r"(adapter|consolidated|optimizer|scheduler|training|random_states).*")
@@ -51,32 +54,82 @@ class Weights(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def open_weights(folder: Path) -> Weights:
-    """The weight files of a folder and the tensors they hold, index and shards agreeing.
+Read = Callable[[Path], dict[str, Stored]]
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """The weight files of a model: those in its folder, or those that `elsewhere` reads, by their names.
+
+    Such a file's path is where it would be in the folder. What is beside the weights is in the folder.
+    """
+
+    folder: Path
+    elsewhere: Mapping[str, Read] | None = None
+
+    def names(self) -> list[str]:
+        """The names of all files, weights or not, in order."""
+        inside = [path.name for path in self.folder.iterdir()]
+        return sorted({*inside, *(self.elsewhere or ())})
+
+    def has(self, name: str) -> bool:
+        """Whether there is a file of this name."""
+        return os.path.exists(self.folder / name) or name in (self.elsewhere or ())
+
+    def read(self, kind: Kind, names: Sequence[str]) -> list[dict[str, Stored]]:
+        """The tensors of each of these files, which are there."""
+        paths = [self.folder / name for name in names]
+        if self.elsewhere is None:
+            return [kind.read(path) for path in paths]
+        with ThreadPoolExecutor(AT_ONCE) as pool:  # each is a question or two, and waits for the answers
+            return list(pool.map(lambda path: (self.elsewhere or {})[path.name](path), paths))
+
+
+class Choice(NamedTuple):
+    """Which of a model's files are its weights, the index that says so, and the indexes passed over."""
+
+    kind: Kind
+    names: tuple[str, ...]
+    weight_map: dict[str, str] | None = None
+    stale: tuple[Path, ...] = ()
+
+
+def open_weights(folder: Path, elsewhere: Mapping[str, Read] | None = None) -> Weights:
+    """The weight files of a model and the tensors they hold, index and shards agreeing; see Shelf.
 
     An index none of whose shards is there came without its weights: the next complete set is taken, with a
     note. Raises CheckpointError.
     """
+    shelf = Shelf(folder, elsewhere)
+    choice = choose(shelf)
+    if choice.weight_map is None:
+        found = _open_shards(shelf, choice.kind, choice.names)
+    else:
+        found = _open_index(shelf, choice.kind, choice.weight_map)
+    passed_over = tuple(_passed_over(index, found) for index in choice.stale)
+    return found._replace(notes=(*passed_over, *found.notes))
+
+
+def choose(shelf: Shelf) -> Choice:
+    """The files that `open_weights` reads; of weights, nothing is read for it. Raises CheckpointError."""
     stale: list[tuple[Path, list[str]]] = []
     for kind in (SAFETENSORS, TORCH):
-        index, found = folder / kind.index, None
-        if os.path.exists(folder / kind.single):
-            found = Weights((folder / kind.single,), kind.read(folder / kind.single))
+        index = shelf.folder / kind.index
+        weight_map, names = None, list[str]()
+        if shelf.has(kind.single):
+            names = [kind.single]
         elif os.path.exists(index):
             weight_map = _weight_map(index, kind)
-            shards = sorted(set(weight_map.values()))
-            if any(os.path.exists(folder / shard) for shard in shards):
-                found = _open_index(folder, kind, weight_map)
-            else:
-                stale.append((index, shards))
-        names = [] if found else _shard_set(folder, kind, numbered=bool(stale))
+            names = sorted(set(weight_map.values()))
+            if not any(map(shelf.has, names)):
+                stale.append((index, names))
+                weight_map, names = None, []
+        names = names or _shard_set(shelf, kind, numbered=bool(stale))
         if names:
-            found = _open_shards(folder, kind, names)
-        if found:
-            return found._replace(notes=(*(_passed_over(i, found) for i, _ in stale), *found.notes))
+            return Choice(kind, tuple(names), weight_map, tuple(index for index, _ in stale))
     if stale:
-        raise _missing(folder, stale[0][1], stale[0][1])
-    raise _no_weights(folder)
+        raise _missing(shelf.folder, stale[0][1], stale[0][1])
+    raise _no_weights(shelf)
 
 
 def open_file(path: Path) -> Weights:
@@ -90,10 +143,11 @@ def open_unindexed(folder: Path) -> Weights:
 
     As exllamav2 reads a folder, where an index is often left from the model that it was made from.
     """
-    names = _shard_set(folder, SAFETENSORS) or sorted(path.name for path in folder.glob("*.safetensors"))
+    shelf = Shelf(folder)
+    names = _shard_set(shelf, SAFETENSORS) or sorted(path.name for path in folder.glob("*.safetensors"))
     if not names:
-        raise _no_weights(folder)
-    return _open_shards(folder, SAFETENSORS, names)
+        raise _no_weights(shelf)
+    return _open_shards(shelf, SAFETENSORS, names)
 
 
 def _passed_over(index: Path, found: Weights) -> str:
@@ -104,12 +158,12 @@ def _passed_over(index: Path, found: Weights) -> str:
     )
 
 
-def _shard_set(folder: Path, kind: Kind, numbered: bool = False) -> list[str]:
+def _shard_set(shelf: Shelf, kind: Kind, numbered: bool = False) -> list[str]:
     """The shards of a folder without an index, complete and in order; empty when there are none.
 
     Unless they must be `numbered`, safetensors files of any names will do.
     """
-    names = sorted(path.name for path in folder.glob("*" + kind.suffix) if not ASIDE.fullmatch(path.name))
+    names = [name for name in shelf.names() if name.endswith(kind.suffix) and not ASIDE.fullmatch(name)]
     sets: dict[tuple[str, int], dict[int, str]] = {}
     for name in names:
         match = SHARD.fullmatch(name.removesuffix(kind.suffix))
@@ -121,7 +175,7 @@ def _shard_set(folder: Path, kind: Kind, numbered: bool = False) -> list[str]:
         several = ", ".join(sorted(quoted(next(iter(shards.values()))) for shards in sets.values())[:3])
         raise CheckpointError(
             "holds shards of more than one set",
-            where=folder,
+            where=shelf.folder,
             why=f"Found {several}",
             hint="Keep the shards of one model, or add its index",
         )
@@ -130,17 +184,17 @@ def _shard_set(folder: Path, kind: Kind, numbered: bool = False) -> list[str]:
     if missing or len(shards) != total:
         raise CheckpointError(
             f"holds {len(shards)} shards of {total}",
-            where=folder,
+            where=shelf.folder,
             why=f"Missing: number {', '.join(missing[:5])}{' and more' if len(missing) > 5 else ''}",
             hint="Download the missing files",
         )
     return [shards[number] for number in sorted(shards)]
 
 
-def _open_index(folder: Path, kind: Kind, weight_map: dict[str, str]) -> Weights:
+def _open_index(shelf: Shelf, kind: Kind, weight_map: dict[str, str]) -> Weights:
     """The shards that an index names; both must hold the same tensors, but for those that may be absent."""
-    path = folder / kind.index
-    found = _open_shards(folder, kind, sorted(set(weight_map.values())))
+    path = shelf.folder / kind.index
+    found = _open_shards(shelf, kind, sorted(set(weight_map.values())))
     tensors, absent = found.tensors, []
     for name, shard in weight_map.items():
         if name in tensors and tensors[name].path.name != shard:
@@ -157,18 +211,18 @@ def _open_index(folder: Path, kind: Kind, weight_map: dict[str, str]) -> Weights
     return found._replace(notes=(f"{path.name} names {named}, which no shard holds",) if absent else ())
 
 
-def _open_shards(folder: Path, kind: Kind, names: list[str]) -> Weights:
+def _open_shards(shelf: Shelf, kind: Kind, names: Sequence[str]) -> Weights:
     tensors: dict[str, Stored] = {}
-    missing = [name for name in names if not os.path.exists(folder / name)]
+    missing = [name for name in names if not shelf.has(name)]
     if missing:
-        raise _missing(folder, names, missing)
-    for name in names:
-        for tensor, stored in kind.read(folder / name).items():
+        raise _missing(shelf.folder, names, missing)
+    for name, held in zip(names, shelf.read(kind, names), strict=True):
+        for tensor, stored in held.items():
             if tensor in tensors:
                 both = f"{quoted(tensors[tensor].path.name)} and {quoted(name)}"
-                raise _disagree(folder, f"Tensor {quoted(tensor)} is in both {both}")
+                raise _disagree(shelf.folder, f"Tensor {quoted(tensor)} is in both {both}")
             tensors[tensor] = stored
-    return Weights(tuple(folder / name for name in names), tensors)
+    return Weights(tuple(shelf.folder / name for name in names), tensors)
 
 
 def _weight_map(path: Path, kind: Kind) -> dict[str, str]:
@@ -195,7 +249,7 @@ def _is_plain(name: str, kind: Kind) -> bool:
     return plain and name.endswith(kind.suffix) and len(name.encode()) <= 255
 
 
-def _missing(folder: Path, names: list[str], missing: list[str]) -> CheckpointError:
+def _missing(folder: Path, names: Sequence[str], missing: list[str]) -> CheckpointError:
     return CheckpointError(
         f"{len(missing)} of {len(names)} weight files are missing",
         where=folder,
@@ -209,9 +263,9 @@ def _disagree(where: Path, why: str) -> CheckpointError:
     return CheckpointError("does not agree with the weight files", where=where, why=why, hint=hint)
 
 
-def _no_weights(folder: Path) -> CheckpointError:
+def _no_weights(shelf: Shelf) -> CheckpointError:
     """What is there instead, and what makes weights of it."""
-    names = sorted(path.name for path in folder.iterdir())
+    folder, names = shelf.folder, shelf.names()
     odd = [name for name in names if name.endswith((".gguf", ".safetensors", ".bin", ".pth", ".pt", ".h5"))]
     place = shlex.quote(str(folder))
     made = {

@@ -11,6 +11,7 @@ from dsconvert.commands.proof_options import proof_options
 from dsconvert.commands.run import command
 
 if TYPE_CHECKING:
+    from dsconvert.checkpoints.locate import ModelPath
     from dsconvert.commands.display import Display
     from dsconvert.proof.options import ProofOptions
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 @proof_options
 def compare(
     outputs: tuple[Path, ...],
-    against: str,
+    against: ModelPath,
     options: ProofOptions,
     report: Path | None,
     add_bos: bool | None,
@@ -42,7 +43,7 @@ def compare(
     from dsconvert.proof.prove import prove
     from dsconvert.report import page
 
-    inputs = (*outputs, Path(against), Path(options.text))
+    inputs = (*outputs, Path(str(against)), Path(options.text))
     reports.check_targets(report, display.json_file, inputs)
     reference = open_reference(against, add_bos)
     proofs = []

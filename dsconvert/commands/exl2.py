@@ -16,6 +16,7 @@ from dsconvert.errors import UsageError
 
 if TYPE_CHECKING:
     from dsconvert.calibration.request import CalibrationRequest
+    from dsconvert.checkpoints.locate import ModelPath
     from dsconvert.commands.display import Display
 
 
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 @calibration_options("c4", 2048)
 @shared.bos_option
 @shared.out_option()
+@shared.hub_options
 @shared.resume_option
 @shared.force_option
 @shared.device_option
@@ -59,7 +61,7 @@ if TYPE_CHECKING:
 )
 @shared.conversion_effort
 def exl2(
-    model_path: str,
+    model_path: ModelPath,
     bpw: float,
     head_bits: int,
     measurement: Path | None,

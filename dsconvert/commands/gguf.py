@@ -16,6 +16,7 @@ from dsconvert.events import phase
 
 if TYPE_CHECKING:
     from dsconvert.calibration.request import CalibrationRequest
+    from dsconvert.checkpoints.locate import ModelPath
     from dsconvert.commands.display import Display
 
 
@@ -98,6 +99,7 @@ def _overrides(
     show_default=True,
     help="Type of the projector's matrices.",
 )
+@shared.hub_options
 @shared.device_option
 @shared.threads_option
 @shared.conversion_effort
@@ -105,7 +107,7 @@ def _overrides(
 @click.option("--allow-nonfinite", is_flag=True, help="Convert weights that hold NaN or infinity, too.")
 @click.option("--dry-run", is_flag=True, help="Show every tensor, type and exact size; write nothing.")
 def gguf(
-    model_path: str,
+    model_path: ModelPath,
     out: Path | None,
     quants: tuple[str, ...],
     overrides: tuple[tuple[str, str], ...],

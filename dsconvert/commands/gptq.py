@@ -13,6 +13,7 @@ from dsconvert.commands.run import command, on_each_rank
 
 if TYPE_CHECKING:
     from dsconvert.calibration.request import CalibrationRequest
+    from dsconvert.checkpoints.locate import ModelPath
     from dsconvert.commands.display import Display
 
 
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
 @calibration_options("c4", 2048)
 @shared.bos_option
 @shared.out_option()
+@shared.hub_options
 @shared.resume_option
 @shared.force_option
 @shared.device_option
@@ -69,7 +71,7 @@ if TYPE_CHECKING:
 @click.option("--lm-head", is_flag=True, help="Quantize the output layer too, which not every runtime reads.")
 @shared.conversion_effort
 def gptq(
-    model_path: str,
+    model_path: ModelPath,
     bits: int,
     group_size: int,
     act_order: bool,

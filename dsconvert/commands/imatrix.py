@@ -11,6 +11,7 @@ from dsconvert.commands.run import command
 
 if TYPE_CHECKING:
     from dsconvert.calibration.request import CalibrationRequest
+    from dsconvert.checkpoints.locate import ModelPath
     from dsconvert.commands.display import Display
 
 
@@ -19,10 +20,11 @@ if TYPE_CHECKING:
 @shared.out_option("imatrix.gguf")
 @calibration_options("c4", 512)
 @shared.bos_option
+@shared.hub_options
 @shared.force_option
 @shared.device_option
 def imatrix(
-    model_path: str,
+    model_path: ModelPath,
     out: Path,
     calibration: CalibrationRequest,
     add_bos: bool | None,

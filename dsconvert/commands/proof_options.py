@@ -10,18 +10,22 @@ from typing import Any, TypeVar
 import click
 
 from dsconvert.commands.numbers import Number
-from dsconvert.commands.shared_options import apply, bos_option, device_option, proof_effort
+from dsconvert.commands.shared_options import HUB_OPTIONS, apply, bos_option, device_option, proof_effort
 from dsconvert.texts.defaults import STRIDE, WINDOWS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def proof_options(command: Command) -> Callable[..., Any]:
-    """Add the options to a command, which receives a ProofOptions as `options`."""
+    """Add the options to a command, which receives a ProofOptions as `options`, and `against` a ModelPath."""
 
     @wraps(command)
     def with_options(
         *,
+        against: str,
+        revision: str | None,
+        cache_dir: Path | None,
+        remote: bool,
         text: str,
         windows: int,
         length: int,
@@ -35,13 +39,15 @@ def proof_options(command: Command) -> Callable[..., Any]:
         effort: str,
         **others: Any,
     ) -> Any:
+        from dsconvert.checkpoints.locate import ModelPath
         from dsconvert.proof.options import ProofOptions
 
         options = ProofOptions(
             text=text, windows=windows, length=length, stride=stride, device=device, dtype=dtype,
             max_kld=max_kld, max_ppl_ratio=max_ppl_ratio, min_top1=min_top1, engine=engine, effort=effort,
         )  # fmt: skip
-        return command(options=options, **others)
+        model = ModelPath(against, revision, cache_dir, remote)
+        return command(against=model, options=options, **others)
 
     return apply(with_options, PROOF_OPTIONS)
 
@@ -53,6 +59,7 @@ PROOF_OPTIONS = (
         metavar="MODEL_PATH",
         help="The 16-bit checkpoint: a folder, a hub id, sample:.",
     ),
+    *HUB_OPTIONS,
     proof_effort,
     click.option(
         "--text",

@@ -17,6 +17,7 @@ import click
 
 from dsconvert.checkpoints.output_plan import PART, left
 from dsconvert.commands.display import STANDARD_OUTPUT, Display
+from dsconvert.commands.remote import remote_models
 from dsconvert.commands.shared_options import DISPLAY_OPTIONS
 from dsconvert.errors import ConversionError
 from dsconvert.events import LOG
@@ -46,7 +47,8 @@ def command(function: Callable[..., int]) -> click.Command:
                 if debug:
                     raise
                 return replace(display, json_file=None).fail(error)  # into no file that is not ours to write
-            code = function(display=display, **options)
+            with remote_models(display):
+                code = function(display=display, **options)
             display.save()
             return code
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,6 +52,39 @@ def integer(ctx: click.Context, param: click.Parameter, value: str) -> int:
 
 
 model_argument = click.argument("model_path", required=False, default="")
+# How a model on the hub is fetched; the first means the model that a command names.
+HUB_OPTIONS = (
+    click.option(
+        "--revision",
+        metavar="REV",
+        help="Branch, tag or commit of a model on the hub, as NAME@REV says it too.",
+    ),
+    click.option(
+        "--cache-dir",
+        type=click.Path(path_type=Path),
+        metavar="DIR",
+        help="Where models of the hub are downloaded to.  [default: the hub's own cache]",
+    ),
+    click.option(
+        "--remote",
+        is_flag=True,
+        help="Download nothing: read a model on the hub where it is, as it is needed (safetensors).",
+    ),
+)
+
+
+def hub_options(command: Command) -> Callable[..., Any]:
+    """Add the options on the hub to a command, which receives its MODEL_PATH with them, as a ModelPath."""
+
+    @wraps(command)
+    def with_model(
+        *, model_path: str, revision: str | None, cache_dir: Path | None, remote: bool, **others: Any
+    ) -> Any:
+        from dsconvert.checkpoints.locate import ModelPath
+
+        return command(model_path=ModelPath(model_path, revision, cache_dir, remote), **others)
+
+    return apply(with_model, HUB_OPTIONS)
 
 
 def out_option(default: str | None = None) -> Callable[[Command], Command]:

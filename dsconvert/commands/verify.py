@@ -16,6 +16,7 @@ from dsconvert.commands.proof_options import proof_options
 from dsconvert.commands.run import command
 
 if TYPE_CHECKING:
+    from dsconvert.checkpoints.locate import ModelPath
     from dsconvert.commands.display import Display
     from dsconvert.proof.options import ProofOptions
 
@@ -35,7 +36,7 @@ JUDGED = ("max_kld", "max_ppl_ratio", "min_top1")
 @shared.mmproj_option
 def verify(
     output: Path,
-    against: str,
+    against: ModelPath,
     options: ProofOptions,
     kld_base: Path | None,
     mmproj: Path | None,
@@ -68,7 +69,7 @@ def verify(
     from dsconvert.report import page
 
     options = replace(options, kld_base=kld_base)
-    inputs = (output, Path(against), Path(options.text), kld_base, mmproj)
+    inputs = (output, Path(str(against)), Path(options.text), kld_base, mmproj)
     reports.check_targets(report, display.json_file, [path for path in inputs if path is not None], kld_base)
     if mmproj is not None:
         check_files(output, mmproj)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dsconvert.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from dsconvert.checkpoints.locate import ModelPath
 from dsconvert.checkpoints.safetensors_writer import from_stored
 from dsconvert.errors import UsageError
 from dsconvert.models.architectures import find_architecture
@@ -70,7 +71,7 @@ class Selection:
         return {name: linear.shape for name, linear in self.linears.items()}
 
 
-def select(model: str, language_only: bool, head: bool = False) -> Selection:
+def select(model: str | ModelPath, language_only: bool, head: bool = False) -> Selection:
     """Open a checkpoint and match it with its table both ways; reads no weights.
 
     With `language_only` the language model of a bigger model is taken out of it; else DeepSeek-VL comes out
@@ -163,8 +164,12 @@ def plain_config(config: ModelConfig) -> dict[str, Any]:
 
 def model_digest(checkpoint: Checkpoint) -> str:
     """SHA-256 over config.json and every weight file: what --resume knows the model by."""
-    digest = hashlib.sha256()
+    digest, remote = hashlib.sha256(), checkpoint.remote
+    stated = remote.digests if remote is not None else {}
     for path in (checkpoint.folder / "config.json", *checkpoint.files):
+        if path in stated:
+            digest.update(bytes.fromhex(stated[path]))
+            continue
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

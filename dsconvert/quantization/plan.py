@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from dsconvert.calibration.request import CalibrationRequest
+from dsconvert.checkpoints.locate import ModelPath
 from dsconvert.checkpoints.marked_folders import check_folder
 from dsconvert.checkpoints.output_plan import REPLACED, check_place
 from dsconvert.events import Event, Warn
@@ -23,7 +24,7 @@ class RunOptions:
     `calibration.bos` is not looked at: the tokenizer says what begins a document, or `add_bos`.
     """
 
-    model: str
+    model: str | ModelPath
     calibration: CalibrationRequest = field(default_factory=CalibrationRequest)
     add_bos: bool | None = None
     out: Path | None = None

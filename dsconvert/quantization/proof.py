@@ -34,5 +34,5 @@ def reference_of(job: Job) -> Reference:
     templates = (job.tokenizer.chat.default, *([made] if isinstance(made, str) else []))
     return Reference(
         model.checkpoint, model.checkpoint.config, model.source, model.config, job.tokenizer, templates,
-        name=job.run.model, add_bos=job.run.add_bos,
+        name=str(job.run.model), add_bos=job.run.add_bos,
     )  # fmt: skip

@@ -5,21 +5,13 @@ from __future__ import annotations
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from dsconvert.errors import CheckpointError, short
 from dsconvert.events import Event, Step, Warn
+from dsconvert.network import TEMPORARY, TRANSPORTS, host
 
 TIMEOUT = 10.0  # seconds that the hub has for the first answer
 TRIES = 2  # the client's own retries take about 24 s before they say anything
-# Where the client's network errors come from; its version decides which library it uses.
-TRANSPORTS = ("httpcore", "httpx", "httpx2", "requests", "urllib3")
-
-
-def host(url: str) -> str:
-    """The host and port of a URL, as it can be shown: a mirror's may hold a user and a password."""
-    parts = urlsplit(url)
-    return parts.netloc.rpartition("@")[2]
 
 
 class Unreachable(CheckpointError):
@@ -113,7 +105,7 @@ def _temporary(error: Exception) -> bool:
     from huggingface_hub.errors import HfHubHTTPError
 
     if isinstance(error, HfHubHTTPError):
-        return error.response.status_code in (408, 429, 500, 502, 503, 504)
+        return error.response.status_code in TEMPORARY
     return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in TRANSPORTS
 
 

@@ -81,8 +81,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a checkpoint's opening would say of the storage: one line."""
 
-    def opened(folder: Path) -> Weights:
-        weights = open_weights(folder)
+    def opened(folder: Path, elsewhere: Any = None) -> Weights:
+        weights = open_weights(folder, elsewhere)
         return weights._replace(tensors=decoded(weights.tensors))
 
     monkeypatch.setattr(checkpoint, "open_weights", opened)
