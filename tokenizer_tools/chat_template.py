@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -13,8 +14,10 @@ from dsconvert import reading
 from dsconvert.errors import TokenizerError
 from tokenizer_tools import rendering
 from tokenizer_tools.library import read_object
+from tokenizer_tools.rendering import Unrendered
 
 TRIED = 32  # named templates of one model; published ones have up to three
+REASONING = ("reasoning_content", "thinking", "reasoning")
 DIALOGUE = (
     {"role": "user", "content": "Hello, who are you?"},
     {"role": "assistant", "content": "A test."},
@@ -109,13 +112,37 @@ def _templates(raw: object, where: str) -> dict[str, str]:
 def render(template: str, messages: Any = DIALOGUE, **variables: Any) -> str:
     """The prompt that a template makes of messages, rendered as transformers does, in a process of its own.
 
+    As there, a key whose value is null is left out, and reasoning goes by all its names. A template that
+    fails on that gets the messages as they are: DeepSeek's ask of a call whether its content is none.
     Raises Unrendered with what the template or jinja2 raises, or with the limit that it goes over.
 
     >>> render("{% for m in messages %}Q: {{ m.content }}{% endfor %}", [{"role": "user", "content": "Hi"}])
     'Q: Hi'
     """
-    values = {"messages": list(messages), "add_generation_prompt": True, "tools": None, "documents": None}
-    return rendering.render(template, {**values, **variables})
+    given = [_aliased(message) for message in messages]
+    kept = [_without_nulls(message) for message in given]
+    values = {"add_generation_prompt": True, "tools": None, "documents": None, **variables}
+    try:
+        return rendering.render(template, {"messages": kept, **values})
+    except Unrendered as error:
+        if kept == given or error.broke:
+            raise
+        with suppress(Unrendered):
+            return rendering.render(template, {"messages": given, **values})
+        raise
+
+
+def _without_nulls(message: Any) -> Any:
+    keys = message.items() if isinstance(message, Mapping) else None
+    return message if keys is None else {key: value for key, value in keys if value is not None}
+
+
+def _aliased(message: Any) -> Any:
+    """A message with its reasoning under `reasoning_content`, which templates read, and `thinking`."""
+    if not isinstance(message, Mapping):
+        return message
+    found = next((message[key] for key in REASONING if message.get(key) is not None), None)
+    return message if found is None else {"thinking": found, **message, "reasoning_content": found}
 
 
 def check(templates: ChatTemplates, **variables: str) -> tuple[str, ...]:
@@ -142,6 +169,6 @@ def _try(text: str, variables: tuple[tuple[str, str], ...]) -> tuple[str, bool]:
     """What a template says instead of rendering a plain dialogue, and whether it went over a limit."""
     try:
         render(text, **dict(variables))
-    except rendering.Unrendered as error:
+    except Unrendered as error:
         return str(error)[:230], error.broke
     return "", False

@@ -103,8 +103,7 @@ class TokenizerData:
         """A conversation in the model's own chat template; raises UsageError where that cannot be."""
         if not self.chat_template:
             raise UsageError("--calib-chat needs a chat template, and the model has none", where=self.source)
-        names = {kind: self.tokens[at] for kind, at in self.special.items()}
-        tokens = {f"{kind}_token": names[kind] for kind in ("bos", "eos") if kind in names}
+        tokens = {f"{kind}_token": self.tokens[at] for kind, at in self.special.items()}
         try:
             return chat_template.render(self.chat_template, messages, **tokens)
         except Unrendered as error:

@@ -133,13 +133,14 @@ def resolve_steps(data: TokenizerData, override: str | None) -> Resolution:
     matching = [row for row in RUNTIMES if row.source == data.spec]
     for row in sorted(matching, key=lambda row: row.ignore_merges != data.ignore_merges):
         if proof.failure(row) is None:
-            return Resolution(row.name, True, f"known steps {data.spec.sha256[:12]}; {proof.evidence()}")
+            evidence = f"known steps {data.spec.sha256[:12]}; {proof.evidence()}"
+            return Resolution(row.name_with(_bos(data)), True, evidence)
     fitting = [row for row in RUNTIMES if proof.difference(row, parity.PROBES) is None]
     for same in (_same_pieces, _same_flag):
         if len(fitting) > 1:
             fitting = [row for row in fitting if same(row, data)] or fitting
     if len(fitting) == 1 and proof.failure(fitting[0]) is None:
-        name = fitting[0].name
+        name = fitting[0].name_with(_bos(data))
         evidence = f"steps {data.spec.sha256[:12]} are not known, those of {name} fit; {proof.evidence()}"
         note = (
             f"the pre-tokenizer's steps are not known; {name} was chosen because it gives the same ids on "
@@ -153,6 +154,10 @@ RESOLVERS: dict[str, Callable[[TokenizerData, str | None], Resolution]] = {
     BYTE_LEVEL.model: resolve_steps,
     SENTENCEPIECE.model: resolve_scores,
 }
+
+
+def _bos(data: TokenizerData) -> str | None:
+    return None if data.bos_id is None else data.tokens[data.bos_id]
 
 
 def _overridden(name: str, proof: _Proof) -> Resolution:

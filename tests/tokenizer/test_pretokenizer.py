@@ -27,7 +27,7 @@ from tokenizer_tools.pretokenizer import (
     resolve,
     to_gguf,
 )
-from tokenizer_tools.runtimes import CASED_LETTERS, RUNTIMES, Runtime, by_name
+from tokenizer_tools.runtimes import CASED_LETTERS, DEEPSEEK_BOS, RUNTIMES, Runtime, by_name
 from tokenizer_tools.steps import GPT2_REGEX, to_json
 
 BYTES = Step("bytelevel")
@@ -207,6 +207,35 @@ def test_ignore_merges_decides_between_llama_bpe_and_dbrx(tmp_path: Path) -> Non
     for flag, name in ((True, "llama-bpe"), (False, "dbrx")):
         data = load(tmp_path / name, row.source, ignore_merges=flag)
         assert resolve(data).name == name
+
+
+@pytest.mark.parametrize(
+    ("steps", "bos", "name"),
+    [
+        ("qwen2", DEEPSEEK_BOS, "deepseek-r1-qwen"),  # R1-Distill-Qwen, R1-0528-Qwen3
+        ("qwen2", BOS, "qwen2"),
+        ("qwen2", None, "qwen2"),
+        ("llama-bpe", DEEPSEEK_BOS, "llama-bpe"),  # R1-Distill-Llama
+        ("deepseek-v3", DEEPSEEK_BOS, "deepseek-v3"),
+        ("deepseek-llm", DEEPSEEK_BOS, "deepseek-llm"),
+    ],
+)
+@pytest.mark.parametrize("spelled", [False, True])
+def test_where_names_share_all_steps_bos_decides(
+    steps: str, bos: str | None, name: str, spelled: bool, tmp_path: Path
+) -> None:
+    """Whether the steps are known by their digest, or by proof in another spelling."""
+    row = by_name(steps)
+    assert row is not None
+    raw = tokenizer_json(row.runtime if spelled else row.source, ignore_merges=row.ignore_merges)
+    tiny_tokenizer.add_unreachable(raw, "\u0120zqzq")
+    raw["added_tokens"].append(added(rows(raw), DEEPSEEK_BOS))
+    data = load_tokenizer(write(tmp_path, raw, {"bos_token": bos} if bos else {}), 3000)
+    resolution = resolve(data)
+    assert (resolution.name, resolution.proven) == (name, True)
+    assert resolve(data, name).proven
+    keys = {key: value for key, value in plain(data, name).items() if key.startswith("tokenizer.ggml.")}
+    assert ids(rebuild(keys), parity.PROBES) == ids(data.tokenizer, parity.PROBES)
 
 
 def same(first: Any, second: Any, contents: list[str]) -> None:

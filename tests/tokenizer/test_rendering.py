@@ -74,6 +74,44 @@ def test_the_sandbox_is_closed(text: str) -> None:
         chat_template.render(text)
 
 
+# As DeepSeek's R1 and V3.1 write calls of tools, their results, and thinking that is left out or begun.
+CALLS = """{% if not thinking is defined %}{% set thinking = false %}{% endif %}
+{%- set ns = namespace(first=true, tool=false, user=false, system='') -%}
+{%- for m in messages -%}{%- if m['role'] == 'system' -%}
+{%- set ns.system = ns.system + ('\n\n' if ns.system else '') + m['content'] -%}{%- endif -%}{%- endfor -%}
+{{ bos_token }}{{ ns.system }}
+{%- for m in messages -%}
+  {%- if m['role'] == 'user' -%}{%- set ns.tool = false -%}{%- set ns.user = true -%}<U>{{ m['content'] }}
+  {%- elif m['role'] == 'assistant' and m['tool_calls'] is defined and m['tool_calls'] is not none -%}
+    {{ '<A></think>' if ns.user }}{%- set ns.user = false -%}{%- set ns.first = true -%}
+    {%- for call in m['tool_calls'] -%}
+      {%- if ns.first and m['content'] is not none -%}{{ m['content'] }}{%- endif -%}
+      {{ '<calls>' if ns.first else '\n' }}<call>{{ call['type'] + '<sep>' + call['function']['name'] }}
+      {{- '\n```json\n' + call['function']['arguments'] + '\n```' }}{%- set ns.first = false -%}
+    {%- endfor -%}</calls>{{ eos_token }}
+  {%- elif m['role'] == 'assistant' -%}
+    {%- if ns.user -%}<A>
+      {{- '<think>' if m['prefix'] is defined and m['prefix'] and thinking else '</think>' }}
+    {%- endif -%}{%- set ns.user = false -%}{%- set content = m['content'] -%}
+    {%- if '</think>' in content -%}{%- set content = content.split('</think>', 1)[1] -%}{%- endif -%}
+    {{ content + eos_token }}
+  {%- elif m['role'] == 'tool' -%}{%- set ns.tool = true -%}{%- set ns.user = false -%}
+    <output>{{ m['content'] }}</output>
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt and ns.user and not ns.tool -%}<A>{{ '<think>\n' if thinking else '</think>' }}
+{%- endif -%}"""
+CALL = {"type": "function", "function": {"name": "f", "arguments": '{"x": "\u00e9\\n"}'}}
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Call f."},
+    {"role": "assistant", "content": None, "tool_calls": [CALL, CALL]},
+    {"role": "tool", "content": "2"},
+    {"role": "assistant", "content": "<think>2?</think>\n\nIt is 2."},
+    {"role": "user", "content": "  Thanks.\n"},
+]
+SPECIAL = {"bos_token": "<B>", "eos_token": "<E>"}
+
 GOOD: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": (
         "{{ bos_token }}{% for m in messages %}\n  {% if m['role'] == 'user' %}\nUser: {{ m.content }}\n"
@@ -102,6 +140,17 @@ GOOD: dict[str, tuple[str, dict[str, Any]]] = {
         {},
     ),
     "undefined": ("{{ nothing }}{% if nothing is defined %}1{% endif %}{{ messages[9] }}|", {}),
+    "calls": (CALLS, {"messages": TALK, **SPECIAL}),
+    "calls, thinking": (CALLS, {"messages": TALK, "thinking": True, **SPECIAL}),
+    "thinking begun": (
+        CALLS,
+        {
+            "messages": [TALK[1], {"role": "assistant", "content": "So", "prefix": True}],
+            "thinking": True,
+            "add_generation_prompt": False,
+            **SPECIAL,
+        },
+    ),
     "documents": ("{{ documents }}{{ tools is none }}", {}),
 }
 
@@ -113,6 +162,40 @@ def test_the_usual_templates_give_what_transformers_gives(text: str, values: dic
     asked = {"messages": list(chat_template.DIALOGUE), "add_generation_prompt": True}
     theirs = _compile_jinja_template(text).render(**{**asked, "tools": None, "documents": None, **values})
     assert chat_template.render(text, **values) == theirs
+
+
+NULL = [{"role": "user", "content": None}, {"role": "assistant", "content": "a", "tool_calls": None}]
+KEPT: dict[str, tuple[str, list[dict[str, Any]]]] = {
+    "nulls": (
+        "{% for m in messages %}{{ m.content is defined }}{{ m.tool_calls is defined }}{% endfor %}",
+        NULL,
+    ),
+    "reasoning": (
+        "{% for m in messages %}{{ m.reasoning_content }}/{{ m.thinking }}|{% endfor %}",
+        [{"reasoning": "r"}, {"thinking": "t"}, {"reasoning_content": "c", "thinking": "t"}, {"content": ""}],
+    ),
+    "a call": (CALLS, TALK),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_messages_reach_a_template_as_transformers_gives_them(name: str) -> None:
+    """Where that fails, as DeepSeek's templates do on a call without content, as they are."""
+    from jinja2 import UndefinedError
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    template, messages = KEPT[name]
+    theirs = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
+    given = {"add_generation_prompt": True, "tokenize": False, "chat_template": template}
+    try:
+        expected = theirs.apply_chat_template(messages, **given, **SPECIAL)
+    except UndefinedError:
+        assert name == "a call"
+        expected = chat_template.rendering.render(
+            template, {"messages": messages, "add_generation_prompt": True, **SPECIAL}
+        )
+    assert chat_template.render(template, messages, **SPECIAL) == expected
 
 
 def test_text_goes_there_and_back_unchanged() -> None:
