@@ -16,6 +16,7 @@ COMMANDS = (
     "gguf",
     "gptq",
     "exl2",
+    "chat",
     "imatrix",
     "verify",
     "compare",

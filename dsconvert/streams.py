@@ -56,6 +56,27 @@ def write(stream: TextIO, text: str) -> None:
         _give_up(stream, getattr(error, "strerror", None) or str(error))
 
 
+def write_part(stream: TextIO, text: str) -> None:
+    """A piece of an answer on a stream, line ends and tabs in it: whole where the stream is a file or a pipe,
+    without what a terminal would obey where it is one.
+    """
+    if any(stream is lost for lost in _lost):
+        return
+    if stream.isatty():
+        text = "".join(char if char in "\n\t" or not _obeyed(char) else ascii(char)[1:-1] for char in text)
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    try:
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        stream.flush()
+    except (OSError, ValueError) as error:
+        _give_up(stream, getattr(error, "strerror", None) or str(error))
+
+
+def _obeyed(char: str) -> bool:
+    """Whether a terminal takes a character for a command: the controls of ASCII and of Latin-1."""
+    return char < " " or "\x7f" <= char < "\xa0"
+
+
 def _give_up(stream: TextIO, why: str) -> None:
     """Write nothing more to a stream; that the output is lost is said where errors are."""
     _lost.append(stream)

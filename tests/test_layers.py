@@ -59,11 +59,13 @@ TABLE: dict[str, tuple[str, ...]] = {
         "tokenizer_tools",
     ),
     "dsconvert.report": ("dsconvert.proof",),
+    "dsconvert.chat": ("dsconvert.models", "dsconvert.decoder", "dsconvert.runtimes", "tokenizer_tools"),
     "tokenizer_tools": (),
 }
 ALL = ("dsconvert", "converters", "tokenizer_tools")
 FACE = ("dsconvert.cli", "dsconvert.__main__", "dsconvert.commands", "dsconvert.console")
-BEFORE_REPORT = tuple(name for name in TABLE if name not in ("dsconvert.report", "dsconvert.streams"))
+NOT_BELOW = ("dsconvert.report", "dsconvert.chat", "dsconvert.streams")
+BEFORE_REPORT = tuple(name for name in TABLE if name not in NOT_BELOW)
 TABLE |= dict.fromkeys(FACE, ALL)
 TABLE |= dict.fromkeys(("converters.gguf", "converters.gptq", "converters.exl2"), BEFORE_REPORT)
 TABLE |= dict.fromkeys(
@@ -247,6 +249,8 @@ def test_the_rules_can_fail() -> None:
     assert forbidden("dsconvert.somewhere_new", "dsconvert.models.config")
     assert forbidden("converters.gguf.convert", "dsconvert.commands.verify")
     assert forbidden("converters.gguf.convert", "dsconvert.report.page")
+    assert forbidden("converters.outputs", "dsconvert.chat.session")
+    assert forbidden("dsconvert.chat.session", "dsconvert.streams")
     assert forbidden("converters.gguf.convert", "converters.gptq.pack")
     assert forbidden("converters.gguf.convert", "converters.outputs")
     assert forbidden("tokenizer_tools.load", "dsconvert.checkpoints.checkpoint")

@@ -115,7 +115,7 @@ device_option = click.option(
     default="auto",
     show_default=True,
     metavar="auto|cpu|cuda|cuda:N",
-    help="Device of calibration, and of proofs in torch.",
+    help="Device of calibration, of proofs in torch, and of a chat.",
 )
 threads_option = click.option(
     "--threads", type=click.IntRange(1, 256), help="Worker threads.  [default: one per core]"
@@ -139,7 +139,7 @@ mmproj_option = click.option(
     "--mmproj",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="The projector that belongs to the text file: gguf writes it, verify proves it too.",
+    help="The projector that belongs to the text file: gguf writes it, verify proves it, chat sees by it.",
 )
 
 

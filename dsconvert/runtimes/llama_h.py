@@ -28,6 +28,7 @@ CACHE_AROUND = bytes(16)
 # Four choices left to the library (RoPE scaling, pooling, attention, flash attention), then two zero floats.
 MINUS_ONE = struct.pack("<i", -1)
 FLASH_LAST = MINUS_ONE * 4 + bytes(8)
+GPU_LAYERS_AT = 16  # in llama_model_params: after two pointers; all layers by default, as -1 or a number
 
 _LOG_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 
@@ -82,12 +83,17 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_vocab_get_add_bos": (_BOOL, (_PTR,)),
     "llama_tokenize": (_INT, (_PTR, _STR, _INT, _INTS, _INT, _BOOL, _BOOL)),
     "llama_detokenize": (_INT, (_PTR, _INTS, _INT, _STR, _INT, _BOOL, _BOOL)),
+    "llama_token_to_piece": (_INT, (_PTR, _INT, _STR, _INT, _INT, _BOOL)),
+    "llama_supports_gpu_offload": (_BOOL, ()),
+    "llama_set_abort_callback": (None, (_PTR, _PTR, _PTR)),
     "llama_get_memory": (_PTR, (_PTR,)),
     "llama_memory_clear": (None, (_PTR, _BOOL)),
+    "llama_memory_seq_rm": (_BOOL, (_PTR, _INT, _INT, _INT)),
     "llama_batch_init": (Batch, (_INT, _INT, _INT)),
     "llama_batch_free": (None, (Batch,)),
     "llama_decode": (_INT, (_PTR, Batch)),
     "llama_get_logits": (ctypes.POINTER(ctypes.c_float), (_PTR,)),
+    "llama_get_logits_ith": (ctypes.POINTER(ctypes.c_float), (_PTR, _INT)),
 }
 
 
@@ -151,6 +157,16 @@ def set_vocab_only(params: Params) -> None:
         why="its model parameters are laid out in a way that is not known here",
         hint="Load a file with weights, or pip install --upgrade dsconvert",
     )
+
+
+def knows_gpu() -> bool:
+    """Whether the library is built for a GPU and finds one; raises what `open_library` raises."""
+    return bool(open_library()[0].llama_supports_gpu_offload())
+
+
+def set_cpu(params: Params) -> None:
+    """Ask for all layers on the CPU, whatever devices the library knows."""
+    struct.pack_into("<i", params.raw, GPU_LAYERS_AT, 0)
 
 
 def set_float32_attention(params: Params) -> None:

@@ -29,6 +29,7 @@ from dsconvert.runtimes.llama_h import (
     WARN,
     open_library,
     read_string,
+    set_cpu,
     set_float32_attention,
     set_vocab_only,
 )
@@ -37,15 +38,23 @@ CHUNK = 512  # tokens per decode: bounds the runtime's copy of the logits
 
 
 class Engine:
-    """One GGUF file loaded in llama.cpp on the CPU; a context manager.
+    """One GGUF file loaded in llama.cpp; a context manager.
 
-    `vocab_only` loads no weights and gives no logits. `n_ctx` is the longest sequence in tokens.
+    `vocab_only` loads no weights and gives no logits. `n_ctx` is the longest sequence in tokens. `exact` asks
+    for float32 attention and cache, else they are the library's defaults; so is the device, unless `cpu`.
     Raises ConversionError with llama.cpp's own reason when the file does not load.
     Source: llama.h of llama.cpp.
     """
 
     def __init__(
-        self, path: str | Path, *, vocab_only: bool = False, n_ctx: int = 2048, threads: int = 2
+        self,
+        path: str | Path,
+        *,
+        vocab_only: bool = False,
+        n_ctx: int = 2048,
+        threads: int = 2,
+        exact: bool = True,
+        cpu: bool = False,
     ) -> None:
         self.path = Path(path)
         self._model: int | None = None
@@ -57,6 +66,8 @@ class Engine:
         params = self._lib.llama_model_default_params()
         if vocab_only:
             set_vocab_only(params)
+        if cpu:
+            set_cpu(params)
         self._model = self._lib.llama_model_load_from_file(os.fsencode(self.path), params)
         if not self._model:
             raise self._failed("does not load in llama.cpp")
@@ -64,13 +75,14 @@ class Engine:
         self.n_vocab: int = self._lib.llama_vocab_n_tokens(self._vocab)
         self.n_embd: int = self._lib.llama_model_n_embd(self._model)
         if not vocab_only:
-            self._open_context(n_ctx, threads)
+            self._open_context(n_ctx, threads, exact)
         self.warnings: tuple[str, ...] = self._log.at(WARN)
 
-    def _open_context(self, n_ctx: int, threads: int) -> None:
+    def _open_context(self, n_ctx: int, threads: int, exact: bool) -> None:
         params = self._lib.llama_context_default_params()
         struct.pack_into("<III", params.raw, 0, n_ctx, CHUNK, CHUNK)  # n_ctx, n_batch, n_ubatch
-        set_float32_attention(params)
+        if exact:
+            set_float32_attention(params)
         self._context = self._lib.llama_init_from_model(self._model, params)
         if not self._context:
             error = self._failed("gives no context in llama.cpp")
@@ -142,6 +154,16 @@ class Engine:
         """The ids at which a generation ends, ascending."""
         return [i for i in range(self.n_vocab) if self._lib.llama_vocab_is_eog(self._vocab, i)]
 
+    def piece(self, token: int, *, special: bool = False) -> bytes:
+        """The bytes of one token, which need not be whole characters; a control token's only as `special`."""
+        room = 64
+        while True:
+            text = ctypes.create_string_buffer(room)
+            n = self._lib.llama_token_to_piece(self._vocab, token, text, room, 0, special)
+            if n >= 0:
+                return text.raw[:n]
+            room = -n
+
     def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = False) -> list[int]:
         """Token ids of `text`; `add_special`: with BOS if the file asks; `parse_special`: control tokens."""
         data = text.encode("utf-8")
@@ -202,17 +224,22 @@ class Engine:
 
     def _decode(self, piece: npt.NDArray[Any], start: int, out: npt.NDArray[np.float32]) -> None:
         """Run `piece` at positions `start`... and write its logits to `out`."""
+        code = self._run(piece, start, 0)
+        if code:
+            raise self._failed(f"cannot be run by llama.cpp (llama_decode returned {code})")
+        out[:] = np.ctypeslib.as_array(self._lib.llama_get_logits(self._context), shape=out.shape)
+
+    def _run(self, piece: npt.NDArray[Any], start: int, first: int) -> int:
+        """llama_decode of `piece` at positions `start`..., with logits from its row `first` on; its code."""
         n = len(piece)
         batch = self._lib.llama_batch_init(n, 0 if piece.ndim == 1 else self.n_embd, 1)
         try:
             batch.n_tokens = n
             ctypes.memmove(batch.token if piece.ndim == 1 else batch.embd, piece.ctypes.data, piece.nbytes)
             for i in range(n):
-                batch.pos[i], batch.n_seq_id[i], batch.logits[i] = start + i, 1, 1
+                batch.pos[i], batch.n_seq_id[i], batch.logits[i] = start + i, 1, i >= first
                 batch.seq_id[i][0] = 0
-            code = self._lib.llama_decode(self._context, batch)
+            code: int = self._lib.llama_decode(self._context, batch)
+            return code
         finally:
             self._lib.llama_batch_free(batch)
-        if code:
-            raise self._failed(f"cannot be run by llama.cpp (llama_decode returned {code})")
-        out[:] = np.ctypeslib.as_array(self._lib.llama_get_logits(self._context), shape=out.shape)

@@ -7,8 +7,10 @@ is a table of the tanh form and its patch convolution rounds to float16, whateve
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import struct
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -24,6 +26,7 @@ from dsconvert.runtimes.llamacpp import Engine
 
 Floats = npt.NDArray[np.float32]
 Picture = npt.NDArray[np.uint8]
+Known = dict[tuple[bytes, int], Floats]  # embeddings by the pixels' digest and the number of the cut-out
 FLASH_AT = 24  # in mtmd_context_params: after two flags, the threads and two pointers
 TEXT, IMAGE = 0, 1  # mtmd_input_chunk_type
 
@@ -52,12 +55,14 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "mtmd_free": (None, (_PTR,)),
     "mtmd_support_vision": (ctypes.c_bool, (_PTR,)),
     "mtmd_bitmap_init": (_PTR, (ctypes.c_uint32, ctypes.c_uint32, _PTR)),
+    "mtmd_bitmap_set_id": (None, (_PTR, ctypes.c_char_p)),
     "mtmd_bitmap_free": (None, (_PTR,)),
     "mtmd_input_chunks_init": (_PTR, ()),
     "mtmd_input_chunks_size": (_SIZE, (_PTR,)),
     "mtmd_input_chunks_get": (_PTR, (_PTR, _SIZE)),
     "mtmd_input_chunks_free": (None, (_PTR,)),
     "mtmd_input_chunk_get_type": (_INT, (_PTR,)),
+    "mtmd_input_chunk_get_id": (ctypes.c_char_p, (_PTR,)),
     "mtmd_input_chunk_get_n_tokens": (_SIZE, (_PTR,)),
     "mtmd_input_chunk_get_tokens_text": (ctypes.POINTER(ctypes.c_int32), (_PTR, ctypes.POINTER(_SIZE))),
     "mtmd_tokenize": (_INT, (_PTR, _PTR, _PTR, ctypes.POINTER(_PTR), _SIZE)),
@@ -132,11 +137,14 @@ class Projector:
         (found,) = (part for part in self.parts(self.marker, [picture]) if isinstance(part, np.ndarray))
         return found
 
-    def parts(self, prompt: str, pictures: Sequence[Picture]) -> list[list[int] | Floats]:
+    def parts(
+        self, prompt: str, pictures: Sequence[Picture], known: Known | None = None
+    ) -> list[list[int] | Floats]:
         """A prompt as the model takes it: token ids, and embeddings where `marker` stands for a picture.
 
-        The runtime adds BOS as the language model's file says, and tokenizes special tokens.
-        Raises UsageError when markers and pictures do not match.
+        The runtime adds BOS as the language model's file says, and tokenizes special tokens. The embeddings
+        that are `known` are not computed again; new ones are added. Raises UsageError when markers and
+        pictures do not match.
         """
         if prompt.count(self.marker) != len(pictures):
             raise UsageError(
@@ -145,7 +153,9 @@ class Projector:
         with self._chunks(prompt, pictures) as chunks:
             lib = self._lib
             found = [lib.mtmd_input_chunks_get(chunks, i) for i in range(lib.mtmd_input_chunks_size(chunks))]
-            return [self._part(chunk) for chunk in found]
+            known = {} if known is None else known
+            cut = Counter[bytes]()
+            return [self._part(chunk, known, cut) for chunk in found]
 
     @contextmanager
     def _chunks(self, prompt: str, pictures: Sequence[Picture]) -> Iterator[int]:
@@ -159,18 +169,32 @@ class Projector:
                 height, width, _ = data.shape
                 bitmaps[i] = lib.mtmd_bitmap_init(width, height, data.ctypes.data)
                 stack.callback(lib.mtmd_bitmap_free, bitmaps[i])
+                lib.mtmd_bitmap_set_id(bitmaps[i], hashlib.sha256(data.tobytes()).hexdigest().encode())
             text = _text(prompt.encode(), hasattr(lib, "mtmd_tokenize_from_parts"))
             code = lib.mtmd_tokenize(self._context, chunks, ctypes.byref(text), bitmaps, len(pictures))
             if code:
                 raise self._failed(f"cannot place the pictures (mtmd_tokenize returned {code})")
             yield chunks
 
-    def _part(self, chunk: int) -> list[int] | Floats:
+    def _part(self, chunk: int, known: Known, cut: Counter[bytes]) -> list[int] | Floats:
+        """A chunk's ids or embeddings; `cut` counts the chunks of each picture, which may have several."""
         lib = self._lib
         if lib.mtmd_input_chunk_get_type(chunk) == TEXT:
-            count = _SIZE()
-            tokens = lib.mtmd_input_chunk_get_tokens_text(chunk, ctypes.byref(count))
-            return list(tokens[: count.value])
+            return self._tokens(chunk)
+        own: bytes = lib.mtmd_input_chunk_get_id(chunk)
+        key = own, cut[own]
+        cut[own] += 1
+        if key not in known:
+            known[key] = self._embedded(chunk)
+        return known[key]
+
+    def _tokens(self, chunk: int) -> list[int]:
+        count = _SIZE()
+        tokens = self._lib.mtmd_input_chunk_get_tokens_text(chunk, ctypes.byref(count))
+        return list(tokens[: count.value])
+
+    def _embedded(self, chunk: int) -> Floats:
+        lib = self._lib
         code = lib.mtmd_encode_chunk(self._context, chunk)
         if code:
             raise self._failed(f"cannot encode the picture (mtmd_encode_chunk returned {code})")
