@@ -20,7 +20,7 @@ from random_llama import make, tokens
 
 from dsconvert.decoder import linear_inputs
 from dsconvert.decoder import torch_decoder as st
-from dsconvert.proof import compare, logprob_file
+from dsconvert.proof import checks, compare, logprob_file
 from dsconvert.proof.block_sample import compare_blocks
 from dsconvert.proof.runtime_rounding import ROUNDINGS, rounded_inputs
 from dsconvert.proof.scores import hidden_states
@@ -70,7 +70,7 @@ def test_a_sample_of_blocks_finds_a_defect(device: str) -> None:
     text = windows.whole(tokens(config, 1, 64))
     limits = thresholds_for("q8_0")
     run = compare_blocks(source, zeroed(source), config, text, (0, 1), device=device)
-    said = compare.judge(compare.result(run), limits)
+    said = checks.judge(compare.result(run), limits)
     assert any(L in reason for reason in said.reasons)
     assert any(reason.startswith("block 1: error of its output") for reason in said.reasons)
 

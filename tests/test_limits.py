@@ -26,7 +26,7 @@ from dsconvert.checkpoints.safetensors_writer import from_array
 from dsconvert.cli import cli
 from dsconvert.errors import CheckpointError, ConversionError, OutputError, TokenizerError
 from dsconvert.models.config import load_config
-from dsconvert.proof.compare import check_sizes
+from dsconvert.proof.config_differences import check_sizes
 from dsconvert.quantization.blocks import collected
 from dsconvert.quantization.run_state import State
 from dsconvert.report import charts

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from dsconvert.decoder.numpy_config import Numbers, Unread, numbers, stored_rope
 from dsconvert.errors import CheckpointError, short
 from dsconvert.models.architecture import TorchClasses
@@ -20,6 +22,9 @@ NOT_ARITHMETIC = (
     "transformers_version", "bos_token_id", "eos_token_id", "pad_token_id", "_name_or_path",
     "tie_word_embeddings", "use_cache", "attn_implementation", "_attn_implementation",
 )  # fmt: skip
+# What transformers' own config says besides that changes no prediction; RoPE's angles are compared as such.
+INERT = (*NOT_ARITHMETIC, "initializer_range", "attention_dropout", "pretraining_tp", "rope_theta",
+         "rope_scaling", "rope_parameters")  # fmt: skip
 
 
 def library_config(config: ModelConfig) -> Any:
@@ -76,6 +81,24 @@ def open_rotary(config: ModelConfig, library: Any, device: torch.device | str) -
         divisors, rotary.attention_scaling = stored_rope(config)
         rotary.inv_freq /= torch.from_numpy(divisors).to(device)
     return rotary
+
+
+def same_arithmetic(one: Any, rotary: Any, other: Any, other_rotary: Any) -> bool:
+    """Whether two of transformers' configs, each with its RoPE, make the same decoder of the same weights.
+
+    Floats are those of float32: a file that is not config.json has no others.
+    """
+    import torch
+
+    said, others = ({k: v for k, v in c.to_dict().items() if k not in INERT} for c in (one, other))
+    if said.keys() != others.keys():
+        return False
+    for key, value in said.items():
+        floats = isinstance(value, float) and isinstance(others[key], float)
+        if np.float32(value) != np.float32(others[key]) if floats else value != others[key]:
+            return False
+    same = rotary.attention_scaling == other_rotary.attention_scaling
+    return same and torch.equal(rotary.inv_freq, other_rotary.inv_freq)
 
 
 def numbers_of(config: ModelConfig, library: Any, rotary: Any) -> Numbers:

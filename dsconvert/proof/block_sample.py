@@ -14,7 +14,8 @@ from dsconvert.events import BlockCompared, Event
 from dsconvert.machine import usable_cores
 from dsconvert.models.config import ModelConfig
 from dsconvert.models.weights import WeightSource, widened
-from dsconvert.proof.compare import Comparison, Run, check_sizes, differences, tensor_error
+from dsconvert.proof.compare import Comparison, Run, tensor_error
+from dsconvert.proof.config_differences import check_sizes, differences
 from dsconvert.proof.figures import BlockError, TensorError, hidden_error, update_error
 from dsconvert.proof.output_losses import rounded
 from dsconvert.proof.row_sums import Matrix
@@ -135,10 +136,10 @@ def _embedded(run: Run) -> torch.Tensor:
 
 def _same_input(run: Run, index: int, start: torch.Tensor) -> tuple[BlockError, torch.Tensor, str]:
     """One block of both on `start`; returns its error, the input for those that follow, and who broke."""
-    base, candidate = run.apply(index, [start, start])
+    base, candidate, foretold = run.apply(index, [start, start, start])
     broken = run.broken([base, candidate], f"after block {index}")
     relative, cosine = hidden_error(base, candidate)
-    update = update_error(start, base, candidate)
-    error = BlockError(index, *(float(part.double().mean()) for part in (relative, cosine, update)))
+    updates = (update_error(start, base, made) for made in (candidate, foretold))
+    error = BlockError(index, *(float(part.double().mean()) for part in (relative, cosine, *updates)))
     run.blocks.append(error)
     return error, base if index == 0 else start, broken

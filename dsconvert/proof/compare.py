@@ -6,49 +6,42 @@ pair of blocks is read, compared, used and dropped.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Generator
+from collections.abc import Generator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from dsconvert.decoder import torch_decoder as st
-from dsconvert.decoder.numpy_config import Numbers
-from dsconvert.decoder.torch_config import read_numbers
-from dsconvert.errors import CheckpointError
-from dsconvert.events import BlockCompared, Check, Event, Step
+from dsconvert.decoder.torch_config import same_arithmetic
+from dsconvert.events import BlockCompared, Event, Step
 from dsconvert.models.config import ModelConfig
 from dsconvert.models.weights import WeightSource, widened
+from dsconvert.proof.config_differences import check_sizes, differences
 from dsconvert.proof.figures import (
     BlockError,
+    Estimate,
     Figures,
+    Foretold,
     IntArray,
     TensorError,
     TokenFigures,
     hidden_error,
     summary,
 )
+from dsconvert.proof.foretold import between, share, share_of
 from dsconvert.proof.nearest_rows import lost
 from dsconvert.proof.output_losses import Losses, rounded
 from dsconvert.proof.row_faults import Floats, faults
 from dsconvert.proof.row_sums import Matrix
 from dsconvert.proof.scores import Scores, scored_states
-from dsconvert.proof.thresholds import (
-    Thresholds,
-    Verdict,
-    judge_blocks,
-    judge_figures,
-    judge_tensors,
-    verdict,
-)
 from dsconvert.texts.windows import Windows
 
 if TYPE_CHECKING:
     import torch
 
 Result = TypeVar("Result")
-ROPE_CLOSE = 1e-5  # relative; float32 arithmetic of two programs differs by less
 
 
 @dataclass(frozen=True)
@@ -57,7 +50,8 @@ class Comparison:
 
     `figures` and `tokens` are None when a model broke, and `broken` says where; or when only a sample of
     blocks ran. `config` are the differences of the two configs. `states` [tokens, d], kept when asked, are
-    the reference's after the final norm: times its head they are its logits.
+    the reference's after the final norm: times its head they are its logits. `foretold` says what the
+    figures should be by the errors of the weights.
     """
 
     figures: Figures | None
@@ -67,6 +61,7 @@ class Comparison:
     config: tuple[str, ...] = ()
     broken: str = ""
     states: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, repr=False, compare=False)
+    foretold: Foretold | None = None
 
 
 def result(run: Generator[Event, None, Result]) -> Result:
@@ -115,76 +110,13 @@ def compare(
         yield BlockCompared(index, config.layers, error.relative, error.cosine)
     yield Step(f"scoring {windows.scored} predictions")
     states = run.final_states(hidden)
-    tokens, broken = run.score(states)
+    tokens, foretold, broken = run.score(states)
     if tokens is None:
         return run.ended(broken)
-    found = replace(run.ended(""), figures=summary(tokens, token_bytes), tokens=tokens)
+    figures = summary(tokens, token_bytes)
+    foretold = foretold or Foretold(figures.kld, Estimate(0.0, 0.0))
+    found = replace(run.ended(""), figures=figures, tokens=tokens, foretold=foretold)
     return replace(found, states=(states[0], states[1])) if keep_states else found
-
-
-def differences(reference: Numbers, candidate: Numbers) -> tuple[str, ...]:
-    """The numbers that a runtime goes by and that differ; floats as float32 can hold them."""
-    names = ("norm_eps", "heads", "kv_heads", "head_dim", "context_length")
-    found = [text] if (text := rope_difference(reference, candidate)) else []
-    for name in names:
-        a, b = getattr(reference, name), getattr(candidate, name)
-        if isinstance(a, float) and isinstance(b, float) and math.isclose(a, b, rel_tol=1e-6):
-            continue
-        if a != b:
-            found.append(f"{name} is {b}, the reference has {a}")
-    return tuple(found)
-
-
-def config_differences(reference: ModelConfig, candidate: ModelConfig) -> tuple[str, ...]:
-    """The `differences` of two files where no decoder is run."""
-    return differences(read_numbers(reference), read_numbers(candidate))
-
-
-def rope_difference(one: Numbers, other: Numbers) -> str:
-    """What differs in the two decoders' RoPE angles, or nothing."""
-    same = one.angles.shape == other.angles.shape and np.allclose(one.angles, other.angles, ROPE_CLOSE, 0.0)
-    if same and math.isclose(one.scale, other.scale, rel_tol=ROPE_CLOSE):
-        return ""
-    if one.rope_theta != other.rope_theta:
-        return f"rope_theta is {other.rope_theta}, the reference has {one.rope_theta}"
-    if same:
-        return f"RoPE's attention factor is {other.scale:g}, the reference has {one.scale:g}"
-    return f"RoPE scaling is {other.rope}, the reference has {one.rope}"
-
-
-def judge(comparison: Comparison, limits: Thresholds) -> Verdict:
-    """Hold a comparison against the limits: figures, every tensor, config; a broken model fails."""
-    checks = judge_config(comparison.config)
-    checks += judge_tensors(comparison.tensors)
-    checks += judge_blocks(comparison.blocks, limits)
-    if comparison.broken:
-        checks.append(Check("finite", False, comparison.broken))
-    if comparison.figures is not None:
-        checks += judge_figures(comparison.figures, limits)
-    return verdict(checks)
-
-
-def judge_config(found: tuple[str, ...]) -> list[Check]:
-    """One check for each of `differences`, or one that says that there are none."""
-    equal = Check("config", True, "sizes, RoPE, norm and context are those of the checkpoint's config")
-    return [Check("config", False, text) for text in found] or [equal]
-
-
-# Sizes on which the shapes of tensors depend.
-SIZES = {"layers": "layers", "d": "hidden_size", "v": "vocab_size", "ff": "intermediate_size"}
-SIZES |= {"q": "the width of the queries", "kv": "the width of keys and values"}
-
-
-def check_sizes(reference: ModelConfig, candidate: ModelConfig, but: Collection[str] = ()) -> None:
-    """Raises CheckpointError when the two cannot be the same model; the SIZES of `but` may differ."""
-    for key, name in SIZES.items():
-        a, b = reference.dims[key], candidate.dims[key]
-        if a != b and key not in but:
-            raise CheckpointError(
-                "the two are not the same model",
-                why=f"{name} is {b}, the reference has {a}",
-                hint="Give the checkpoint that the output was made from",
-            )
 
 
 def tensor_error(
@@ -207,7 +139,11 @@ def tensor_error(
 
 @dataclass(frozen=True)
 class Run:
-    """A comparison under way: the two decoders and what has been found so far."""
+    """A comparison under way: the two decoders and what has been found so far.
+
+    Beside them goes the foretold model (see `foretold`), by the states that are the third of each list: the
+    candidate's own where it is that model.
+    """
 
     pair: tuple[st.Decoder, st.Decoder]
     windows: Windows
@@ -223,42 +159,65 @@ class Run:
 
     def broken(self, values: list[torch.Tensor], where: str) -> str:
         """Which of the two computed a value that is not finite, if either did."""
-        for who, tensor in zip(("the reference", "the candidate"), values, strict=True):
+        for who, tensor in zip(("the reference", "the candidate"), values, strict=False):
             if not st.finite(tensor):
                 return f"{who} gives non-finite values {where}"
         return ""
+
+    @cached_property
+    def alike(self) -> bool:
+        """Whether both decoders do the same to the same weights and states."""
+        base, candidate = self.pair
+        return same_arithmetic(base.library, base.rotary, candidate.library, candidate.rotary)
 
     def read(self, *names: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The same tensor of both, in the decoders' dtype, its error noted before it is rounded to it."""
         base, candidate = (st.read(d, name) for d, name in zip(self.pair, names, strict=True))
         made = rounded(self.pair[1].source, names[1], 0, base, candidate)
-        self.note(names, Matrix().add(base, candidate, made))
-        if made is not None and self.tensors[-1].lost:
+        error = self.note(names, Matrix().add(base, candidate, made))
+        if made is not None and error.lost:
             self.losses.watch(names[0], base, candidate, made)
         dtype = self.pair[0].dtype
         return base.to(dtype), candidate.to(dtype)
 
     def apply(self, index: int, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
-        """What block `index` of both makes of their hidden states; its tensors are compared too."""
+        """What block `index` of each model makes of its states; its tensors are compared too."""
         self.losses.observers.clear()
+        first = len(self.tensors)
         both = {name: self.read(name, name) for name in self.pair[0].blocks[index].values()}
         out = []
         for side, decoder in enumerate(self.pair):
             block = st.assemble_block(decoder, index, {name: pair[side] for name, pair in both.items()})
             out.append(st.run_block(decoder, block, hidden[side], {} if side else self.losses.observers))
-        return out
+        made = {error.name: self.foretold(both[error.name], error) for error in self.tensors[first:]}
+        if hidden[2] is hidden[1] and self.alike and all(made[name] is both[name][1] for name in made):
+            return [*out, out[1]]
+        block = st.assemble_block(self.pair[0], index, made)
+        return [*out, st.run_block(self.pair[0], block, hidden[2])]
+
+    def foretold(self, both: tuple[torch.Tensor, torch.Tensor], error: TensorError) -> torch.Tensor:
+        """What the foretold model has of a tensor of both; the candidate's itself where they are the same."""
+        if both[0].dim() > 1:
+            part = share(error.type, error.snr, error.lost, self.losses.ratio(error.name))
+            return between(*both, part)
+        return both[bool((both[0] == both[1]).all())]
 
     def compare_hidden(self, index: int, hidden: list[torch.Tensor]) -> BlockError:
         """The error of the states after block `index`, noted too."""
-        parts = [
-            hidden_error(hidden[0][rows], hidden[1][rows])
-            for rows in st.batches(self.pair[0], len(hidden[0]), self.windows.length)
-        ]
-        relative, cosine = (
-            float(np.concatenate([part[i].cpu().numpy().ravel() for part in parts]).mean(dtype=np.float64))
-            for i in (0, 1)
-        )
-        self.blocks.append(BlockError(index, relative, cosine))
+
+        def error(states: torch.Tensor) -> tuple[float, float]:
+            parts = [
+                hidden_error(hidden[0][rows], states[rows])
+                for rows in st.batches(self.pair[0], len(states), self.windows.length)
+            ]
+            relative, cosine = (
+                np.concatenate([part[i].cpu().numpy().ravel() for part in parts]) for i in (0, 1)
+            )
+            return float(relative.mean(dtype=np.float64)), float(cosine.mean(dtype=np.float64))
+
+        relative, cosine = error(hidden[1])
+        due = relative if hidden[2] is hidden[1] else error(hidden[2])[0]
+        self.blocks.append(BlockError(index, relative, cosine, foretold=due))
         return self.blocks[-1]
 
     def embed(self) -> list[torch.Tensor]:
@@ -277,44 +236,58 @@ class Run:
             wanted = torch.from_numpy(used[(used >= rows.start) & (used < rows.stop)] - rows.start)
             for part, table in zip(parts, both, strict=True):
                 part.append(table[wanted.to(table.device)])
-        self.note((st.EMBED, st.EMBED), matrix)
-        return [st.embed(torch.cat(part), places, self.pair[0].dtype) for part in parts]
+        error = self.note((st.EMBED, st.EMBED), matrix)
+        base, candidate = (st.embed(torch.cat(part), places, self.pair[0].dtype) for part in parts)
+        return [base, candidate, self.foretold((base, candidate), error)]
 
-    def note(self, names: tuple[str, ...], matrix: Matrix) -> None:
+    def note(self, names: tuple[str, ...], matrix: Matrix) -> TensorError:
         """Keep the error of a tensor, and what is wrong with its rows; `names` are each model's."""
         sources = self.pair[0].source, self.pair[1].source
         head_dim = self.pair[0].config.head_dim
         self.tensors.append(tensor_error(sources, (names[0], names[1]), matrix, head_dim))
+        return self.tensors[-1]
 
     def final_states(self, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Both models' states [tokens, d] where predictions are scored, normed; `hidden` is emptied."""
+        """Every model's states [tokens, d] where predictions are scored, normed; `hidden` is emptied."""
         norms = self.read(st.NORM, st.NORM)
-        return [
+        same = hidden[2] is hidden[1] and self.alike and bool((norms[0] == norms[1]).all())
+        states = [
             scored_states(decoder, norm, hidden.pop(0), self.windows)
             for decoder, norm in zip(self.pair, norms, strict=True)
         ]
+        third = hidden.pop()
+        return [*states, states[1] if same else scored_states(self.pair[0], norms[0], third, self.windows)]
 
-    def score(self, states: list[torch.Tensor]) -> tuple[TokenFigures | None, str]:
-        """The figures of every scored prediction, or who broke.
+    def score(
+        self, states: list[torch.Tensor], models: int = 2
+    ) -> tuple[TokenFigures | None, Foretold | None, str]:
+        """The figures of every scored prediction and what is foretold of them, or who broke.
 
-        Both heads go by in slices. A tied pair's error is the embedding's, noted already.
+        The heads go by in slices. A tied pair's error is the embedding's, noted already. Where the candidate
+        is the foretold model, nothing else is foretold than its figures, and no third of the `models` runs.
         """
         import torch
 
+        if models == 2 and states[2] is not states[1]:
+            return self.score(states, 3)
         places: dict[str, Any] = self.windows.all_places()
-        config, matrix = self.pair[0].config, Matrix()
-        scores = Scores(torch.from_numpy(places["target"]).to(states[0].device), config.vocab_size)
+        names, config, matrix = (self.pair[0].head, self.pair[1].head), self.pair[0].config, Matrix()
+        kind = self.pair[1].source.dtype(names[1])
+        scores = Scores(torch.from_numpy(places["target"]).to(states[0].device), config.vocab_size, models)
         for part in st.slices(config.vocab_size, config.hidden_size):
-            heads = [st.read(decoder, decoder.head, part) for decoder in self.pair]
-            made = rounded(self.pair[1].source, self.pair[1].head, part.start, heads[0], heads[1])
-            matrix.add(heads[0], heads[1], made, labels=range(part.start, part.stop))
-            heads = [head.to(self.pair[0].dtype) for head in heads]
-            for rows in st.chunks(0, len(states[0]), len(heads[0])):
-                both = [(x[rows] @ head.T).float() for x, head in zip(states, heads, strict=True)]
-                if broken := self.broken(both, f"as logits in window {places['window'][rows.start]}"):
-                    return None, broken
-                scores.add(rows, part.start, both[0], both[1])
-        names = self.pair[0].head, self.pair[1].head
+            both = [st.read(decoder, name, part) for decoder, name in zip(self.pair, names, strict=True)]
+            made = rounded(self.pair[1].source, names[1], part.start, both[0], both[1])
+            own = Matrix().add(both[0], both[1], made, labels=range(part.start, part.stop))
+            matrix.extend(own)
+            base, candidate = (head.to(self.pair[0].dtype) for head in both)
+            heads = base, candidate, between(base, candidate, share_of(own, kind))
+            if models == 2 and heads[2] is not candidate:
+                return self.score(states, 3)
+            for rows in st.chunks(0, len(states[0]), len(base)):
+                logits = [(x[rows] @ head.T).float() for x, head in zip(states[:models], heads, strict=False)]
+                if broken := self.broken(logits, f"as logits in window {places['window'][rows.start]}"):
+                    return None, None, broken
+                scores.add(rows, part.start, *logits)
         if names != (st.EMBED, st.EMBED):
             self.note(names, matrix)
-        return TokenFigures(**places, **scores.columns()), ""
+        return TokenFigures(**places, **scores.columns()), scores.foretold() if models == 3 else None, ""

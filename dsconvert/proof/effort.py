@@ -82,9 +82,9 @@ def spread(layers: int) -> tuple[int, ...]:
 
 
 def seconds(config: ModelConfig, windows: Windows) -> float:
-    """What running both models over the windows takes by estimate."""
+    """What running both models and the foretold one, which is not read, takes by estimate."""
     n, length = len(windows.tokens), windows.length
-    return 2 * weights(config) / READS + 2 * n * length * forward_flops(config, length) / FLOPS
+    return 2 * weights(config) / READS + 3 * n * length * forward_flops(config, length) / FLOPS
 
 
 def forward_flops(config: ModelConfig, length: int) -> float:

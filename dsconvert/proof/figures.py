@@ -78,19 +78,34 @@ class Figures:
 
 
 @dataclass(frozen=True)
+class Foretold:
+    """Of the model of `foretold`, means over the scored tokens in nats: KL(base || it), and KL(it || Q)."""
+
+    kld: Estimate
+    apart: Estimate
+
+
+@dataclass(frozen=True)
 class BlockError:
     """How far the candidate's hidden states are from the reference's after block `index`.
 
     `relative` is the mean over tokens of |q - base| / |base|, `cosine` the mean over tokens of their cosine.
     A mean of ratios, since a few tokens carry activations a thousand times larger than the others'.
     `update` is set where both blocks ran on the same input x: the mean over tokens of
-    |q - base| / |base - x|, the error of what the block adds.
+    |q - base| / |base - x|, the error of what the block adds. `foretold` is what the errors of the weights
+    foretell of `update` where that is set, else of `relative`.
     """
 
     index: int
     relative: float
     cosine: float
     update: float | None = None
+    foretold: float | None = None
+
+    @property
+    def error(self) -> float:
+        """`update` where it is set, else `relative`."""
+        return self.relative if self.update is None else self.update
 
 
 @dataclass(frozen=True)

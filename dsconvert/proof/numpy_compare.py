@@ -5,7 +5,7 @@ What `compare.compare` and `block_sample.compare_blocks` find with torch, found 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -19,10 +19,12 @@ from dsconvert.events import BlockCompared, Event
 from dsconvert.machine import usable_cores
 from dsconvert.models.config import ModelConfig
 from dsconvert.models.weights import WeightSource, widened
-from dsconvert.proof.compare import Comparison, check_sizes, differences, tensor_error
+from dsconvert.proof.compare import Comparison, tensor_error
+from dsconvert.proof.config_differences import check_sizes, differences
 from dsconvert.proof.effort import Effort
-from dsconvert.proof.figures import BlockError, IntArray, TensorError, joined, summary
-from dsconvert.proof.numpy_figures import hidden_error, length, token_figures
+from dsconvert.proof.figures import BlockError, Foretold, IntArray, TensorError, joined, mean, summary
+from dsconvert.proof.foretold import between, share
+from dsconvert.proof.numpy_figures import hidden_error, kld, length, token_figures
 from dsconvert.proof.output_losses import Losses, rounded
 from dsconvert.proof.row_sums import Matrix
 from dsconvert.texts.windows import Windows
@@ -91,7 +93,7 @@ class _Run:
     room: Pair | None = None
     blocks: list[BlockError] = field(default_factory=list)
     losses: Losses = field(default_factory=Losses)
-    tensors: list[TensorError] = field(default_factory=list)
+    tensors: dict[tuple[str, str], TensorError] = field(default_factory=dict)
 
     def whole(
         self, heads: tuple[str, str], token_bytes: IntArray | None
@@ -99,47 +101,55 @@ class _Run:
         """Every block on its own model's states, then the logits of every scored prediction."""
         tables = self.read([EMBED])[EMBED]
         hidden = [table[self.windows.tokens] for table in tables]
+        hidden.append(between(hidden[0], hidden[1], self.share(EMBED, EMBED)))
         for index in range(len(self.names)):
             hidden = self.apply(index, hidden)
             if broken := _broken(hidden, f"after block {index}"):
                 return self.ended(broken)
-            relative, cosine = hidden_error(*hidden)
-            self.blocks.append(BlockError(index, relative, cosine))
+            relative, cosine = hidden_error(*hidden[:2])
+            due, _ = hidden_error(hidden[0], hidden[2])
+            self.blocks.append(BlockError(index, relative, cosine, foretold=due))
             yield BlockCompared(index, len(self.names), relative, cosine)
         norms = self.read([NORM])[NORM]
         tied = heads == (EMBED, EMBED)
         matrices = tables if tied else self.read_pair(*heads)
-        parts = []
+        third = between(*matrices, self.share(*heads))
+        parts_of = (*self.numbers, self.numbers[0]), (*norms, norms[0]), (*matrices, third)
+        models = tuple(zip(*parts_of, strict=True))
+        parts, klds = [], []
         for window, first in enumerate(self.windows.first.tolist()):
             rows = slice(first, self.windows.length - 1)
             logits = [
                 numpy_decoder.logits(x[window, rows], norm, head, numbers.norm_eps)
-                for x, norm, head, numbers in zip(hidden, norms, matrices, self.numbers, strict=True)
+                for x, (numbers, norm, head) in zip(hidden, models, strict=True)
             ]
             if broken := _broken(logits, f"as logits in window {window}"):
                 return self.ended(broken)
             columns = token_figures(logits[0], logits[1], self.windows.targets(window, rows))
+            klds.append(np.stack([kld(logits[0], logits[2]), kld(logits[2], logits[1])]))
             parts.append(columns | self.windows.places(window, rows))
         tokens = joined(parts)
-        return replace(self.ended(""), figures=summary(tokens, token_bytes), tokens=tokens)
+        foretold = Foretold(*(mean(column) for column in np.concatenate(klds, 1)))
+        return replace(self.ended(""), figures=summary(tokens, token_bytes), tokens=tokens, foretold=foretold)
 
     def sample(self, blocks: tuple[int, ...]) -> Generator[Event, None, Comparison]:
         """Block 0 on the embedded text, the others on what the reference's block 0 made of it."""
         start = self.embedded()
         for index in blocks:
-            base, candidate = self.stream(index, [start, start])
+            base, candidate, foretold = self.stream(index, [start, start, start])
             if broken := _broken([base, candidate], f"after block {index}"):
                 return self.ended(broken)
             relative, cosine = hidden_error(base, candidate)
-            update = float(np.mean(length(candidate - base) / np.maximum(length(base - start), 1e-38)))
-            self.blocks.append(BlockError(index, relative, cosine, update))
+            size = np.maximum(length(base - start), 1e-38)
+            updates = (float(np.mean(length(made - base) / size)) for made in (candidate, foretold))
+            self.blocks.append(BlockError(index, relative, cosine, *updates))
             yield BlockCompared(index, len(self.names), relative, cosine)
             start = base if index == 0 else start
         return self.ended("")
 
     def ended(self, broken: str) -> Comparison:
         """The comparison without figures, as it stands."""
-        tensors = self.losses.noted(sorted(self.tensors, key=lambda tensor: tensor.name))
+        tensors = self.losses.noted(sorted(self.tensors.values(), key=lambda tensor: tensor.name))
         return Comparison(None, None, tuple(self.blocks), tensors, self.config, broken)
 
     def embedded(self) -> Floats:
@@ -154,40 +164,65 @@ class _Run:
         states: Floats = base[places.reshape(self.windows.tokens.shape)]
         return states
 
-    @np.errstate(over="ignore", invalid="ignore")  # as numpy_decoder.block
     def apply(self, index: int, hidden: list[Floats]) -> list[Floats]:
-        """What block `index` of both makes of their states; its tensors are compared too."""
+        """What block `index` of each model makes of its states; its tensors are compared too."""
         names = self.names[index]
         self.losses.observers.clear()
         both = self.read(names.values())
-        sides = [{attribute: both[name][side] for attribute, name in names.items()} for side in (0, 1)]
-        runs = [numpy_decoder.steps(*given) for given in zip(self.numbers, sides, hidden, strict=True)]
 
-        def products(asked: numpy_decoder.Names, states: list[Floats]) -> list[tuple[Floats, ...]]:
-            for name in asked:
-                if observe := self.losses.observers.get(names[name + ".weight"]):
-                    observe(states[0])
-            pairs = zip(sides, states, strict=True)
-            return [tuple(x @ side[name + ".weight"].T for name in asked) for side, x in pairs]
+        def product(name: str, states: list[Floats]) -> list[Floats]:
+            if observe := self.losses.observers.get(name):
+                observe(states[0])
+            return self.products(name, both[name], states)
 
-        return numpy_decoder.in_step(runs, products)
+        return self.in_step(names, both, hidden, product)
 
-    @np.errstate(over="ignore", invalid="ignore")  # as numpy_decoder.block
     def stream(self, index: int, hidden: list[Floats]) -> list[Floats]:
         """As `apply`, with one matrix of each model in memory at a time."""
         names, shapes = self.names[index], self.sources[0].shapes()
         small = self.read(name for name in names.values() if len(shapes[name]) == 1)
-        vectors = [{a: small[name][side] for a, name in names.items() if name in small} for side in (0, 1)]
-        runs = [numpy_decoder.steps(*given) for given in zip(self.numbers, vectors, hidden, strict=True)]
+        return self.in_step(names, small, hidden, self.product)
+
+    @np.errstate(over="ignore", invalid="ignore")  # as numpy_decoder.block
+    def in_step(
+        self,
+        names: Mapping[str, str],
+        both: Mapping[str, Pair],
+        hidden: list[Floats],
+        product: Callable[[str, list[Floats]], list[Floats]],
+    ) -> list[Floats]:
+        """A layer of the reference, the candidate and the foretold model, which has the reference's vectors.
+
+        `names` by module attribute, `product` gives every model's product with a matrix.
+        """
+        sides = [{a: both[name][side] for a, name in names.items() if name in both} for side in (0, 1, 0)]
+        numbers = (*self.numbers, self.numbers[0])
+        runs = [numpy_decoder.steps(*given) for given in zip(numbers, sides, hidden, strict=True)]
 
         def products(asked: numpy_decoder.Names, states: list[Floats]) -> list[tuple[Floats, ...]]:
-            pairs = [self.product(names[name + ".weight"], states) for name in asked]
-            return [tuple(pair[side] for pair in pairs) for side in (0, 1)]
+            made = [product(names[name + ".weight"], states) for name in asked]
+            return [tuple(products[side] for products in made) for side in range(len(states))]
 
         return numpy_decoder.in_step(runs, products)
 
+    def products(self, name: str, pair: Pair, states: list[Floats]) -> list[Floats]:
+        """Every model's states times its matrix `name`; `pair` are the reference's and the candidate's."""
+        part = self.share(name, name)
+        base, candidate, third = states
+        found = [base @ pair[0].T, candidate @ pair[1].T]
+        if part == 1 and np.array_equal(third, candidate):
+            return [*found, found[1].copy()]
+        if part in (0, 1):
+            return [*found, third @ pair[int(part)].T]
+        return [*found, (1 - np.float32(part)) * (third @ pair[0].T) + np.float32(part) * (third @ pair[1].T)]
+
+    def share(self, name: str, other: str) -> float:
+        """How much of the error of the candidate's tensor `other` is foretold."""
+        error = self.tensors[name, other]
+        return share(error.type, error.snr, error.lost, self.losses.ratio(name))
+
     def product(self, name: str, states: list[Floats]) -> list[Floats]:
-        """Both models' states times their matrices `name`, whose error is noted.
+        """Every model's states times its matrix `name`, whose error is noted.
 
         Read some rows at a time, so that what is made on the way stays in cache, into the same memory for
         every matrix: memory that a process takes for the first time costs more than what is done in it.
@@ -210,7 +245,7 @@ class _Run:
 
         list(self.pool.map(read, range(0, rows, step)))
         self.note(name, name, compared)
-        return [x @ matrix.T for x, matrix in zip(states, pair, strict=True)]
+        return self.products(name, (pair[0], pair[1]), states)
 
     def rooms(self, size: int) -> tuple[Floats, Floats]:
         """Memory for a matrix of so many values of each model, the same as long as it suffices."""
@@ -236,13 +271,13 @@ class _Run:
         """Keep the error of a tensor of the candidate, and what is wrong with its rows."""
         head_dim = self.numbers[0].head_dim
         error = tensor_error(self.sources, (name, other), compared, head_dim)
-        self.tensors.append(error)
+        self.tensors[name, other] = error
         return error
 
 
 def _broken(values: list[Floats], where: str) -> str:
     """Which of the two computed a value that is not finite, if either did."""
-    for who, array in zip(("the reference", "the candidate"), values, strict=True):
+    for who, array in zip(("the reference", "the candidate"), values, strict=False):
         if not np.isfinite(np.abs(array).max()):
             return f"{who} gives non-finite values {where}"
     return ""

@@ -35,11 +35,21 @@ def token_figures(base: Floats, candidate: Floats, targets: npt.NDArray[np.int64
     return {
         "nll_base": -logs[0][rows, targets],
         "nll": -logs[1][rows, targets],
-        "kld": np.maximum(np.sum(np.exp(logs[0]) * (logs[0] - logs[1]), 1), 0.0),
+        "kld": _kld(*logs),
         "top_base": base.argmax(1),
         "top": candidate.argmax(1),
         "overlap": (best[0][:, :, None] == best[1][:, None, :]).any(2).mean(1),
     }
+
+
+def kld(base: Floats, candidate: Floats) -> npt.NDArray[np.float64]:
+    """KL(base || candidate) of logits [tokens, vocab], in nats [tokens]."""
+    return _kld(_log_softmax(base), _log_softmax(candidate))
+
+
+def _kld(base: npt.NDArray[np.float64], candidate: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    found: npt.NDArray[np.float64] = np.maximum(np.sum(np.exp(base) * (base - candidate), 1), 0.0)
+    return found
 
 
 def _log_softmax(logits: Floats) -> npt.NDArray[np.float64]:

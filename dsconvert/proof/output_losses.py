@@ -6,7 +6,8 @@ are large: of the outputs a faithful matrix loses no more than plain rounding do
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -74,14 +75,13 @@ class Losses:
 
         self.observers[name] = count
 
-    def ratios(self) -> Mapping[str, float]:
-        """Of each linear the candidate's loss by that of plain rounding; 0 by 0 is 1."""
-        return {
-            name: 1.0 if loss == plain else loss / plain if plain else float("inf")
-            for name, (loss, plain) in self.sums.items()
-        }
+    def ratio(self, name: str) -> float | None:
+        """The candidate's loss by that of plain rounding; None of a linear that was given no input."""
+        loss, plain = self.sums.get(name, (0.0, 0.0))
+        if not loss and not plain:
+            return None
+        return loss / plain if plain else math.inf
 
     def noted(self, tensors: Sequence[TensorError]) -> tuple[TensorError, ...]:
         """The tensors with their ratios."""
-        ratios = self.ratios()
-        return tuple(replace(tensor, loss=ratios.get(tensor.name)) for tensor in tensors)
+        return tuple(replace(tensor, loss=self.ratio(tensor.name)) for tensor in tensors)

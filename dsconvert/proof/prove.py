@@ -22,7 +22,9 @@ from dsconvert.models.config import ModelConfig
 from dsconvert.proof import compare as comparing
 from dsconvert.proof import logprob_file
 from dsconvert.proof.block_sample import compare_blocks, sample_tensors
+from dsconvert.proof.checks import judge, verdict
 from dsconvert.proof.compare import Comparison
+from dsconvert.proof.config_differences import check_sizes, config_differences
 from dsconvert.proof.effort import Effort, choose
 from dsconvert.proof.figures import IntArray
 from dsconvert.proof.numpy_compare import compare_in_numpy, knows
@@ -31,7 +33,7 @@ from dsconvert.proof.result import Report
 from dsconvert.proof.sources import Opened, Reference, StoredTensors, limits_name
 from dsconvert.proof.structure import check_structure, structure_faults
 from dsconvert.proof.text import Text, check_text, choose_text, handling
-from dsconvert.proof.thresholds import Thresholds, thresholds_for, verdict
+from dsconvert.proof.thresholds import Thresholds, thresholds_for
 from dsconvert.texts.defaults import LENGTH
 from dsconvert.texts.windows import Windows
 from tokenizer_tools import identity
@@ -86,7 +88,7 @@ def prove(
         raise UsageError(
             "--engine llama.cpp runs GGUF files", where=opened.path, why=f"this is a {opened.kind}"
         )
-    comparing.check_sizes(reference.config, opened.config, but=("layers",))
+    check_sizes(reference.config, opened.config, but=("layers",))
     changes = {"max_kld": asked.max_kld, "max_ppl_ratio": asked.max_ppl_ratio, "min_top1": asked.min_top1}
     limits = thresholds_for(limits_name(opened), **changes)
     chosen_text = yield from choose_text(reference, asked)
@@ -104,7 +106,7 @@ def prove(
         comparison = compare_rows(opened, reference, asked, chosen)
     else:
         comparison = yield from compare_output(opened, reference, chosen_text.windows, chosen, asked, where)
-    found = list(comparing.judge(comparison, limits).checks)
+    found = list(judge(comparison, limits).checks)
     yield from found
     engine = None
     if asked.engine and comparison.tokens is not None:
@@ -148,7 +150,7 @@ def compare_rows(opened: Opened, reference: Reference, asked: ProofOptions, chos
     """Rows of the tensors that both have, all of a small model's; for models that cannot both be run."""
     pair, head_dim = (reference.source, opened.source), reference.config.head_dim
     tensors = sample_tensors(pair, (), head_dim, asked.threads, every=chosen.small)
-    differing = comparing.config_differences(reference.config, opened.config)
+    differing = config_differences(reference.config, opened.config)
     return Comparison(None, None, (), tensors, differing)
 
 
@@ -205,7 +207,7 @@ def compare_output(
         scored = yield from logprob_file.compare_base(
             known, opened.source, opened.config, token_bytes=lengths, **where
         )
-        return replace(scored, config=comparing.config_differences(config, opened.config))
+        return replace(scored, config=config_differences(config, opened.config))
     if base is not None:
         yield from logprob_file.write_base(base, reference.source, config, windows, **where)
         yield Step(f"wrote {base}")

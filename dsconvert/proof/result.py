@@ -14,9 +14,10 @@ import numpy as np
 from dsconvert.checkpoints.output_files import write_file
 from dsconvert.checkpoints.output_plan import check_distinct, check_files, check_side_file
 from dsconvert.errors import ConversionError
+from dsconvert.proof.checks import Verdict
 from dsconvert.proof.compare import Comparison
 from dsconvert.proof.figures import Figures
-from dsconvert.proof.thresholds import Thresholds, Verdict
+from dsconvert.proof.thresholds import Thresholds
 from dsconvert.reading import parse_json, read_head, read_text
 from dsconvert.texts.windows import Windows
 
@@ -160,6 +161,7 @@ def as_dict(report: Report) -> dict[str, Any]:
         "checks": [check.as_dict() for check in report.verdict.checks],
         "limits": asdict(report.limits),
         "figures": None if figures is None else asdict(figures),
+        "foretold": None if found.foretold is None else asdict(found.foretold),
         "engine": None if report.engine is None else asdict(report.engine),
         "broken": found.broken,
         "blocks": [asdict(block) for block in found.blocks],

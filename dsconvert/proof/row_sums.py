@@ -123,6 +123,11 @@ class Matrix:
                 self.rounded.append((numbers[some], nearest_sums(base[some], candidate[some], nearest[some])))
         return self
 
+    def extend(self, other: Matrix) -> None:
+        """Count the rows of another part too."""
+        self.parts += other.parts
+        self.rounded += other.rounded
+
     def against_nearest(self) -> NearestSums | None:
         """The sums of every row that was rounded, by number; None where none was."""
         if not self.rounded:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsconvert.decoder import torch_decoder as st
 from dsconvert.events import BlockRun, Event
-from dsconvert.proof.figures import TOP
+from dsconvert.proof.figures import TOP, Foretold, mean
 from dsconvert.texts.windows import Windows
 
 if TYPE_CHECKING:
@@ -30,15 +30,25 @@ class Side:
     tokens: torch.Tensor  # and their ids
     top: torch.Tensor
 
+    @property
+    def logarithm(self) -> torch.Tensor:
+        """The logarithm of the sum of the logits' exponentials."""
+        return self.largest + self.total.log()
+
 
 @dataclass
 class Scores:
-    """The figures of predictions of `targets` [tokens], gathered by `add` and given by `columns`."""
+    """The figures of predictions of `targets` [tokens], gathered by `add` and given by `columns`.
+
+    Of the base, the candidate and, of three `models`, the foretold one.
+    """
 
     targets: torch.Tensor
     vocab: int
+    models: int = 2
     sides: list[Side] = field(init=False)
-    cross: torch.Tensor = field(init=False)  # sum of exp(base - largest) * (base - q)
+    # Of each pair of models (p, q) the sum of exp(p - largest) * (p - q).
+    cross: dict[tuple[int, int], torch.Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         import torch
@@ -46,7 +56,8 @@ class Scores:
         count, width = len(self.targets), min(TOP, self.vocab)
         values: dict[str, Any] = {"dtype": torch.float64, "device": self.targets.device}
         ids: dict[str, Any] = {"dtype": torch.int64, "device": self.targets.device}
-        self.cross = torch.zeros(count, **values)
+        pairs = ((0, 1), (0, 2), (2, 1))[: 1 if self.models == 2 else 3]
+        self.cross = {pair: torch.zeros(count, **values) for pair in pairs}
         self.sides = [
             Side(
                 largest=torch.full((count,), -torch.inf, **values),
@@ -56,16 +67,17 @@ class Scores:
                 tokens=torch.full((count, width), -1, **ids),
                 top=torch.zeros(count, **ids),
             )
-            for _ in range(2)
+            for _ in range(self.models)
         ]
 
-    def add(self, rows: slice, first: int, base: torch.Tensor, candidate: torch.Tensor) -> None:
-        """Count the logits [rows, slice] of the tokens of the vocabulary from `first` on, of both models."""
-        base, candidate = base.double(), candidate.double()
-        part = base - candidate
-        weights, scale = self._add_side(self.sides[0], rows, first, base)
-        self.cross[rows] = self.cross[rows] * scale + part.mul_(weights).sum(-1)
-        self._add_side(self.sides[1], rows, first, candidate)
+    def add(self, rows: slice, first: int, *logits: torch.Tensor) -> None:
+        """Count the logits [rows, slice] of the tokens of the vocabulary from `first` on, of every model."""
+        values = [x.double() for x in logits]
+        for side, own in enumerate(values):
+            weights, scale = self._add_side(self.sides[side], rows, first, own)
+            for (one, other), total in self.cross.items():
+                if one == side:
+                    total[rows] = total[rows] * scale + (own - values[other]).mul_(weights).sum(-1)
 
     def _add_side(
         self, side: Side, rows: slice, first: int, logits: torch.Tensor
@@ -92,21 +104,29 @@ class Scores:
         side.tokens[rows] = both[1].gather(1, order)
         return weights, scale
 
+    def kld(self, one: int, other: int) -> torch.Tensor:
+        """KL(one || other) of each prediction, in nats."""
+        logs = self.sides[one].logarithm - self.sides[other].logarithm
+        return (self.cross[one, other] / self.sides[one].total - logs).clamp(min=0.0)
+
     def columns(self) -> dict[str, Any]:
         """The measured columns of TokenFigures; the same as `figures.token_figures` of whole logits."""
-        base, candidate = self.sides
-        logs = [side.largest + side.total.log() for side in self.sides]
-        kld = self.cross / base.total - (logs[0] - logs[1])
+        base, candidate = self.sides[:2]
         same = (base.tokens[:, :, None] == candidate.tokens[:, None, :]).any(-1)
         columns = {
-            "nll_base": logs[0] - base.target,
-            "nll": logs[1] - candidate.target,
-            "kld": kld.clamp(min=0.0),
+            "nll_base": base.logarithm - base.target,
+            "nll": candidate.logarithm - candidate.target,
+            "kld": self.kld(0, 1),
             "top_base": base.top,
             "top": candidate.top,
             "overlap": same.double().mean(-1),
         }
         return {name: column.cpu().numpy() for name, column in columns.items()}
+
+    def foretold(self) -> Foretold:
+        """What the third model foretells."""
+        kld, apart = (self.kld(*pair).cpu().numpy() for pair in ((0, 2), (2, 1)))
+        return Foretold(mean(kld), mean(apart))
 
 
 def scored_states(

@@ -8,19 +8,12 @@ They were set from ggml's own quantizations of two models, the more fragile of w
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from dsconvert.errors import UsageError
-from dsconvert.events import Check
-from dsconvert.proof.nearest_rows import most_loss, most_lost
-from dsconvert.proof.row_faults import told
-
-if TYPE_CHECKING:
-    from dsconvert.proof.figures import BlockError, Figures, TensorError
 
 Row = TypeVar("Row")
 
@@ -130,15 +123,6 @@ ANY_FLOOR = 3.0
 _BITS = re.compile(r"(q|iq|tq)\d|(mx|nv)fp4")
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """Whether every check held, and the sentence of each that did not."""
-
-    passed: bool
-    reasons: tuple[str, ...]
-    checks: tuple[Check, ...]
-
-
 def thresholds_for(
     quant: str,
     *,
@@ -187,112 +171,3 @@ def _row(table: dict[str, Row], name: str) -> Row | None:
     name = name.lower()
     bits = _BITS.match(name)
     return table.get(name, table.get(bits[0] if bits else name))
-
-
-def judge_figures(figures: Figures, limits: Thresholds) -> list[Check]:
-    """The checks of the whole model's output."""
-    kld, ratio, top = figures.kld.value, figures.ppl_ratio.value, figures.same_top.value
-    checks = [
-        Check("mean KLD", kld <= limits.max_kld, f"mean KLD {kld:.3g}, limit {limits.max_kld:g}", kld),
-        Check(
-            "PPL ratio",
-            ratio <= limits.max_ppl_ratio,
-            f"PPL(Q)/PPL(base) {ratio:.5g}, limit {limits.max_ppl_ratio:g}",
-            ratio,
-        ),
-    ]
-    if limits.min_top1 is not None:
-        detail = f"same top token for {top:.2%} of tokens, limit {limits.min_top1:.2%}"
-        checks.append(Check("same top p", top >= limits.min_top1, detail, top))
-    return checks
-
-
-def judge_blocks(blocks: tuple[BlockError, ...], limits: Thresholds) -> list[Check]:
-    """One check per block that ran on the reference's own input and is wrong, or one for all of them."""
-    ran = {block.index: block.update for block in blocks if block.update is not None}
-    limit = f"limit {limits.max_update:g}"
-    checks = [
-        Check(f"block {i}", False, f"block {i}: error of its output {update:.3g}, {limit}", update)
-        for i, update in ran.items()
-        if not update <= limits.max_update
-    ]
-    if ran and not checks:
-        worst = max(ran, key=lambda i: ran[i])
-        count = "1 block" if len(ran) == 1 else f"{len(ran)} blocks"
-        detail = f"{count}; largest error of an output {ran[worst]:.3g} (block {worst}), {limit}"
-        checks.append(Check("blocks", True, detail, ran[worst]))
-    return checks
-
-
-def judge_tensors(tensors: tuple[TensorError, ...]) -> list[Check]:
-    """One check per tensor that lost too much or with a wrong row, or one that says that none is.
-
-    None without tensors. The rows of a tensor that is wrong in most of them are not listed one by one.
-    """
-    if not tensors:
-        return []
-    bad = [t for t in tensors if _lost_too_much(t) or _worse_than_rounded(t) or _below_floor(t)]
-    wrong = [t for t in tensors if t.faults and not (t in bad and 2 * len(t.faults) > t.rows)]
-    if not bad and not wrong:
-        return [_sound(tensors)]
-    rows_wrong = [Check("weights", False, f"{t.name}: {told(t.faults)}", float(len(t.faults))) for t in wrong]
-    return rows_wrong + [
-        Check("weights", False, f"{t.name}: signal to noise {_decibel(t.snr)}, {_due(t)}", t.snr)
-        for t in sorted(bad, key=lambda t: (not math.isnan(t.snr), t.snr))
-    ]
-
-
-def _lost_too_much(tensor: TensorError) -> bool:
-    return tensor.lost is not None and not tensor.lost <= most_lost(tensor.type)
-
-
-def _worse_than_rounded(tensor: TensorError) -> bool:
-    return tensor.loss is not None and not tensor.loss <= most_loss(tensor.type)
-
-
-def _below_floor(tensor: TensorError) -> bool:
-    """A NaN is below every floor, plain rounding below none."""
-    return tensor.lost != 0 and not tensor.snr >= snr_floor(tensor.type)
-
-
-def _due(tensor: TensorError) -> str:
-    if _below_floor(tensor):
-        return f"{tensor.type} should reach {snr_floor(tensor.type):g} dB"
-    if not _lost_too_much(tensor):
-        more = f"its outputs' error is {tensor.loss:.2f} times that of rounding to {tensor.type} to nearest"
-        return f"{more}, limit {most_loss(tensor.type):g}"
-    limit = f"limit {most_lost(tensor.type):g} dB"
-    return f"{tensor.lost:.1f} dB less than rounding to {tensor.type} to nearest, {limit}"
-
-
-def _sound(tensors: tuple[TensorError, ...]) -> Check:
-    """The check that passes, with the tensor that is nearest to its limit."""
-    rows = f"{sum(t.rows for t in tensors):,} rows each on its own"
-    measured = [t for t in tensors if t.lost is not None]
-    worst = min(tensors, key=lambda t: t.snr - snr_floor(t.type))
-    nearest = f"nearest to it: {worst.name}, {_decibel(worst.snr)} ({worst.type})"
-    detail = f"{len(tensors)} tensors above their type's floor, {rows}; {nearest}"
-    if measured:
-        most = max(measured, key=lambda t: (t.lost or 0.0) - most_lost(t.type))
-        detail += (
-            f"; against rounding to nearest they lose {most.lost:.2f} dB at most ({most.name}, limit "
-            f"{most_lost(most.type):g})"
-        )
-    ran = [t for t in tensors if t.loss is not None]
-    if ran:
-        most = max(ran, key=lambda t: (t.loss or 0.0) / most_loss(t.type))
-        detail += (
-            f"; their outputs' error is {most.loss:.2f} times the rounded ones' at most ({most.name}, limit "
-            f"{most_loss(most.type):g})"
-        )
-    return Check("weights", True, detail, worst.snr)
-
-
-def _decibel(value: float) -> str:
-    return "not a number (non-finite values)" if math.isnan(value) else f"{value:.1f} dB"
-
-
-def verdict(checks: list[Check]) -> Verdict:
-    """Passed when every check held, and there was at least one."""
-    reasons = tuple(check.detail for check in checks if not check.passed)
-    return Verdict(bool(checks) and not reasons, reasons, tuple(checks))

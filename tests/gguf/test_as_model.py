@@ -16,8 +16,9 @@ from converters.gguf.output import Options
 from converters.gguf.parse import GGUFFile, open_gguf
 from dsconvert.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from dsconvert.models.config import load_config
-from dsconvert.proof import compare
-from dsconvert.proof.thresholds import Verdict, thresholds_for
+from dsconvert.proof import checks, compare
+from dsconvert.proof.checks import Verdict
+from dsconvert.proof.thresholds import thresholds_for
 from dsconvert.texts import windows
 
 pytest.importorskip("torch")
@@ -46,7 +47,7 @@ def judged(folder: Path, file: Path, quant: str) -> tuple[compare.Comparison, Ve
     found = compare.result(
         compare.compare(source, model, config, text, candidate_config=model.config, device="cpu")
     )
-    return found, compare.judge(found, thresholds_for(quant))
+    return found, checks.judge(found, thresholds_for(quant))
 
 
 @pytest.mark.parametrize("quant", ["f32", "bf16", "q8_0", "q4_0"])

@@ -18,7 +18,7 @@ from random_llama import Memory, make, stored, tokens
 from dsconvert.errors import CheckpointError, UsageError
 from dsconvert.models.config import ModelConfig
 from dsconvert.models.rope import RopeScaling
-from dsconvert.proof import compare
+from dsconvert.proof import checks, compare
 from dsconvert.proof import figures as fig
 from dsconvert.proof import thresholds as th
 from dsconvert.proof.row_sums import snr
@@ -26,6 +26,7 @@ from dsconvert.texts import windows
 
 torch = pytest.importorskip("torch")
 Q8 = th.thresholds_for("q8_0")
+FIGURES = ["mean KLD", "PPL ratio", "foretold KLD"]
 
 
 def compared(
@@ -50,7 +51,7 @@ def test_equal_weights_give_exactly_nothing(keys: dict[str, Any]) -> None:
     assert all(block.relative == 0.0 and block.cosine == 1.0 for block in found.blocks)
     assert all(tensor.snr == math.inf for tensor in found.tensors)
     assert sorted(t.name for t in found.tensors) == sorted(source.tensors)  # each one once
-    assert compare.judge(found, th.thresholds_for("f32")).passed
+    assert checks.judge(found, th.thresholds_for("f32")).passed
 
 
 def test_figures_are_those_of_plain_numpy() -> None:
@@ -141,10 +142,10 @@ def test_block_and_tensor_errors_by_hand() -> None:
 def test_a_fair_quantization_passes() -> None:
     _, source, config = make()
     found = compared(source, noisy(source, 0.005), config)
-    said = compare.judge(found, Q8)
+    said = checks.judge(found, Q8)
     assert said.passed, said.reasons
     assert said.reasons == ()
-    assert [check.name for check in said.checks] == ["config", "weights", "mean KLD", "PPL ratio"]
+    assert [check.name for check in said.checks] == ["config", "weights", "blocks", *FIGURES]
 
 
 def swapped(source: Memory) -> Memory:
@@ -166,7 +167,7 @@ def test_planted_defects_fail_and_are_named(defect: str) -> None:
     _, source, config = make()
     plant, name, also = DEFECTS[defect]
     found = compared(source, plant(source), config)
-    said = compare.judge(found, th.thresholds_for("q2_k"))  # even under the loosest limits
+    said = checks.judge(found, th.thresholds_for("q2_k"))  # even under the loosest limits
     assert not said.passed
     text = "\n".join(said.reasons)
     assert name in text
@@ -179,7 +180,7 @@ def test_planted_defects_fail_and_are_named(defect: str) -> None:
 def test_a_wrong_rope_base_shows_in_logits_and_is_named() -> None:
     _, source, config = make()
     found = compared(source, source, config, stored(config, rope_theta=1e6))
-    said = compare.judge(found, Q8)
+    said = checks.judge(found, Q8)
     assert said.reasons[0] == "rope_theta is 1000000.0, the reference has 10000.0"
     assert any("mean KLD" in reason for reason in said.reasons)
     assert all(tensor.snr == math.inf for tensor in found.tensors)
@@ -218,7 +219,7 @@ def test_a_value_that_is_no_number_fails_and_is_named(side: str) -> None:
     found = compared(*pair, config)
     assert found.figures is None
     assert found.broken == f"the {side} gives non-finite values after block 1"
-    said = compare.judge(found, Q8)
+    said = checks.judge(found, Q8)
     assert found.broken in said.reasons
     assert any("mlp.up_proj.weight" in reason for reason in said.reasons)
 
@@ -229,7 +230,7 @@ def test_logits_that_are_no_numbers_fail_and_are_named() -> None:
     bad[0, 0] = np.inf
     found = compared(source, Memory({**source.tensors, "lm_head.weight": bad}), config)
     assert found.broken == "the candidate gives non-finite values as logits in window 0"
-    assert not compare.judge(found, Q8).passed
+    assert not checks.judge(found, Q8).passed
 
 
 def test_other_sizes_are_an_error_not_a_verdict() -> None:
@@ -292,14 +293,14 @@ def test_each_limit_can_fail_alone(limits: dict[str, float], said: str) -> None:
     _, source, config = make()
     found = compared(source, noisy(source, 0.02, "q6_k"), config)
     loose = th.Thresholds(1.0, 2.0)
-    assert compare.judge(found, loose).passed
-    reasons = compare.judge(found, dataclasses.replace(loose, **limits)).reasons
+    assert checks.judge(found, loose).passed
+    reasons = checks.judge(found, dataclasses.replace(loose, **limits)).reasons
     assert len(reasons) == 1
     assert said in reasons[0]
 
 
 def test_no_checks_is_no_pass() -> None:
-    assert not th.verdict([]).passed
+    assert not checks.verdict([]).passed
 
 
 def test_events_tell_each_block() -> None:

@@ -18,7 +18,7 @@ from random_llama import Memory, make, stored, tokens
 
 from dsconvert.cli import cli
 from dsconvert.errors import ConversionError, UsageError
-from dsconvert.proof import compare, figures, numpy_compare
+from dsconvert.proof import checks, compare, figures, numpy_compare
 from dsconvert.proof import effort as effort_module
 from dsconvert.proof.block_sample import compare_blocks
 from dsconvert.proof.effort import Effort
@@ -42,7 +42,8 @@ def same_errors(found: compare.Comparison, expected: compare.Comparison) -> None
     assert found.broken == expected.broken
     for ours, theirs in zip(found.blocks, expected.blocks, strict=True):
         for name, value in dataclasses.asdict(theirs).items():
-            assert getattr(ours, name) == (value if value is None else pytest.approx(value, rel=1e-3))
+            close = 0.1 if name == "foretold" else 1e-3  # of a sample numpy judges a matrix by its weights
+            assert getattr(ours, name) == (value if value is None else pytest.approx(value, rel=close))
     snrs = [{tensor.name: tensor.snr for tensor in side.tensors} for side in (found, expected)]
     assert snrs[0] == pytest.approx(snrs[1], rel=1e-4)
     types = [{(t.name, t.type) for t in side.tensors} for side in (found, expected)]
@@ -88,7 +89,7 @@ def test_planted_defects_are_found(plant: Any, blocks: tuple[int, ...] | None) -
     comparison = compare.result(
         numpy_compare.compare_in_numpy(source, plant(source), config, effort(text, blocks))
     )
-    reasons = compare.judge(comparison, thresholds_for("q8_0")).reasons
+    reasons = checks.judge(comparison, thresholds_for("q8_0")).reasons
     assert any(L in reason for reason in reasons)
     assert any("mean KLD" in r or "error of its output" in r for r in reasons)
 
@@ -127,7 +128,7 @@ def test_blocks_of_a_conversion_are_proven_in_pieces(tmp_path: Path, monkeypatch
     said = "verifying block 0 of 2 on 32 tokens, on the reference's input, and no logits"
     assert any(str(event.get("text")).startswith(said) for event in events)
     checks = {event["name"]: event for event in events if event["event"] == "check"}
-    assert checks["blocks"]["detail"].startswith("1 block; largest error of an output 0.0")
+    assert checks["blocks"]["detail"].startswith("1 block; largest error of its output 0.0")
     assert {"structure", "token ids", "chat template", "weights"} <= set(checks)
 
 

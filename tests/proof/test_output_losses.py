@@ -5,27 +5,18 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import pytest
-from random_llama import Memory, make, tokens
+from random_llama import Memory, make, plain, tokens
 
 from converters.gguf.qtypes import QTYPES
 from converters.gguf.rounding import nearest
 from dsconvert.proof import compare, output_losses
+from dsconvert.proof.checks import judge_tensors
 from dsconvert.proof.output_losses import Losses, rounded
-from dsconvert.proof.thresholds import judge_tensors
 from dsconvert.texts import windows
 
 torch = pytest.importorskip("torch")
 Floats = npt.NDArray[np.float32]
 DOWN = "model.layers.1.mlp.down_proj.weight"
-
-
-def plain(source: Memory, kind: str) -> Memory:
-    """Every matrix rounded plainly."""
-    made = {
-        name: nearest(array, QTYPES[kind]) if array.ndim == 2 else array
-        for name, array in source.tensors.items()
-    }
-    return Memory({name: array for name, array in made.items() if array is not None}, kind)
 
 
 def inputs_of(model: object, name: str, ids: npt.NDArray[np.int64]) -> Floats:
@@ -93,7 +84,7 @@ def test_no_more_tokens_than_enough_count() -> None:
     for _ in range(3):
         losses.observers["x"](torch.ones(1, 400, 4))
     assert losses.sums["x"] == [4.0 * output_losses.ENOUGH, 16.0 * output_losses.ENOUGH]
-    assert losses.ratios() == {"x": 0.25}
+    assert losses.ratio("x") == 0.25
 
 
 @pytest.mark.parametrize(("same", "count"), [(True, 300), (False, 64)])

@@ -16,6 +16,7 @@ from converters.gguf.file_types import MIXTURES
 from dsconvert.cli import cli
 
 pytest.importorskip("torch")
+LAYERS = 4
 SHORT = ("--calib-samples", 4, "--calib-len", 128)
 OFF = ("--verify", "off")
 # How every kind of output is made, by its name: the command, and what its option asks for.
@@ -35,7 +36,7 @@ def command(*arguments: object) -> Result:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("model") / "model", layers=4, d=256, ff=512)
+    return tiny_checkpoint(tmp_path_factory.mktemp("model") / "model", layers=LAYERS, d=256, ff=512)
 
 
 def converted(model: Path, name: str, folder: Path) -> Path:
@@ -57,7 +58,7 @@ def unnamed(result: Result, name: str) -> list[str]:
     if result.exit_code != 3:
         return [f"{name}: exit code {result.exit_code}\n{result.output[-500:]}"]
     failed = [check["detail"] for check in json.loads(result.stdout)["checks"] if not check["passed"]]
-    missed = [words for words in DEFECTS[name].named if not any(words in detail for detail in failed)]
+    missed = [words for words in DEFECTS[name].words(LAYERS) if not any(words in detail for detail in failed)]
     return [f"{name}: {words!r} is not in {failed}" for words in missed]
 
 

@@ -25,7 +25,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "gptq with towers": ("gptq", "sample-vl:", "-b", "4", *CALIBRATION),
 }
 TEXT = ["token ids", "added tokens", "special tokens", "chat template"]
-LOGITS = ["mean KLD", "PPL ratio"]
+LOGITS = ["blocks", "mean KLD", "PPL ratio", "foretold KLD"]
 # What is proven of each format, in this order; where only some blocks are run these instead of LOGITS.
 NAMES = {
     "gguf": ["structure", "file type", *TEXT, "pre-tokenizer", "config", "weights"],

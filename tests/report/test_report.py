@@ -16,7 +16,7 @@ from defects import L, noisy
 from random_llama import Memory, make, tokens
 
 from dsconvert.errors import OutputError
-from dsconvert.proof import compare
+from dsconvert.proof import checks, compare
 from dsconvert.proof import result as rp
 from dsconvert.proof.block_sample import compare_blocks
 from dsconvert.proof.figures import Estimate
@@ -39,7 +39,7 @@ def report() -> rp.Report:
     return rp.Report(
         title="tiny <to> q8_0",
         comparison=found,
-        verdict=compare.judge(found, LIMITS),
+        verdict=checks.judge(found, LIMITS),
         limits=LIMITS,
         windows=text,
         sizes=rp.sizes_by_type([("q8_0", 64, 68), ("f32", 4, 16), ("q8_0", 64, 68)]),
@@ -53,7 +53,7 @@ def broken() -> rp.Report:
     text = windows.whole(tokens(config, 1, 16))
     bad = Memory({**source.tensors, L + "mlp.up_proj.weight": np.full((160, 64), np.nan, np.float32)})
     found = compare.result(compare.compare(source, bad, config, text, device="cpu"))
-    return rp.Report("broken", found, compare.judge(found, LIMITS), LIMITS, text)
+    return rp.Report("broken", found, checks.judge(found, LIMITS), LIMITS, text)
 
 
 class Page(HTMLParser):
@@ -169,7 +169,7 @@ def test_a_sample_of_blocks_has_a_report() -> None:
     text = windows.whole(tokens(config, 1, 16))
     run = compare_blocks(source, noisy(source, 0.005), config, text, (0, 1), device="cpu")
     found = compare.result(run)
-    report = rp.Report("sample", found, compare.judge(found, LIMITS), LIMITS, text)
+    report = rp.Report("sample", found, checks.judge(found, LIMITS), LIMITS, text)
     said = " ".join(Page(report_page.as_html(report)).text)
     assert "only a sample of blocks ran" in said
     assert "Sampled blocks" in said
@@ -179,7 +179,7 @@ def test_equal_models_have_a_report() -> None:
     _, source, config = make()
     text = windows.whole(tokens(config, 1, 16))
     found = compare.result(compare.compare(source, source, config, text, device="cpu"))
-    report = rp.Report("equal", found, compare.judge(found, LIMITS), LIMITS, text)
+    report = rp.Report("equal", found, checks.judge(found, LIMITS), LIMITS, text)
     said = " ".join(Page(report_page.as_html(report)).text)
     assert "All 15 values are exactly zero" in said
     assert "no error in any tensor" in said

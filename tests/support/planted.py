@@ -24,12 +24,17 @@ PARTS += ("post_attention_layernorm",)
 class Defect:
     """`plant` harms an output and says whether it could; each of `named` must be in a failed check's words.
 
-    `quick` says that a look at some rows and blocks finds it too.
+    There {last} and {before} stand for the numbers of the last two blocks. `quick` says that a look at some
+    rows and blocks finds it too.
     """
 
     plant: Callable[[Output], object]
     named: tuple[str, ...]
     quick: bool = True
+
+    def words(self, layers: int) -> list[str]:
+        """`named`, of a model of so many blocks."""
+        return [text.format(last=layers - 1, before=layers - 2) for text in self.named]
 
 
 def attention_removed(output: Output) -> None:
@@ -47,6 +52,8 @@ def block_without_effect(output: Output) -> None:
 
 
 def layers_swapped(output: Output, one: int, other: int) -> None:
+    """Blocks by number; negative ones from the end."""
+    one, other = one % output.layers, other % output.layers
     for part in PARTS:
         output.exchange(f"{L}.{one}.{part}", f"{L}.{other}.{part}")
 
@@ -148,9 +155,9 @@ def lying(output: Output) -> bool:
 
 DEFECTS: dict[str, Defect] = {
     "attention removed": Defect(
-        attention_removed, ("layers.0.self_attn.o_proj", "layers.3.self_attn.o_proj")
+        attention_removed, ("layers.0.self_attn.o_proj", "layers.{last}.self_attn.o_proj")
     ),
-    "attention of one block removed": Defect(one_attention_removed, ("layers.3.self_attn.o_proj",)),
+    "attention of one block removed": Defect(one_attention_removed, ("layers.{last}.self_attn.o_proj",)),
     "a block without effect": Defect(
         block_without_effect, ("layers.1.self_attn.o_proj", "layers.1.mlp.down_proj")
     ),
@@ -161,7 +168,9 @@ DEFECTS: dict[str, Defect] = {
     "rope scaled by 4": Defect(rope_scaled, ("RoPE scaling",)),
     "eps 1e-2": Defect(lambda output: output.set("rms_norm_eps", 1e-2), ("norm_eps",)),
     "blocks 0 and 2 swapped": Defect(lambda output: layers_swapped(output, 0, 2), ("layers.0.", "layers.2.")),
-    "blocks 1 and 2 swapped": Defect(lambda output: layers_swapped(output, 1, 2), ("layers.1.", "layers.2.")),
+    "the last two blocks swapped": Defect(
+        lambda output: layers_swapped(output, -2, -1), ("layers.{before}.", "layers.{last}.")
+    ),
     "q and k in the other RoPE order": Defect(rope_order, ("layers.0.self_attn.q_proj", "self_attn.k_proj")),
     "gate and up exchanged": Defect(
         lambda output: output.exchange(f"{L}.2.mlp.gate_proj", f"{L}.2.mlp.up_proj"),
@@ -223,5 +232,5 @@ GRAVEST = (
     "a block without effect",
     "rope base 500000",
     "eps 1e-2",
-    "blocks 1 and 2 swapped",
+    "the last two blocks swapped",
 )

@@ -58,6 +58,15 @@ class Memory:
         return replace(self, tensors={**self.tensors, **new})
 
 
+def plain(source: Memory, kind: str) -> Memory:
+    """Every matrix rounded plainly."""
+    made = {
+        name: nearest(array, QTYPES[kind]) if array.ndim == 2 else array
+        for name, array in source.tensors.items()
+    }
+    return Memory({name: array for name, array in made.items() if array is not None}, kind)
+
+
 def stored(config: ModelConfig, **changes: Any) -> ModelConfig:
     """The config as the keys of a GGUF file state it, with changes: nothing is left of config.json."""
     return replace(config, decoder={}, **changes)
