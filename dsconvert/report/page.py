@@ -14,10 +14,16 @@ from html import escape
 from dsconvert.proof.figures import TensorError
 from dsconvert.proof.result import GENERATOR, OUTCOME_COLUMNS, Outcome, Report, outcome_row, worst_tokens
 from dsconvert.proof.thresholds import snr_floor
-from dsconvert.report import charts
+from dsconvert.report import charts, maps, scatter
 from dsconvert.report.rows import ENGINE_COLUMNS, engine_rows, figure_rows, table
 from dsconvert.report.style import STYLE
 
+EXPERT = re.compile(r"(?<=experts)\.\d+")
+# The order of a layer's parts; what is none of these comes last.
+PARTS = (
+    "input_layernorm", "q_proj", "q_norm", "k_proj", "k_norm", "v_proj", "o_proj",
+    "post_attention_layernorm", "gate_proj", "up_proj", "down_proj",
+)  # fmt: skip
 LAYERED = re.compile(r"model\.layers\.(\d+)\.(?:self_attn\.|mlp\.)?(.+)")
 
 
@@ -37,8 +43,16 @@ def as_html(report: Report) -> str:
 
 def comparison_page(title: str, outcomes: Sequence[Outcome]) -> str:
     """Several outputs of one model in one table, and their size against their KL divergence."""
-    points = {o.name: (o.nbytes / 1e6, o.figures.kld.value) for o in outcomes if o.figures is not None}
-    chart = charts.log_scatter(points, "size, MB", "mean KLD, nats")
+    names = scatter.short_names([outcome.name for outcome in outcomes])
+    points = [
+        scatter.Point(name, o.nbytes / 1e6, o.figures.kld.value, o.passed)
+        for name, o in zip(names, outcomes, strict=True)
+        if o.figures is not None
+    ]
+    chart = ""
+    if points:
+        chart = scatter.log_scatter(points, "size, MB", "mean KLD, nats")
+        chart += "<p>Left and low is better. The line joins the outputs that no other beats in both.</p>"
     body = f"<h1>{escape(title)}</h1>{chart}{table(OUTCOME_COLUMNS, map(outcome_row, outcomes))}"
     return document(title, body)
 
@@ -111,25 +125,49 @@ def _charts(report: Report) -> Iterable[str]:
 def _tensors(tensors: tuple[TensorError, ...]) -> str:
     if not tensors:
         return ""
-    rows: dict[str, dict[int, float]] = {}
+    rows: dict[str, dict[int, list[TensorError]]] = {}
     others = []
     for tensor in tensors:
         match = LAYERED.fullmatch(tensor.name)
         if match:
-            rows.setdefault(match[2].removesuffix(".weight"), {})[int(match[1])] = tensor.snr
+            name = EXPERT.sub(".*", match[2].removesuffix(".weight"))
+            rows.setdefault(name, {}).setdefault(int(match[1]), []).append(tensor)
         else:
             others.append(tensor)
-    layers = max((max(row) for row in rows.values()), default=-1) + 1
     finite = [t.snr for t in tensors if math.isfinite(t.snr)]
-    floor = min([snr_floor(t.type) for t in tensors if math.isfinite(t.snr)], default=0.0)
-    chart = charts.heat_map(rows, layers, floor, "dB") if rows else ""
-    weakest = sorted(tensors, key=lambda t: (not math.isnan(t.snr), t.snr))[:8]
+    weakest = sorted(tensors, key=_weakness)[:8]
     listed = [*others, *(t for t in weakest if t not in others)]
     cells = [(t.name, t.type, _decibel(t.snr), f"{snr_floor(t.type):g} dB") for t in listed]
     shown = table(("tensor", "type", "signal to noise", "floor"), cells)
     span = f"{min(finite):.1f} to {max(finite):.1f} dB" if finite else "no error in any tensor"
-    note = f"Signal to noise of the weights: {span}. Strong colour: much error. Empty: none at all."
-    return f"<h2>Error by tensor</h2>{chart}<p>{note}</p>{shown}"
+    note = (
+        f"Signal to noise of the weights: {span}. The colours go from the least error here to the most, half "
+        "by value and half by rank; empty: none at all. The table has what is in no layer, and the weakest."
+    )
+    return f"<h2>Error by tensor</h2>{_maps(rows)}<p>{note}</p>{shown}"
+
+
+def _maps(rows: dict[str, dict[int, list[TensorError]]]) -> str:
+    """The errors and the types of what the layers hold; of a layer's experts the worst, and every type."""
+    if not rows:
+        return ""
+    layers = max(max(row) for row in rows.values()) + 1
+    places = {name: i for i, name in enumerate(PARTS)}
+    rows = dict(sorted(rows.items(), key=lambda item: places.get(item[0], len(places))))
+    worst = {
+        name: {layer: min(found, key=_weakness).snr for layer, found in row.items()}
+        for name, row in rows.items()
+    }
+    types = {
+        name: {layer: " and ".join(sorted({t.type for t in found})) for layer, found in row.items()}
+        for name, row in rows.items()
+    }
+    return maps.error_map(worst, layers, "dB") + maps.type_map(types, layers)
+
+
+def _weakness(tensor: TensorError) -> tuple[bool, float]:
+    """Orders tensors: those that are not finite first, then by their error."""
+    return not math.isnan(tensor.snr), tensor.snr
 
 
 def _decibel(value: float) -> str:

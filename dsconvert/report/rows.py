@@ -64,4 +64,4 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """An HTML table of plain texts."""
     head = "".join(f"<th>{escape(name)}</th>" for name in heads)
     body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
+    return f"<div class='wide'><table><tr>{head}</tr>{body}</table></div>"

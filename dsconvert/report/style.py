@@ -24,10 +24,17 @@ td.text { font-family: ui-monospace, monospace; font-size: 12.5px; white-space: 
 mark { background: var(--mark); color: inherit; border-radius: 2px; }
 svg { width: 100%; height: auto; display: block; margin: 6px 0; }
 svg text { font-size: 11px; fill: var(--soft); paint-order: stroke; stroke: var(--back); stroke-width: 3px; }
- svg text.inside { fill: #fff; stroke: none; }
+svg text.inside { fill: #fff; stroke: none; }
+.chart { overflow-x: auto; } .chart svg { min-width: 600px; }
+.wide { overflow-x: auto; }
 .grid { stroke: var(--line); } .limit { stroke: var(--bad); stroke-dasharray: 4 3; }
 .curve { fill: none; stroke: var(--curve); stroke-width: 2; } .dot, .bar { fill: var(--curve); }
-.heat { fill: var(--strong); stroke: var(--line); } .equal { fill: none; stroke: var(--line); }
+.dot.failed { fill: var(--bad); } .leader { stroke: var(--soft); stroke-width: 0.7; }
+.front { fill: none; stroke: var(--curve); stroke-width: 1; stroke-dasharray: 2 4; opacity: 0.7; }
+svg text.name { fill: var(--ink); } svg text.value { fill: #111; stroke: none; font-size: 10px; }
+svg text.pale { fill: #fff; }
+.cell { stroke: var(--line); stroke-width: 0.5; } .equal { fill: none; stroke: var(--line); }
+.broken { fill: var(--bad); stroke: var(--ink); stroke-width: 2; }
 .part0 { fill: #2563b0; } .part1 { fill: #b45309; } .part2 { fill: #15803d; } .part3 { fill: #7e22ce; }
 .part4 { fill: #0e7490; } .part5 { fill: #9f1239; }
 """

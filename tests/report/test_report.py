@@ -21,8 +21,8 @@ from dsconvert.proof import result as rp
 from dsconvert.proof.block_sample import compare_blocks
 from dsconvert.proof.figures import Estimate
 from dsconvert.proof.thresholds import thresholds_for
-from dsconvert.report import charts
 from dsconvert.report import page as report_page
+from dsconvert.report.drawing import nice_ticks
 from dsconvert.streams import as_json
 from dsconvert.texts import windows
 
@@ -94,7 +94,7 @@ def test_the_page_shows_every_part(report: rp.Report) -> None:
     assert f"{report.comparison.figures.kld.value:.6f}" in text  # type: ignore[union-attr]
     assert ("PASS" in text) == report.verdict.passed
     tags = [tag for tag, _ in page.seen]
-    assert tags.count("svg") == 4
+    assert tags.count("svg") == 5
     assert tags.count("circle") == len(report.comparison.blocks)
 
 
@@ -237,7 +237,7 @@ def test_only_a_file_of_its_kind_is_overwritten(tmp_path: Path, report: rp.Repor
 
 @pytest.mark.parametrize("top", [1e-12, 0.013, 0.1, 1.0, 3.7, 99.0, 12345.0])
 def test_ticks_are_round_and_reach_the_top(top: float) -> None:
-    ticks = charts.nice_ticks(top)
+    ticks = nice_ticks(top)
     assert ticks[0] == 0
     assert top / 1.1 <= ticks[-1] * (1 + 1e-9)
     assert 3 <= len(ticks) <= 7
