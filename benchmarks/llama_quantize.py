@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-sys.path.pop(0)  # this folder, whose gguf.py hides the library
+if __name__ == "__main__":
+    sys.path.pop(0)  # this folder, whose gguf.py hides the library
 
 from converters.gguf.file_types import FILE_TYPES
 
@@ -104,8 +105,19 @@ def importance(path: Path, package: Path | None = None) -> dict[str, npt.NDArray
     ggml.gguf_free(file)
     ggml.ggml_free(context)
     names = [name.removesuffix(".counts") for name in tensors if name.endswith(".counts")]
-    seen = [name for name in names if tensors[name + ".counts"][0] > 0]
-    return {name: tensors[name + ".in_sum2"] / tensors[name + ".counts"][0] for name in seen}
+    seen = [name for name in names if tensors[name + ".counts"].max() > 0]
+    return {name: quotient(tensors[name + ".in_sum2"], tensors[name + ".counts"]) for name in seen}
+
+
+def quotient(sums: npt.NDArray[np.float32], counts: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """An entry's sums by its counts, of which a stack of experts has one each; 1 for those without tokens.
+
+    As llama-quantize reads it (tools/quantize, load_imatrix).
+    """
+    rows = sums.reshape(len(counts), -1)
+    with np.errstate(all="ignore"):
+        found = np.where(counts[:, None] > 0, rows / counts[:, None], np.float32(1))
+    return found.astype(np.float32).ravel()
 
 
 def _reader(package: Path | None) -> ctypes.CDLL:

@@ -156,6 +156,7 @@ def _gguf(model: str, config: ModelConfig, specs: list[Spec], beside: int) -> It
         weighed = mixtures.needs_importance(quant)
         choices = mixtures.choose(
             quant, shapes, heads=config.heads, kv_heads=config.kv_heads, layers=config.layers,
+            experts=config.experts.count if config.experts else 0,
             wide=find_architecture(config.architecture).wide_values(config), imatrix=weighed,
         )  # fmt: skip
         weights = weights_of(specs, partial(_gguf_size, choices), 2 * beside)
@@ -168,9 +169,9 @@ def _gguf_size(choices: Mapping[str, mixtures.Choice], spec: Spec) -> int:
 
 
 def _of_gguf(path: Path) -> Sized:
-    from converters.gguf.as_model import stored_config
     from converters.gguf.opened import stated_quant
     from converters.gguf.parse import open_gguf
+    from converters.gguf.stored_config import stored_config
     from dsconvert.proof.result import sizes_by_type
 
     file = open_gguf(path)

@@ -7,46 +7,13 @@ from dataclasses import dataclass
 
 from converters.gguf.parse import GGUFFile
 from converters.gguf.qtypes import QTYPES, QType
-from converters.gguf.rope import magnitude
 from converters.gguf.rounding import nearest
-from dsconvert.errors import CheckpointError
+from converters.gguf.stored_config import architecture_of, stored_config
 from dsconvert.models.architecture import Architecture
-from dsconvert.models.architectures import BY_GGUF_NAME
 from dsconvert.models.config import ModelConfig
-from dsconvert.models.rope import RopeScaling
 from dsconvert.models.stored_rows import by_source, source_rows, stored_rows
 from dsconvert.models.tensor_table import HEADS_TURNED, Spec, fit_stored, plan_stored
 from dsconvert.models.weights import Floats
-
-LIMIT, GREATEST = 1 << 31, 1e30  # as in config.json
-AGAIN = "Convert the model again, or fetch the file again from where it came from"
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """The numbers among a file's keys, which a stranger may have written: no other value gets through."""
-
-    file: GGUFFile
-
-    def count(self, key: str, default: int | None = None, limit: int = LIMIT) -> int:
-        """A positive whole number below `limit`; CheckpointError for anything else, or a missing key."""
-        value = self.file.keys.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < limit:
-            raise self.wrong(key, f"it should be a whole number from 1 to {limit - 1}")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        """A positive number; CheckpointError for anything else, or a missing key."""
-        value = self.file.keys.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < GREATEST:
-            raise self.wrong(key, "it should be a positive number")
-        return float(value)
-
-    def wrong(self, key: str, why: str) -> CheckpointError:
-        """The error of a key that is missing or holds what it cannot."""
-        value = self.file.keys.get(key)
-        found = "missing" if value is None else repr(value)[:40]
-        return CheckpointError(f"key {key} is {found}", where=self.file.path, why=why, hint=AGAIN)
 
 
 @dataclass(frozen=True)
@@ -115,77 +82,3 @@ def open_parts(file: GGUFFile) -> tuple[GGUFModel, list[str]]:
     shapes = {t.name: t.shape for t in file.tensors.values()}
     specs, misfits = fit_stored(architecture.table, config, shapes, architecture.derived(config))
     return GGUFModel(file, architecture, config, by_source(specs)), misfits
-
-
-def architecture_of(file: GGUFFile) -> Architecture:
-    """The architecture that the file names; raises CheckpointError for another one."""
-    name = file.keys.get("general.architecture")
-    found = BY_GGUF_NAME.get(name) if isinstance(name, str) else None
-    if found is None:
-        raise CheckpointError(
-            f"architecture {name!r} has no table here",
-            where=file.path,
-            why=f"known: {', '.join(BY_GGUF_NAME)}",
-        )
-    return found
-
-
-def stored_config(file: GGUFFile) -> ModelConfig:
-    """The decoder's numbers as the file's own keys state them; raises CheckpointError for a missing key."""
-    architecture = architecture_of(file)
-    numbers, prefix = Numbers(file), f"{architecture.gguf}."
-
-    def count(key: str, default: int | None = None, limit: int = LIMIT) -> int:
-        return numbers.count(prefix + key, default, limit)
-
-    def number(key: str, default: float | None = None) -> float:
-        return numbers.number(prefix + key, default)
-
-    hidden, heads = count("embedding_length"), count("attention.head_count")
-    kv_heads = count("attention.head_count_kv", heads)
-    head_dim = count("attention.key_length", max(hidden // heads, 1))
-    if heads % kv_heads or head_dim % 2:
-        raise numbers.wrong(
-            prefix + ("attention.head_count_kv" if heads % kv_heads else "attention.key_length"),
-            f"{kv_heads} heads of {head_dim} values go with no model of {heads} heads",
-        )
-    embedding = file.tensors.get("token_embd.weight")
-    return ModelConfig(
-        architecture=architecture.hf_class,
-        hidden_size=hidden,
-        intermediate_size=count("feed_forward_length"),
-        layers=count("block_count", limit=len(file.tensors) + 1),
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        vocab_size=embedding.shape[0] if embedding else count("vocab_size"),
-        context_length=count("context_length"),
-        norm_eps=number("attention.layer_norm_rms_epsilon"),
-        rope_theta=number("rope.freq_base", 10000.0),
-        rope_scaling=stored_scaling(file, prefix),
-        tied="output.weight" not in file.tensors,
-        attention_bias="blk.0.attn_q.bias" in file.tensors,
-        mlp_bias="blk.0.ffn_up.bias" in file.tensors,
-        explicit_head_dim=prefix + "attention.key_length" in file.keys,
-    )
-
-
-def stored_scaling(file: GGUFFile, prefix: str) -> RopeScaling | None:
-    """RoPE scaling as llama.cpp reads it from a file of this architecture; a key that it ignores is not read.
-
-    Raises CheckpointError for a value that no file should have, or a type that is not read here.
-    """
-    keys, numbers, at = file.keys, Numbers(file), prefix + "rope.scaling."
-    kind, context = keys.get(at + "type", "linear"), at + "original_context_length"
-    if kind not in ("none", "linear", "yarn"):
-        raise numbers.wrong(at + "type", "none, linear and yarn are read here")
-    old = prefix + "rope.scale_linear"
-    factor = numbers.number(at + "factor", numbers.number(old) if old in keys else 1.0)
-    factor = 1.0 if kind == "none" else factor
-    attention = numbers.number(at + "attn_factor", 1.0) * (magnitude(factor) if kind == "yarn" else 1.0)
-    original = numbers.count(context) if context in keys else None
-    tensor = file.tensors.get("rope_freqs.weight")
-    factors = () if tensor is None else tuple(tensor.float32().ravel().tolist())
-    if factor == 1.0 and attention == 1.0 and not factors:
-        return None
-    return RopeScaling(kind, factor, original, attention_factor=attention, factors=factors)

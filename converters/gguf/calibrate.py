@@ -40,8 +40,10 @@ def measure_inputs(
 ) -> Generator[Event, None, dict[str, Floats]]:
     """The tensors of an imatrix file: `source` is a decoder that runs over the windows drawn."""
     from dsconvert.decoder import importance as input_importance
+    from dsconvert.decoder import linear_inputs
     from dsconvert.decoder import torch_decoder as st
 
+    linear_inputs.check_dense(config)
     place = st.pick_device(device)
     decoder = st.open_decoder(source, config, place, st.pick_dtype(None, place))
     found = yield from input_importance.measure_importance(decoder, drawn.tokens)

@@ -10,17 +10,24 @@ from dataclasses import dataclass
 from converters.gguf.places import (
     Rule,
     always,
+    eight_experts,
     first_eighth,
+    first_eighth_or_more_of_eight,
     first_eighth_with_imatrix,
     first_eighth_without_imatrix,
     first_four,
     first_sixteenth,
     first_two,
+    four_heads_or_experts,
     four_heads_per_kv,
     middle,
     more_bits,
     without_imatrix,
 )
+
+_V_AND_K = (("attn_v", "q8_0"), ("attn_k", "q8_0"))
+_V_K_AND_OUTPUT = (*_V_AND_K, ("attn_output", "q5_k"))
+_K_AND_OUTPUT = (("attn_k", "q4_k"), ("attn_output", "q5_k"))
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,9 @@ class Mixture:
 
     `output` is the type of the output layer, `embedding` that of an embedding which is not used as one,
     `flat` that of tensors of two dimensions, where these are others. `wants` names a type that this mixture
-    uses for no tensor without importance data, beside those of which that is always so.
+    uses for no tensor without importance data, beside those of which that is always so. `eight` is the type
+    of attention's tensors by role in models of eight experts, whatever the exceptions say. `counted` says
+    that ffn_down goes by how many there were and not by its layer, also where a layer has several.
     """
 
     file_type: int
@@ -46,15 +55,18 @@ class Mixture:
     flat: str = ""
     raises_wide: bool = True  # whether attn_v gets q5_k for q3_k and q4_k in a shape of small attn_v
     wants: str = ""
+    eight: tuple[tuple[str, str], ...] = _V_AND_K
+    counted: bool = False
 
     def rule(self, role: str) -> Rule:
         """The exceptions of a role."""
-        return getattr(self, role)  # type: ignore[no-any-return]
+        eight = tuple((eight_experts, kind) for named, kind in self.eight if named == role)
+        return eight + getattr(self, role)  # type: ignore[no-any-return]
 
 
 _GROUPED: Rule = ((four_heads_per_kv, "q4_k"),)
-_SMALL_V: Rule = (*_GROUPED, (always, "q2_k"))
-_LARGE_V: Rule = (*_GROUPED, (always, "iq3_s"))
+_SMALL_V: Rule = ((four_heads_or_experts, "q4_k"), (always, "q2_k"))
+_LARGE_V: Rule = ((four_heads_or_experts, "q4_k"), (always, "iq3_s"))
 _FOUR_BIT_V: Rule = ((four_heads_per_kv, "q5_k"),)
 _FOUR_BIT_DOWN: Rule = ((first_eighth_without_imatrix, "q5_k"),)
 _XXS: Rule = ((always, "iq3_xxs"),)
@@ -74,6 +86,7 @@ MIXTURES: dict[str, Mixture] = {
         attn_v=((four_heads_per_kv, "q4_k"), (always, "q3_k")),
         ffn_down=((always, "q3_k"),),
         attn_output=((always, "q3_k"),),
+        eight=_V_K_AND_OUTPUT,
     ),
     "q2_k_s": Mixture(
         21,
@@ -82,13 +95,14 @@ MIXTURES: dict[str, Mixture] = {
         ffn_down=((first_eighth, "q4_k"),),
         wants="q2_k",
     ),
-    "q3_k_s": Mixture(11, "q3_k"),
+    "q3_k_s": Mixture(11, "q3_k", eight=_V_K_AND_OUTPUT),
     "q3_k_m": Mixture(
         12,
         "q3_k",
         attn_v=((first_two, "q5_k"), (always, "q4_k")),
         ffn_down=((first_sixteenth, "q5_k"), (always, "q4_k")),
         attn_output=((always, "q4_k"),),
+        eight=_V_K_AND_OUTPUT,
     ),
     "q3_k_l": Mixture(
         13,
@@ -96,22 +110,28 @@ MIXTURES: dict[str, Mixture] = {
         attn_v=((always, "q5_k"),),
         ffn_down=((always, "q5_k"),),
         attn_output=((always, "q5_k"),),
+        eight=(*_V_AND_K, ("attn_output", "q3_k")),
     ),
-    "q4_k_s": Mixture(14, "q4_k", attn_v=((first_four, "q5_k"),), ffn_down=((first_eighth, "q5_k"),)),
-    "q4_k_m": Mixture(15, "q4_k", attn_v=((more_bits, "q6_k"),), ffn_down=((more_bits, "q6_k"),)),
+    "q4_k_s": Mixture(
+        14, "q4_k", attn_v=((first_four, "q5_k"),), ffn_down=((first_eighth, "q5_k"),), eight=_V_K_AND_OUTPUT
+    ),
+    "q4_k_m": Mixture(
+        15, "q4_k", attn_v=((more_bits, "q6_k"),), ffn_down=((more_bits, "q6_k"),), eight=_V_K_AND_OUTPUT
+    ),
     "q5_k_s": Mixture(16, "q5_k"),
     "q5_k_m": Mixture(17, "q5_k", attn_v=((more_bits, "q6_k"),), ffn_down=((more_bits, "q6_k"),)),
     "q6_k": Mixture(18, "q6_k"),
-    "iq4_nl": Mixture(25, "iq4_nl", attn_v=_FOUR_BIT_V, ffn_down=_FOUR_BIT_DOWN),
-    "iq4_xs": Mixture(30, "iq4_xs", attn_v=_FOUR_BIT_V, ffn_down=_FOUR_BIT_DOWN),
+    "iq4_nl": Mixture(25, "iq4_nl", attn_v=_FOUR_BIT_V, ffn_down=_FOUR_BIT_DOWN, eight=_V_K_AND_OUTPUT),
+    "iq4_xs": Mixture(30, "iq4_xs", attn_v=_FOUR_BIT_V, ffn_down=_FOUR_BIT_DOWN, eight=_V_K_AND_OUTPUT),
     "iq3_m": Mixture(
         27,
         "iq3_s",
         attn_v=((always, "q4_k"),),
         attn_output=((always, "q4_k"),),
-        ffn_down=((first_eighth, "q4_k"),),
+        ffn_down=((first_eighth_or_more_of_eight, "q4_k"),),
+        eight=_V_K_AND_OUTPUT,
     ),
-    "iq3_s": Mixture(26, "iq3_s", attn_v=_GROUPED),
+    "iq3_s": Mixture(26, "iq3_s", attn_v=_GROUPED, eight=_V_K_AND_OUTPUT),
     "iq3_xs": Mixture(
         22,
         "iq3_s",
@@ -120,6 +140,7 @@ MIXTURES: dict[str, Mixture] = {
         attn_v=_GROUPED,
         ffn_gate=((middle, "iq3_xxs"),),
         ffn_up=((middle, "iq3_xxs"),),
+        eight=_V_K_AND_OUTPUT,
     ),
     "iq3_xxs": Mixture(
         23,
@@ -131,6 +152,7 @@ MIXTURES: dict[str, Mixture] = {
         ffn_down=((first_eighth_without_imatrix, "q4_k"), (without_imatrix, "q3_k")),
         output="q5_k",
         embedding="iq3_s",
+        eight=_V_K_AND_OUTPUT,
     ),
     "iq2_m": Mixture(
         29,
@@ -141,6 +163,8 @@ MIXTURES: dict[str, Mixture] = {
         output="q5_k",
         embedding="iq3_s",
         raises_wide=False,
+        eight=_K_AND_OUTPUT,
+        counted=True,
     ),
     "iq2_s": Mixture(
         28,
@@ -151,6 +175,8 @@ MIXTURES: dict[str, Mixture] = {
         output="q5_k",
         embedding="iq3_s",
         raises_wide=False,
+        eight=_K_AND_OUTPUT,
+        counted=True,
     ),
     "iq2_xs": Mixture(
         20,
@@ -160,6 +186,8 @@ MIXTURES: dict[str, Mixture] = {
         output="q5_k",
         embedding="q2_k",
         raises_wide=False,
+        eight=_K_AND_OUTPUT,
+        counted=True,
     ),
     "iq2_xxs": Mixture(
         19,
@@ -169,6 +197,8 @@ MIXTURES: dict[str, Mixture] = {
         output="q5_k",
         embedding="q2_k",
         raises_wide=False,
+        eight=_K_AND_OUTPUT,
+        counted=True,
     ),
     "tq1_0": Mixture(36, "tq1_0", embedding="q4_k"),
     "tq2_0": Mixture(37, "tq2_0", embedding="q4_k"),

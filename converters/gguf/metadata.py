@@ -28,15 +28,20 @@ def model_keys(config: ModelConfig, architecture: Architecture) -> dict[str, tup
     return {f"{architecture.gguf}.{key}": value for key, value in keys.items()}
 
 
-def general_keys(folder: Path, config: ModelConfig, arch: str, parameters: int) -> dict[str, tuple[str, Any]]:
-    """`general.*` without the file type: name, size and origin as far as config, folder and card say."""
+def general_keys(
+    folder: Path, config: ModelConfig, arch: str, parameters: int, experts: int = 0
+) -> dict[str, tuple[str, Any]]:
+    """`general.*` without the file type: name, size and origin as far as config, folder and card say.
+
+    `parameters` are those of the model with one of its `experts`.
+    """
     organization, name = origin(folder, config)
     keys: dict[str, tuple[str, Any]] = {
         "general.architecture": ("string", arch),
         "general.type": ("string", "model"),
         "general.name": ("string", name.replace("-", " ").strip() or name),
         "general.basename": ("string", basename(name)),
-        "general.size_label": ("string", size_label(parameters)),
+        "general.size_label": ("string", f"{experts}x" * bool(experts) + size_label(parameters)),
         "general.quantization_version": ("uint32", 2),
     }
     if organization:

@@ -1,6 +1,6 @@
 """Which type each tensor of a file gets: the mixtures of llama-quantize as tables.
 
-The rules are those of llama.cpp's src/llama-quant.cpp (llama_tensor_get_type) for dense decoders.
+The rules are those of llama.cpp's src/llama-quant.cpp (llama_tensor_get_type).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ _ROLES = {
     "ffn_down": "ffn_down",
 }
 _WHOLE_MODEL = ("token_embd.weight", "output.weight")
+_ROUTER = "ffn_gate_inp.weight"  # float32 in every file: rounded, it takes another expert now and then
 _LAYER = re.compile(r"\bblk\.(\d+)\.")
 
 
@@ -60,6 +61,7 @@ def choose(
     layers: int,
     heads: int,
     kv_heads: int,
+    experts: int = 0,
     wide: bool = False,
     overrides: Sequence[tuple[str, str]] = (),
     pure: bool = False,
@@ -67,6 +69,7 @@ def choose(
 ) -> dict[str, Choice]:
     """Give every tensor its type as llama-quantize does.
 
+    `experts` is how many each layer has, 0 of a dense model.
     `wide` says that the model has the shape whose attn_v gets more bits (Architecture.wide_values).
     `shapes` are rows first, by GGUF name; without an "output.weight" the embedding counts as tied.
     `overrides` are (pattern, type): the first pattern found in a name decides its type. Unlike
@@ -76,9 +79,12 @@ def choose(
     importance matrix without one.
     """
     mixture = _mixture(quant)
-    matrices = sorted((name for name in shapes if is_quantized(name, shapes[name])), key=_layer)
+    matrices = sorted(
+        (name for name in shapes if is_quantized(name, shapes[name])), key=lambda name: (_layer(name), name)
+    )
     manual = _overridden(matrices, overrides)
-    # llama.cpp counts the tensors of a role as it meets them, layer by layer, without the overridden ones.
+    # llama.cpp counts the tensors of a role as it meets them, layer by layer, without the overridden ones;
+    # of a model of experts, of which a layer has several, those of the MLP go by the layer.
     seen = dict.fromkeys(_ROLES, 0)
     totals = dict.fromkeys(_ROLES, layers) | {"attn_v": sum(_ROLES["attn_v"] in m for m in matrices)}
     tied = "output.weight" not in shapes
@@ -93,7 +99,9 @@ def choose(
             elif name == "token_embd.weight":
                 wanted = mixture.embedding or usual
             elif role := next((role for role, part in _ROLES.items() if part in name), None):
-                at = Place(seen[role], totals[role], heads // kv_heads, imatrix)
+                by_layer = experts > 1 and role.startswith("ffn") and not mixture.counted
+                i = _layer(name) if by_layer else seen[role]
+                at = Place(i, totals[role], heads // kv_heads, imatrix, experts)
                 wanted = _exception(mixture, role, at, wide, usual)
                 seen[role] += 1
         result[name] = Choice(fitting(wanted, columns), wanted)
@@ -155,9 +163,9 @@ def check_importance(quant: str, lacking: Mapping[str, str]) -> None:
 
 
 def is_quantized(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor may have another type than f32: a matrix, and not of a norm."""
+    """Whether a tensor may have another type than f32: a matrix, and neither of a norm nor of a router."""
     is_matrix = prod(shape[:-1]) > 1
-    return is_matrix and name.endswith("weight") and not name.endswith("_norm.weight")
+    return is_matrix and name.endswith("weight") and not name.endswith(("_norm.weight", _ROUTER))
 
 
 def fitting(kind: str, columns: int) -> str:

@@ -14,6 +14,7 @@ class Place:
     n: int
     heads_per_kv: int
     imatrix: bool
+    experts: int = 0
 
 
 When = Callable[[Place], bool]
@@ -74,3 +75,18 @@ def without_imatrix(at: Place) -> bool:
 def first_eighth_without_imatrix(at: Place) -> bool:
     """The first eighth of the layers, when no importance matrix is used."""
     return not at.imatrix and first_eighth(at)
+
+
+def four_heads_or_experts(at: Place) -> bool:
+    """Four heads or more on each key-value head, or four experts or more."""
+    return four_heads_per_kv(at) or at.experts >= 4
+
+
+def eight_experts(at: Place) -> bool:
+    """Every layer of a model of eight experts."""
+    return at.experts == 8
+
+
+def first_eighth_or_more_of_eight(at: Place) -> bool:
+    """The first eighth of the layers; of a model of eight experts, those of `more_bits` too."""
+    return first_eighth(at) or (eight_experts(at) and more_bits(at))

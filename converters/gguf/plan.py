@@ -152,8 +152,10 @@ def all_keys(
     checkpoint: Checkpoint, architecture: Architecture, config: ModelConfig, specs: tuple[Spec, ...]
 ) -> dict[str, tuple[str, Any]]:
     """General, model and provenance keys, in the order of the file."""
-    parameters = sum(prod(spec.shape) for spec in specs)
-    keys = metadata.general_keys(checkpoint.folder, config, architecture.gguf, parameters)
+    # Of experts one of each layer counts, and how many there are stands before it.
+    parameters = sum(spec.values // spec.many for spec in specs)
+    experts = config.experts.count if config.experts else 0
+    keys = metadata.general_keys(checkpoint.folder, config, architecture.gguf, parameters, experts)
     keys |= metadata.model_keys(config, architecture)
     keys["dsconvert.pairing_id"] = ("string", pairing_id(checkpoint, specs))
     return keys
@@ -207,6 +209,7 @@ def plan_output(
     """Give every tensor the recipe's type, in the order of the file, and lay the files out."""
     choices = mixtures.choose(
         quant, shapes, heads=config.heads, kv_heads=config.kv_heads, layers=config.layers,
+        experts=config.experts.count if config.experts else 0,
         wide=find_architecture(config.architecture).wide_values(config),
         overrides=options.overrides, pure=options.pure,
         imatrix=options.imatrix is not None or options.calibration is not None,

@@ -12,10 +12,12 @@ import numpy.typing as npt
 from dsconvert.decoder.numpy_config import stored_ramp
 from dsconvert.errors import CheckpointError
 from dsconvert.models.architecture import Architecture
+from dsconvert.models.architectures import find_architecture
 from dsconvert.models.config import ModelConfig
 from dsconvert.models.rope import FAST, ORIGINAL, SLOW, RopeScaling, corner, mscale
 
 Keys = dict[str, tuple[str, Any]]
+LOG_MULTIPLIER = "rope.scaling.yarn_log_multiplier"
 SAME = 1e-6  # float32 holds no finer difference
 
 
@@ -35,6 +37,8 @@ def scaling_keys(config: ModelConfig, architecture: Architecture) -> Keys:
         )
     if scaling is None or scaling.type in ("llama3", "dynamic"):
         return {}
+    if config.latent is not None:
+        return latent_keys(config, scaling)
     keys: Keys = {
         "rope.scaling.type": ("string", scaling.type),
         "rope.scaling.factor": ("float32", scaling.factor),
@@ -54,17 +58,41 @@ def scaling_keys(config: ModelConfig, architecture: Architecture) -> Keys:
     return keys
 
 
+def latent_keys(config: ModelConfig, scaling: RopeScaling) -> Keys:
+    """`rope.scaling.*` of latent attention, of which llama.cpp scales the whole scores and turns at length 1.
+
+    Raises CheckpointError for what transformers computes otherwise.
+    """
+    if scaling.type != "yarn":
+        raise _refused("type", f"It is {scaling.type}, and llama.cpp scales latent attention by yarn alone")
+    check_yarn(config, scaling)
+    if scaling.mscale_all_dim is None:
+        raise _refused("mscale_all_dim", "It is not stated, and llama.cpp scales whole heads then")
+    if not math.isclose(scaling.attention_factor or 0.0, 1.0, rel_tol=SAME):
+        told = "mscale, mscale_all_dim or attention_factor"
+        raise _refused(told, "They leave a factor on cosines and sines; llama.cpp has one on the scores")
+    return {
+        "rope.scaling.type": ("string", scaling.type),
+        "rope.scaling.factor": ("float32", scaling.factor),
+        "rope.scaling.original_context_length": ("uint32", scaling.original_context or config.context_length),
+        "rope.scaling.yarn_beta_fast": ("float32", scaling.beta_fast),
+        "rope.scaling.yarn_beta_slow": ("float32", scaling.beta_slow),
+        LOG_MULTIPLIER: ("float32", 0.1 * scaling.mscale_all_dim),
+    }
+
+
 def magnitude(factor: float) -> float:
     """The factor on cosines and sines that llama.cpp's YaRN begins with (ggml_rope_yarn)."""
     return 1.0 + 0.1 * math.log(factor)
 
 
 def notes(config: ModelConfig) -> tuple[str, ...]:
-    """What the user should know of the RoPE of a file made of this config."""
+    """What the user should know of a file made of this config, of its RoPE above all."""
+    known = (*config.notes, *find_architecture(config.architecture).gguf_notes(config))
     if config.rope_scaling is None or config.rope_scaling.type != "dynamic":
-        return config.notes
+        return known
     return (
-        *config.notes,
+        *known,
         "RoPE scaling of type dynamic has no GGUF form and was left out: the file gives the model as "
         f"trained, up to {config.context_length} tokens (max_position_embeddings)",
     )

@@ -13,7 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsconvert.checkpoints import bus_error
+from dsconvert.checkpoints import bus_error, fp8
+from dsconvert.checkpoints.further_layers import without_further_layers
 from dsconvert.checkpoints.locate import SAMPLE, SAMPLE_VL, Model, find, locate
 from dsconvert.checkpoints.rounding import nearest
 from dsconvert.checkpoints.safetensors_reader import READABLE, Stored
@@ -131,10 +132,12 @@ def open_checkpoint(model: Model = None) -> Checkpoint:
         decoder = open_weights(locate(SAMPLE))
         moved = {re.sub(r"^model\.", "model.language_model.", n): t for n, t in decoder.tensors.items()}
         weights = Weights((*weights.files, *decoder.files), weights.tensors | moved)
+    weights = weights._replace(tensors=fp8.decoded(weights.tensors, config, where))
     left_over = _refuse_quantized(folder, config, weights.tensors)
     named = model_class(config)
     tensors, respelt = respelled(weights.tensors, named.name, is_tied(config, named.name), folder)
-    notes = (*found.notes, *weights.notes, *left_over, *named.notes, *respelt)
+    tensors, further = without_further_layers(tensors, config)
+    notes = (*found.notes, *weights.notes, *left_over, *named.notes, *respelt, *further)
     used = {*small_files(folder), *weights.files}
     seen = tuple(file for file in before if file.path in used)
     seen += () if remote is None else (remote.state,)
@@ -147,7 +150,7 @@ def _refuse_quantized(
     """A note where config.json states a quantization that the weights have not; raises CheckpointError."""
     dtypes = {name: t.dtype for name, t in tensors.items() if not LEFTOVERS.fullmatch(name)}
     method, found = stated_method(config), quantized_form(dtypes)
-    if found is None and not method:
+    if found is None and (not method or fp8.NAME in dtypes.values()):
         return ()
     if found is None and is_left_over(method, dtypes):
         types = " and ".join(sorted(set(dtypes.values())))

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dsconvert.decoder import torch_decoder as st
-from dsconvert.errors import QuantizationError
+from dsconvert.decoder.experts import attention
+from dsconvert.errors import CheckpointError, QuantizationError
 from dsconvert.machine import free_memory
 from dsconvert.models.architectures import find_architecture
+from dsconvert.models.config import ModelConfig
 from dsconvert.models.tensor_table import expand
 
 if TYPE_CHECKING:
@@ -40,6 +42,18 @@ class Group:
     names: tuple[str, ...]
     moment: torch.Tensor
     rows: int
+
+
+def check_dense(config: ModelConfig, where: object = None) -> None:
+    """Raise CheckpointError for a model with experts or latent attention, whose linears no walk reaches."""
+    found = "experts" if config.experts else "latent attention" if config.latent else ""
+    if found:
+        raise CheckpointError(
+            f"{config.architecture} has {found}, whose linears are not calibrated",
+            where=where,
+            why="An importance matrix, GPTQ and EXL2 are made of dense models only",
+            hint="dsconvert gguf MODEL -q q4_k_m, or any type that needs no importance matrix, converts it",
+        )
 
 
 def embed(decoder: st.Decoder, windows: st.IntArray) -> torch.Tensor:
@@ -135,19 +149,7 @@ def advance(decoder: st.Decoder, block: st.Block, hidden: torch.Tensor) -> None:
 
 
 def _attention(decoder: st.Decoder, block: st.Block) -> Run:
-    def run(x: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        positions = torch.arange(x.shape[1], device=x.device)[None]
-        result: torch.Tensor = block.module.self_attn(
-            hidden_states=block.module.input_layernorm(x),
-            attention_mask=None,  # none asks sdpa for its causal kernel
-            position_ids=positions,
-            position_embeddings=decoder.rotary(x, positions),
-        )[0]
-        return result
-
-    return run
+    return lambda x: attention(decoder, block, x)
 
 
 def _mlp(block: st.Block) -> Run:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from dsconvert.errors import CheckpointError
 from dsconvert.models.architectures import find_architecture
 from dsconvert.models.config import ModelConfig
+from dsconvert.models.experts import Experts
 from dsconvert.models.rope import corner
 
 Floats = npt.NDArray[np.float32]
@@ -50,7 +51,7 @@ class Numbers:
     """A decoder's sizes and RoPE; `rope` says in words how its angles come about.
 
     `angles` are float32 [head_dim / 2] per position, `scale` is the factor on their cosines and sines. They
-    hold for windows of up to `within` tokens.
+    hold for windows of up to `within` tokens. `softmax` is the factor on the scores of attention.
     """
 
     heads: int
@@ -62,6 +63,8 @@ class Numbers:
     rope: str
     angles: Floats
     scale: float
+    softmax: float
+    experts: Experts | None = None
     within: float = math.inf
 
 
@@ -70,11 +73,11 @@ def numbers(config: ModelConfig) -> Numbers:
 
     Raises Unread for a config.json with a key that may matter and is not known here.
     """
-    if not config.decoder:
-        return read_stored(config)
     architecture = find_architecture(config.architecture)
     if not architecture.numpy_block:
         raise Unread("architecture")
+    if not config.decoder:
+        return read_stored(config)
     return read_raw(config.decoder, architecture.defaults)
 
 
@@ -124,6 +127,7 @@ def read_raw(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> Numbers:
         rope=", ".join([str(kind), *(f"{key} {said[key]}" for key in sorted(keys) if key in said)]),
         angles=angles.astype(np.float32),
         scale=scale,
+        softmax=head_dim**-0.5,
         within=context if kind == "dynamic" else math.inf,
     )
 
@@ -197,6 +201,8 @@ def read_stored(config: ModelConfig) -> Numbers:
         rope=str(config.rope_scaling or "default"),
         angles=(unscaled(config.rope_theta, config.head_dim) / divisors).astype(np.float32),
         scale=scale,
+        softmax=config.head_dim**-0.5,
+        experts=config.experts,
     )
 
 

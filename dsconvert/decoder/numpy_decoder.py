@@ -26,15 +26,15 @@ EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.w
 def tensor_names(source: WeightSource, config: ModelConfig) -> tuple[tuple[dict[str, str], ...], str]:
     """Per layer module attribute -> tensor name, and the tensor of the output head (the embedding if tied).
 
-    Raises PlanError when tensors are missing, unknown or misshapen, CheckpointError for a class without a
-    table.
+    Experts' own matrices are left out (see `experts.expert_names`). Raises PlanError when tensors are
+    missing, unknown or misshapen, CheckpointError for a class without a table.
     """
     table = find_architecture(config.architecture).table
     blocks: list[dict[str, str]] = [{} for _ in range(config.layers)]
     names = set()
     for spec in plan(table, config, source.shapes()):
         names.add(spec.hf)
-        if spec.layer is not None:
+        if spec.layer is not None and "{e}" not in spec.hf:
             blocks[spec.layer][spec.hf.split(f".{spec.layer}.", 1)[1]] = spec.hf
     return tuple(blocks), HEAD if HEAD in names else EMBED
 

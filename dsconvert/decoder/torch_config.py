@@ -24,7 +24,7 @@ NOT_ARITHMETIC = (
 )  # fmt: skip
 # What transformers' own config says besides that changes no prediction; RoPE's angles are compared as such.
 INERT = (*NOT_ARITHMETIC, "initializer_range", "attention_dropout", "pretraining_tp", "rope_theta",
-         "rope_scaling", "rope_parameters")  # fmt: skip
+         "num_nextn_predict_layers", "output_router_logits", "rope_scaling", "rope_parameters")  # fmt: skip
 
 
 def library_config(config: ModelConfig) -> Any:
@@ -35,7 +35,8 @@ def library_config(config: ModelConfig) -> Any:
     import transformers
 
     stated = config.decoder or {**config.library_keys, "rope_theta": config.rope_theta}
-    keys = {k: v for k, v in stated.items() if k not in NOT_ARITHMETIC and v is not None}
+    nulls = find_architecture(config.architecture).nulls
+    keys = {k: v for k, v in stated.items() if k not in NOT_ARITHMETIC and (v is not None or k in nulls)}
     if int(transformers.__version__.split(".")[0]) < 5:
         keys = _old_spelling(keys)
     classes = torch_classes(config)
@@ -73,6 +74,8 @@ def open_rotary(config: ModelConfig, library: Any, device: torch.device | str) -
     """
     import torch
 
+    if not config.decoder:
+        library = unscaled_library(config, library)
     try:
         rotary = torch_classes(config).rotary(config=library).to(device)  # inv_freq stays float32
     except Exception as error:  # whatever its rules meet in a config
@@ -101,10 +104,24 @@ def same_arithmetic(one: Any, rotary: Any, other: Any, other_rotary: Any) -> boo
     return same and torch.equal(rotary.inv_freq, other_rotary.inv_freq)
 
 
+def unscaled_library(config: ModelConfig, library: Any) -> Any:
+    """transformers' config without RoPE scaling."""
+    plain = copy.copy(library)
+    if hasattr(library, "rope_parameters"):
+        plain.rope_parameters = {"rope_type": "default", "rope_theta": config.rope_theta}
+    else:
+        plain.rope_scaling = None
+    return plain
+
+
 def numbers_of(config: ModelConfig, library: Any, rotary: Any) -> Numbers:
     """The numbers of a model as transformers has them; `library` and `rotary` are of this config."""
+    import torch
+
     rope = getattr(library, "rope_parameters", None)  # new with transformers 5
     rope = rope or {"rope_theta": library.rope_theta, **(library.rope_scaling or {})}
+    with torch.device("meta"):
+        attention = torch_classes(config).layer(library, 0).self_attn
     return Numbers(
         heads=library.num_attention_heads,
         kv_heads=library.num_key_value_heads,
@@ -115,6 +132,8 @@ def numbers_of(config: ModelConfig, library: Any, rotary: Any) -> Numbers:
         rope=str(rope if config.decoder else config.rope_scaling or "default"),
         angles=rotary.inv_freq.cpu().numpy(),
         scale=float(rotary.attention_scaling),
+        softmax=float(attention.scaling),
+        experts=config.experts,
     )
 
 

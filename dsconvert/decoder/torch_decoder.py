@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dsconvert.decoder import numpy_decoder
+from dsconvert.decoder.experts import Load, Names, Observer, StreamedExperts, attend, expert_names
 from dsconvert.decoder.numpy_config import Numbers
 from dsconvert.decoder.torch_config import library_config, numbers_of, open_rotary, torch_classes
 from dsconvert.errors import UsageError
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
     import torch
 
 IntArray = npt.NDArray[np.int64]
-Observer = Callable[["torch.Tensor"], "torch.Tensor | None"]
 DTYPES = ("float32", "bfloat16", "float16")
 BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}  # bounds the MLP's intermediate activations
+ROUTER = ".gate."  # in the names of what scores experts, weight and bias; an MLP's own is gate_proj
 EMBED, NORM, HEAD = numpy_decoder.EMBED, numpy_decoder.NORM, numpy_decoder.HEAD
 LOGITS_AT_ONCE = 1 << 23  # one float64 array of them is 64 MB
 ROWS_AT_ONCE = 1 << 23  # values of embedding or head that are read together: 32 MB in float32
@@ -44,6 +45,7 @@ class Decoder:
     dtype: torch.dtype
     blocks: tuple[dict[str, str], ...]  # per layer: module attribute -> tensor name
     head: str  # the tensor of the output head; the embedding when tied
+    experts: tuple[tuple[Names, ...], ...]  # per layer: the tensors of each expert
     library: Any = field(repr=False)  # transformers' config
     rotary: Any = field(repr=False)
 
@@ -55,11 +57,15 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder layer with its weights; `linears` are its linear modules by tensor name."""
+    """One decoder layer with its weights; `linears` are its linear modules by tensor name.
+
+    `experts` stand in for those of a layer that has some; their weights are read as they are needed.
+    """
 
     index: int
     module: Any
     linears: Mapping[str, torch.nn.Linear]
+    experts: StreamedExperts | None = None
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -104,7 +110,7 @@ def open_decoder(
     blocks, head = numpy_decoder.tensor_names(source, config)
     library = library_config(config)
     rotary = open_rotary(config, library, device)
-    return Decoder(source, config, device, dtype, blocks, head, library, rotary)
+    return Decoder(source, config, device, dtype, blocks, head, expert_names(config), library, rotary)
 
 
 def numbers(decoder: Decoder) -> Numbers:
@@ -147,18 +153,31 @@ def check_ids(windows: IntArray, vocab: int) -> None:
 
 def load_block(decoder: Decoder, index: int) -> Block:
     """Read and assemble one decoder layer."""
-    names = decoder.blocks[index]
-    weights = {name: read(decoder, name).to(decoder.dtype) for name in names.values()}
+    weights = {name: as_run(decoder, name, read(decoder, name)) for name in decoder.blocks[index].values()}
     return assemble_block(decoder, index, weights)
 
 
-def assemble_block(decoder: Decoder, index: int, weights: Mapping[str, torch.Tensor]) -> Block:
-    """One decoder layer of the weights given by tensor name; they are used, not copied."""
+def as_run(decoder: Decoder, name: str, weight: torch.Tensor) -> torch.Tensor:
+    """A tensor in the type in which the decoder runs it: its own, but float32 for what scores experts."""
+    return weight if ROUTER in name else weight.to(decoder.dtype)
+
+
+def assemble_block(
+    decoder: Decoder, index: int, weights: Mapping[str, torch.Tensor], load: Load | None = None
+) -> Block:
+    """One decoder layer of the weights given by tensor name; they are used, not copied.
+
+    `load` reads an expert, by default from the decoder's source.
+    """
     import torch
 
-    names = decoder.blocks[index]
+    names, experts = decoder.blocks[index], None
     with torch.device("meta"):
         module = torch_classes(decoder.config).layer(decoder.library, index)
+    if decoder.experts[index]:
+        experts = StreamedExperts(decoder.experts[index], load or (lambda names: read_expert(decoder, names)))
+        del module.mlp.experts
+        module.mlp.experts = experts
     state = {attribute: weights[name] for attribute, name in names.items()}
     for attribute, parameter in module.named_parameters():
         if attribute.endswith(".bias") and attribute not in state:  # as transformers starts it
@@ -170,7 +189,12 @@ def assemble_block(decoder: Decoder, index: int, weights: Mapping[str, torch.Ten
         for attribute, part in module.named_modules()
         if isinstance(part, torch.nn.Linear)
     }
-    return Block(index, module, linears)
+    return Block(index, module, linears, experts)
+
+
+def read_expert(decoder: Decoder, names: Names) -> tuple[torch.Tensor, ...]:
+    """The matrices of one expert in the decoder's dtype."""
+    return tuple(read(decoder, name).to(decoder.dtype) for name in names)
 
 
 def run_block(
@@ -179,14 +203,18 @@ def run_block(
     """Hidden states [n, length, d] through one block, in batches of windows; returns new states.
 
     `observers` are called with the input [batch, length, in] of the linear whose tensor they are named
-    by, before it is applied; what they return, if anything, is the input in its stead.
+    by, before it is applied; what they return, if anything, is the input in its stead. Experts take the
+    states of all windows at once, so that each is read once.
     """
     import torch
 
+    run = apply if block.experts is None else attend
     out = torch.empty_like(hidden)
     with torch.no_grad(), _watching(block, observers or {}):
         for rows in batches(decoder, hidden.shape[0], hidden.shape[1]):
-            out[rows] = apply(decoder, block, hidden[rows])
+            out[rows] = run(decoder, block, hidden[rows])
+        if block.experts is not None:
+            out += block.module.mlp(block.module.post_attention_layernorm(out))
     return out
 
 
@@ -215,12 +243,17 @@ def _watching(block: Block, observers: Mapping[str, Observer]) -> Iterator[None]
     def hook(observer: Observer) -> Callable[[Any, tuple[torch.Tensor, ...]], torch.Tensor | None]:
         return lambda module, args: observer(args[0])
 
-    handles = [block.linears[name].register_forward_pre_hook(hook(o)) for name, o in observers.items()]
+    own = {name: observer for name, observer in observers.items() if name in block.linears}
+    handles = [block.linears[name].register_forward_pre_hook(hook(o)) for name, o in own.items()]
+    if block.experts is not None:
+        block.experts.observers = observers
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+        if block.experts is not None:
+            block.experts.observers = {}
 
 
 def slices(rows: int, columns: int) -> Iterator[slice]:

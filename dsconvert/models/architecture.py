@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from dsconvert.models.experts import Experts, Latent
 from dsconvert.models.tensor_table import SOLVE_ORDER, Role, Row, Table, renamed
 from dsconvert.models.values import UNSET, Values
 
@@ -47,13 +48,17 @@ class Architecture:
     """An architecture, found by its Hugging Face class or by the name that its GGUF files state.
 
     `words` is a pattern of other names for the class, case aside. `defaults` are what transformers' config
-    class takes for absent keys; a flag that is not among them is not read by the class. `check` raises
-    CheckpointError for a config that says more than the table can. `gguf_keys` come without the prefix,
-    `derived` are the float32 tensors that a GGUF file needs and no checkpoint holds. `torch_classes` imports
-    transformers, `numpy_block` says whether the decoder's numpy block computes the same. `groups` are the
-    linears in the order in which they are solved. `wide_values` says whether the model has
-    the shape for which llama-quantize raises the bits of attn_v. `mount` is set for a decoder inside a
-    bigger model, `beside` are the tables that its other parts may have.
+    class takes for absent keys; a flag that is not among them is not read by the class. `nulls` are keys of
+    which null says something else than that. `check` raises CheckpointError for a config that says more than
+    the table can. `gguf_keys` come without the prefix, `derived` are the float32 tensors that a GGUF file
+    needs and no checkpoint holds. `torch_classes` imports transformers, `numpy_block` says whether the
+    decoder's numpy block computes the same. `groups` are the linears in the order in which they are solved.
+    `wide_values` says whether the model has the shape for which llama-quantize raises the bits of attn_v.
+    `latent` and `experts` read config.json for these parts of a model, None where it has none; `library_keys`
+    are the keys of transformers' config class for them. `gguf_notes` are what the user of a GGUF file should
+    know. `stored_as` says by the keys and tensors of a GGUF file whether it is of this class, where several
+    have one name there. `mount` is set for a decoder inside a bigger model, `beside` are the tables that its
+    other parts may have.
     """
 
     hf_class: str
@@ -65,8 +70,14 @@ class Architecture:
     torch_classes: Callable[[], TorchClasses]
     gguf_keys: Callable[[ModelConfig], Keys]
     words: str = ""
+    nulls: tuple[str, ...] = ()
     derived: Callable[[ModelConfig], Tensors] = lambda config: {}
     wide_values: Callable[[ModelConfig], bool] = lambda config: False
+    latent: Callable[[Values], Latent | None] = lambda get: None
+    experts: Callable[[Values], Experts | None] = lambda get: None
+    library_keys: Callable[[ModelConfig], Mapping[str, Any]] = lambda config: {}
+    gguf_notes: Callable[[ModelConfig], tuple[str, ...]] = lambda config: ()
+    stored_as: Callable[[Mapping[str, Any], Collection[str]], bool] | None = None
     numpy_block: bool = True
     groups: tuple[Role, ...] = SOLVE_ORDER
     mount: Mount | None = None

@@ -12,6 +12,7 @@ from dsconvert.errors import CheckpointError
 from dsconvert.models.architecture import Architecture
 from dsconvert.models.architectures import ARCHITECTURES, find_architecture
 from dsconvert.models.diagnosis import unquantized
+from dsconvert.models.experts import Experts, Latent, expert_dims
 from dsconvert.models.model_class import ModelClass, model_class
 from dsconvert.models.rope import RopeScaling, read_rope
 from dsconvert.models.values import Values
@@ -26,7 +27,8 @@ class ModelConfig:
 
     `decoder` is its part about the decoder, from which the reference side of a proof is built; empty
     for a file without config.json. `notes` are what the user should know of how the numbers were read.
-    `tied` says that the head may be absent; where the checkpoint has one it counts.
+    `tied` says that the head may be absent; where the checkpoint has one it counts. With `latent` attention,
+    `head_dim` is what RoPE turns of a head, and there are as many heads of keys and values as of queries.
     """
 
     architecture: str
@@ -48,6 +50,28 @@ class ModelConfig:
     raw: dict[str, Any] = field(repr=False, compare=False, default_factory=dict)
     decoder: dict[str, Any] = field(repr=False, compare=False, default_factory=dict)
     notes: tuple[str, ...] = field(repr=False, compare=False, default=())
+    experts: Experts | None = None
+    latent: Latent | None = None
+
+    @property
+    def latent_queries(self) -> bool:
+        """Whether queries come from a small vector too."""
+        return self.latent is not None and self.latent.q_rank is not None
+
+    @property
+    def whole_queries(self) -> bool:
+        """Whether queries come from the states themselves."""
+        return not self.latent_queries
+
+    @property
+    def router_bias(self) -> bool:
+        """Whether a bias has its part in the choice of experts."""
+        return self.experts is not None and self.experts.bias
+
+    @property
+    def shared_experts(self) -> bool:
+        """Whether there are experts that every token goes to."""
+        return self.experts is not None and self.experts.shared > 0
 
     @property
     def library_keys(self) -> dict[str, Any]:
@@ -64,6 +88,7 @@ class ModelConfig:
             "rms_norm_eps": self.norm_eps,
             "attention_bias": self.attention_bias,
             "mlp_bias": self.mlp_bias,
+            **find_architecture(self.architecture).library_keys(self),
         }
 
     @property
@@ -79,6 +104,8 @@ class ModelConfig:
             "v": self.vocab_size,
             "hd": self.head_dim,
             "layers": self.layers,
+            **expert_dims(self.experts, self.layers),
+            **(self.latent.dims(self.heads) if self.latent else {}),
         }
 
 
@@ -106,15 +133,13 @@ def normalise(raw: dict[str, Any], where: object) -> ModelConfig:
     raw = _decoder(raw, architecture, where)
     get = Values(raw, where, architecture.defaults)
     hidden, heads = get.size("hidden_size"), get.size("num_attention_heads")
-    kv_heads = _or_default(get, "num_key_value_heads", heads)
-    if heads % kv_heads:
-        raise get.wrong("num_key_value_heads", f"{kv_heads} does not divide num_attention_heads {heads}")
-    head_dim = _or_default(get, "head_dim", max(hidden // heads, 1))
-    stated = get.stated("head_dim") is not None
-    if not stated and hidden % heads:
-        raise get.wrong("num_attention_heads", f"{heads} does not divide hidden_size {hidden}")
+    kv_heads, latent = _or_default(get, "num_key_value_heads", heads), architecture.latent(get)
+    head_dim = latent.rope if latent else _or_default(get, "head_dim", max(hidden // heads, 1))
+    stated = latent is None and get.stated("head_dim") is not None
+    _check_heads(get, hidden, heads, kv_heads, latent)
     if head_dim % 2:
-        raise get.wrong("head_dim", f"{head_dim} is odd, RoPE needs pairs")
+        key = "qk_rope_head_dim" if latent else "head_dim"
+        raise get.wrong(key, f"{head_dim} is odd, RoPE needs pairs")
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function
         raise get.wrong("hidden_act", f"{str(raw['hidden_act'])[:40]!r} is not silu, which this layout needs")
     architecture.check(get)
@@ -140,7 +165,20 @@ def normalise(raw: dict[str, Any], where: object) -> ModelConfig:
         raw=_cleaned(whole, found),
         decoder=unquantized(raw),
         notes=rope.notes,
+        experts=architecture.experts(get),
+        latent=latent,
     )
+
+
+def _check_heads(get: Values, hidden: int, heads: int, kv_heads: int, latent: Latent | None) -> None:
+    """Raise CheckpointError for numbers of heads that go with no model."""
+    if latent is not None and kv_heads != heads:
+        why = f"is {kv_heads}, and latent attention has as many as num_attention_heads, {heads}"
+        raise get.wrong("num_key_value_heads", why)
+    if heads % kv_heads:
+        raise get.wrong("num_key_value_heads", f"{kv_heads} does not divide num_attention_heads {heads}")
+    if latent is None and get.stated("head_dim") is None and hidden % heads:
+        raise get.wrong("num_attention_heads", f"{heads} does not divide hidden_size {hidden}")
 
 
 def load_config(folder: Path) -> ModelConfig:

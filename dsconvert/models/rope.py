@@ -27,8 +27,9 @@ class RopeScaling:
     """RoPE scaling; `type` is one of ROPE_TYPES, or in a GGUF file read back "none".
 
     `attention_factor` is the factor on cosines and sines, None for the type's own. `unread_factor` is
-    `attn_factor`, which neither transformers nor llama.cpp goes by. `factors` are divisors of each frequency,
-    which a GGUF file holds in place of "llama3".
+    `attn_factor`, which neither transformers nor llama.cpp goes by. `mscale_all_dim` is YaRN's weight on the
+    scores of latent attention. `factors` are divisors of each frequency, which a GGUF file holds in place of
+    "llama3".
     """
 
     type: str
@@ -41,6 +42,7 @@ class RopeScaling:
     beta_slow: float = SLOW
     truncate: bool = True
     unread_factor: float | None = None
+    mscale_all_dim: float | None = None
     factors: tuple[float, ...] = ()
 
 
@@ -161,6 +163,7 @@ def _yarn(raw: Mapping[str, Any], inner: Values) -> tuple[RopeScaling, tuple[str
     scaling = RopeScaling(
         "yarn", factor, original, attention_factor=attention,
         beta_fast=beta_fast, beta_slow=beta_slow, truncate=bool(stated.get("truncate", True)),
+        mscale_all_dim=inner.number("mscale_all_dim") if stated.get("mscale_all_dim") else None,
     )  # fmt: skip
     if attention is not None or stated.get(UNREAD) is None:
         return scaling, notes

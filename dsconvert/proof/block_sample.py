@@ -14,11 +14,12 @@ from dsconvert.events import BlockCompared, Event
 from dsconvert.machine import usable_cores
 from dsconvert.models.config import ModelConfig
 from dsconvert.models.weights import WeightSource, widened
-from dsconvert.proof.compare import Comparison, Run, tensor_error
+from dsconvert.proof.compare import Comparison, Run
 from dsconvert.proof.config_differences import check_sizes, differences
 from dsconvert.proof.figures import BlockError, TensorError, hidden_error, update_error
 from dsconvert.proof.output_losses import rounded
 from dsconvert.proof.row_sums import Matrix
+from dsconvert.proof.tensor_errors import tensor_error
 from dsconvert.texts.windows import Windows
 
 if TYPE_CHECKING:

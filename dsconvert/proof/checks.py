@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from dsconvert.events import Check
 from dsconvert.proof.figures import BlockError, Figures, Foretold, TensorError
 from dsconvert.proof.nearest_rows import most_loss, most_lost
+from dsconvert.proof.routing import judge_routing
 from dsconvert.proof.row_faults import told
 from dsconvert.proof.thresholds import Thresholds, snr_floor
 
@@ -36,6 +37,7 @@ def judge(comparison: Comparison, limits: Thresholds) -> Verdict:
     checks = judge_config(comparison.config)
     checks += judge_tensors(comparison.tensors)
     checks += judge_blocks(comparison.blocks, limits)
+    checks += judge_routing(comparison.routed)
     if comparison.broken:
         checks.append(Check("finite", False, comparison.broken))
     if comparison.figures is not None:
@@ -65,9 +67,18 @@ def judge_foretold(figures: Figures, foretold: Foretold | None) -> list[Check]:
 
 def judge_figures(figures: Figures, limits: Thresholds) -> list[Check]:
     """The checks of the whole model's output."""
-    kld, ratio, top = figures.kld.value, figures.ppl_ratio.value, figures.same_top.value
+    ratio, top = figures.ppl_ratio.value, figures.same_top.value
+    divergences = (
+        ("mean", figures.kld.value, limits.max_kld),
+        ("median", figures.kld_median, limits.median_kld),
+        ("90 %", figures.kld_percentiles["90"], limits.high_kld),
+    )
     checks = [
-        Check("mean KLD", kld <= limits.max_kld, f"mean KLD {kld:.3g}, limit {limits.max_kld:g}", kld),
+        *(
+            Check(f"{name} KLD", kld <= limit, f"{name} KLD {kld:.3g}, limit {limit:g}", kld)
+            for name, kld, limit in divergences
+            if limit is not None
+        ),
         Check(
             "PPL ratio",
             ratio <= limits.max_ppl_ratio,

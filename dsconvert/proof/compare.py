@@ -6,6 +6,7 @@ pair of blocks is read, compared, used and dropped.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,7 +18,7 @@ from dsconvert.decoder import torch_decoder as st
 from dsconvert.decoder.torch_config import same_arithmetic
 from dsconvert.events import BlockCompared, Event, Step
 from dsconvert.models.config import ModelConfig
-from dsconvert.models.weights import WeightSource, widened
+from dsconvert.models.weights import WeightSource
 from dsconvert.proof.config_differences import check_sizes, differences
 from dsconvert.proof.figures import (
     BlockError,
@@ -31,11 +32,10 @@ from dsconvert.proof.figures import (
     summary,
 )
 from dsconvert.proof.foretold import between, share, share_of
-from dsconvert.proof.nearest_rows import lost
 from dsconvert.proof.output_losses import Losses, rounded
-from dsconvert.proof.row_faults import Floats, faults
 from dsconvert.proof.row_sums import Matrix
 from dsconvert.proof.scores import Scores, scored_states
+from dsconvert.proof.tensor_errors import tensor_error
 from dsconvert.texts.windows import Windows
 
 if TYPE_CHECKING:
@@ -51,7 +51,8 @@ class Comparison:
     `figures` and `tokens` are None when a model broke, and `broken` says where; or when only a sample of
     blocks ran. `config` are the differences of the two configs. `states` [tokens, d], kept when asked, are
     the reference's after the final norm: times its head they are its logits. `foretold` says what the
-    figures should be by the errors of the weights.
+    figures should be by the errors of the weights. `routed` says of each layer of experts that ran how many
+    tokens there were, and how many of them went to others than the reference's.
     """
 
     figures: Figures | None
@@ -60,6 +61,7 @@ class Comparison:
     tensors: tuple[TensorError, ...]
     config: tuple[str, ...] = ()
     broken: str = ""
+    routed: tuple[tuple[int, int], ...] = ()
     states: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, repr=False, compare=False)
     foretold: Foretold | None = None
 
@@ -119,24 +121,6 @@ def compare(
     return replace(found, states=(states[0], states[1])) if keep_states else found
 
 
-def tensor_error(
-    sources: tuple[WeightSource, WeightSource], names: tuple[str, str], matrix: Matrix, head_dim: int
-) -> TensorError:
-    """What the sums over a tensor of both sources say; its rows count where it is a matrix."""
-    kind, shape = sources[1].dtype(names[1]), sources[1].shapes()[names[1]]
-    if len(shape) != 2:
-        return TensorError(names[1], kind, shape, matrix.decibel)
-    rounded = matrix.against_nearest()
-
-    def again(row: int) -> tuple[Floats, Floats]:
-        base, candidate = (widened(s.rows(n, row, row + 1)) for s, n in zip(sources, names, strict=True))
-        return base[0], candidate[0]
-
-    found = faults(matrix, names[1], kind, head_dim, again)
-    less = None if rounded is None else lost(rounded, kind)
-    return TensorError(names[1], kind, shape, matrix.decibel, matrix.count, found, less)
-
-
 @dataclass(frozen=True)
 class Run:
     """A comparison under way: the two decoders and what has been found so far.
@@ -151,11 +135,14 @@ class Run:
     blocks: list[BlockError]
     tensors: list[TensorError]
     losses: Losses = field(default_factory=Losses)
+    watched: list[str] = field(default_factory=list)  # the matrices of the expert at hand
+    routed: list[tuple[int, int]] = field(default_factory=list)  # see Comparison
 
     def ended(self, broken: str) -> Comparison:
         """The comparison without figures, as it stands."""
         tensors = self.losses.noted(self.tensors)
-        return Comparison(None, None, tuple(self.blocks), tensors, self.config, broken)
+        routed = tuple(self.routed)
+        return Comparison(None, None, tuple(self.blocks), tensors, self.config, broken, routed=routed)
 
     def broken(self, values: list[torch.Tensor], where: str) -> str:
         """Which of the two computed a value that is not finite, if either did."""
@@ -168,7 +155,9 @@ class Run:
     def alike(self) -> bool:
         """Whether both decoders do the same to the same weights and states."""
         base, candidate = self.pair
-        return same_arithmetic(base.library, base.rotary, candidate.library, candidate.rotary)
+        scores = (st.numbers(decoder).softmax for decoder in self.pair)
+        same = same_arithmetic(base.library, base.rotary, candidate.library, candidate.rotary)
+        return same and math.isclose(*scores, rel_tol=1e-6)
 
     def read(self, *names: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The same tensor of both, in the decoders' dtype, its error noted before it is rounded to it."""
@@ -177,30 +166,64 @@ class Run:
         error = self.note(names, Matrix().add(base, candidate, made))
         if made is not None and error.lost:
             self.losses.watch(names[0], base, candidate, made)
-        dtype = self.pair[0].dtype
-        return base.to(dtype), candidate.to(dtype)
+        return st.as_run(self.pair[0], names[0], base), st.as_run(self.pair[1], names[1], candidate)
 
     def apply(self, index: int, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
         """What block `index` of each model makes of its states; its tensors are compared too."""
         self.losses.observers.clear()
         first = len(self.tensors)
         both = {name: self.read(name, name) for name in self.pair[0].blocks[index].values()}
-        out = []
+        out, chosen = [], []
         for side, decoder in enumerate(self.pair):
-            block = st.assemble_block(decoder, index, {name: pair[side] for name, pair in both.items()})
+            weights = {name: pair[side] for name, pair in both.items()}
+            block = st.assemble_block(decoder, index, weights, None if side else self.read_expert)
             out.append(st.run_block(decoder, block, hidden[side], {} if side else self.losses.observers))
-        made = {error.name: self.foretold(both[error.name], error) for error in self.tensors[first:]}
-        if hidden[2] is hidden[1] and self.alike and all(made[name] is both[name][1] for name in made):
+            chosen += [block.experts.chosen] if block.experts and block.experts.chosen is not None else []
+        self.compare_routes(index, chosen)
+        errors = {error.name: error for error in self.tensors[first:]}
+        made = {name: self.foretold(pair, errors[name]) for name, pair in both.items()}
+        experts = (errors[name] for names in self.pair[0].experts[index] for name in names)
+        same = all(made[name] is both[name][1] for name in made) and all(self.share(e) == 1 for e in experts)
+        if hidden[2] is hidden[1] and self.alike and same:
             return [*out, out[1]]
-        block = st.assemble_block(self.pair[0], index, made)
+        block = st.assemble_block(
+            self.pair[0], index, made, lambda names: tuple(self.foretold_expert(errors[n]) for n in names)
+        )
         return [*out, st.run_block(self.pair[0], block, hidden[2])]
+
+    def share(self, error: TensorError) -> float:
+        """How much of the error of a matrix is foretold."""
+        return share(error.type, error.snr, error.lost, self.losses.ratio(error.name))
 
     def foretold(self, both: tuple[torch.Tensor, torch.Tensor], error: TensorError) -> torch.Tensor:
         """What the foretold model has of a tensor of both; the candidate's itself where they are the same."""
         if both[0].dim() > 1:
-            part = share(error.type, error.snr, error.lost, self.losses.ratio(error.name))
-            return between(*both, part)
+            return between(*both, self.share(error))
         return both[bool((both[0] == both[1]).all())]
+
+    def foretold_expert(self, error: TensorError) -> torch.Tensor:
+        """What the foretold model has of an expert's matrix, whose error is known."""
+        base, candidate = (st.as_run(d, error.name, st.read(d, error.name)) for d in self.pair)
+        return self.foretold((base, candidate), error)
+
+    def compare_routes(self, index: int, chosen: list[torch.Tensor]) -> None:
+        """Count the tokens that both went to other experts, and compare the experts that none came to."""
+        if not chosen:
+            return
+        self.routed.append((len(chosen[0]), int(chosen[0].ne(chosen[1]).any(-1).sum())))
+        known = {tensor.name for tensor in self.tensors}
+        for names in self.pair[0].experts[index]:
+            if names[0] not in known:
+                self.read_expert(names)
+
+    def read_expert(self, names: tuple[str, ...]) -> tuple[torch.Tensor, ...]:
+        """The reference's matrices of an expert; both models' are compared, and what was kept of the last one
+        for its inputs is dropped.
+        """
+        for name in self.watched:
+            self.losses.observers.pop(name, None)
+        self.watched[:] = names
+        return tuple(self.read(name, name)[0] for name in names)
 
     def compare_hidden(self, index: int, hidden: list[torch.Tensor]) -> BlockError:
         """The error of the states after block `index`, noted too."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from dataclasses import fields
 
 import numpy as np
 
@@ -11,21 +12,31 @@ from dsconvert.decoder.numpy_config import Numbers
 from dsconvert.decoder.torch_config import read_numbers
 from dsconvert.errors import CheckpointError
 from dsconvert.models.config import ModelConfig
+from dsconvert.models.experts import Experts
 
 ROPE_CLOSE = 1e-5  # relative; float32 arithmetic of two programs differs by less
 
 
 def differences(reference: Numbers, candidate: Numbers) -> tuple[str, ...]:
     """The numbers that a runtime goes by and that differ; floats as float32 can hold them."""
-    names = ("norm_eps", "heads", "kv_heads", "head_dim", "context_length")
+    names = ("norm_eps", "heads", "kv_heads", "head_dim", "context_length", "softmax")
     found = [text] if (text := rope_difference(reference, candidate)) else []
+    found += _differing(reference, candidate, names)
+    if reference.experts and candidate.experts:
+        parts = tuple(part.name for part in fields(Experts))
+        found += [f"experts: {text}" for text in _differing(reference.experts, candidate.experts, parts)]
+    return tuple(found)
+
+
+def _differing(reference: object, candidate: object, names: tuple[str, ...]) -> list[str]:
+    """A sentence on each of these attributes that is not the same on both sides."""
+    found = []
     for name in names:
         a, b = getattr(reference, name), getattr(candidate, name)
-        if isinstance(a, float) and isinstance(b, float) and math.isclose(a, b, rel_tol=1e-6):
-            continue
-        if a != b:
+        close = isinstance(a, float) and isinstance(b, float) and math.isclose(a, b, rel_tol=1e-6)
+        if a != b and not close:
             found.append(f"{name} is {b}, the reference has {a}")
-    return tuple(found)
+    return found
 
 
 def config_differences(reference: ModelConfig, candidate: ModelConfig) -> tuple[str, ...]:

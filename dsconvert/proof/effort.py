@@ -7,7 +7,9 @@ from typing import Literal
 
 import numpy as np
 
+from dsconvert.models.architectures import find_architecture
 from dsconvert.models.config import ModelConfig
+from dsconvert.models.tensor_table import expand
 from dsconvert.texts.windows import Windows
 
 # What two cores do in a second: floating-point operations, and weights read and compared on one side. Fixed,
@@ -89,18 +91,37 @@ def seconds(config: ModelConfig, windows: Windows) -> float:
 
 def forward_flops(config: ModelConfig, length: int) -> float:
     """Floating-point operations per token of one forward pass over windows of `length` tokens."""
-    dims = config.dims
-    block = dims["d"] * (2 * dims["q"] + 2 * dims["kv"] + 3 * dims["ff"]) + dims["q"] * length
-    return 2.0 * (config.layers * block + dims["d"] * dims["v"])
+    dims, experts = config.dims, config.experts
+    layers = (b.plain + b.expert * (experts.used if experts else 0) for b in blocks(config))
+    return 2.0 * (sum(layers) + config.layers * dims["q"] * length + dims["d"] * dims["v"])
 
 
 def weights(config: ModelConfig) -> int:
     """How many weights the decoder has; biases and norms are left out."""
     tables = 1 if config.tied else 2
-    return config.layers * block_weights(config) + tables * config.vocab_size * config.hidden_size
+    experts = config.experts.count if config.experts else 0
+    return sum(b.plain + b.expert * experts for b in blocks(config)) + (
+        tables * config.vocab_size * config.hidden_size
+    )
 
 
 def block_weights(config: ModelConfig) -> int:
-    """How many weights one decoder layer has."""
-    dims = config.dims
-    return dims["d"] * (2 * dims["q"] + 2 * dims["kv"] + 3 * dims["ff"])
+    """How many weights of a decoder layer are in memory at once, at most: of experts those of one."""
+    return max(b.plain + b.expert for b in blocks(config))
+
+
+@dataclass(frozen=True)
+class BlockSize:
+    """How many weights the matrices of a decoder layer have: each `expert`, and the `plain` rest."""
+
+    plain: int
+    expert: int
+
+
+def blocks(config: ModelConfig) -> list[BlockSize]:
+    """The size of every layer, by its architecture's table."""
+    sizes = [[0, 0] for _ in range(config.layers)]
+    for spec in expand(find_architecture(config.architecture).table, config):
+        if spec.layer is not None and len(spec.shape) > 1:
+            sizes[spec.layer]["{e}" in spec.hf] += spec.values // spec.many
+    return [BlockSize(*pair) for pair in sizes]

@@ -19,7 +19,7 @@ from dsconvert.events import BlockCompared, Event
 from dsconvert.machine import usable_cores
 from dsconvert.models.config import ModelConfig
 from dsconvert.models.weights import WeightSource, widened
-from dsconvert.proof.compare import Comparison, tensor_error
+from dsconvert.proof.compare import Comparison
 from dsconvert.proof.config_differences import check_sizes, differences
 from dsconvert.proof.effort import Effort
 from dsconvert.proof.figures import BlockError, Foretold, IntArray, TensorError, joined, mean, summary
@@ -27,6 +27,7 @@ from dsconvert.proof.foretold import between, share
 from dsconvert.proof.numpy_figures import hidden_error, kld, length, token_figures
 from dsconvert.proof.output_losses import Losses, rounded
 from dsconvert.proof.row_sums import Matrix
+from dsconvert.proof.tensor_errors import tensor_error
 from dsconvert.texts.windows import Windows
 
 Pair = tuple[Floats, Floats]

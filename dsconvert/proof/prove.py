@@ -30,6 +30,7 @@ from dsconvert.proof.figures import IntArray
 from dsconvert.proof.numpy_compare import compare_in_numpy, knows
 from dsconvert.proof.options import Mode, ProofOptions
 from dsconvert.proof.result import Report
+from dsconvert.proof.routing import routed_limits
 from dsconvert.proof.sources import Opened, Reference, StoredTensors, limits_name
 from dsconvert.proof.structure import check_structure, structure_faults
 from dsconvert.proof.text import Text, check_text, choose_text, handling
@@ -91,6 +92,8 @@ def prove(
     check_sizes(reference.config, opened.config, but=("layers",))
     changes = {"max_kld": asked.max_kld, "max_ppl_ratio": asked.max_ppl_ratio, "min_top1": asked.min_top1}
     limits = thresholds_for(limits_name(opened), **changes)
+    if reference.config.experts is not None:
+        limits = routed_limits(limits, asked.max_kld)
     chosen_text = yield from choose_text(reference, asked)
     yield Step(f"{opened.path}: {opened.kind} {opened.quant}, {opened.bits:.2f} bits per weight")
     faults = structure_faults(opened, reference)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from dsconvert.decoder import torch_decoder as st
+from dsconvert.decoder.experts import Observer
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +72,7 @@ def rounding(decoder: st.Decoder, name: str) -> Rounding:
     return ROUNDINGS[decoder.source.dtype(name)]
 
 
-def rounded_inputs(decoder: st.Decoder, block: st.Block) -> Mapping[str, st.Observer]:
+def rounded_inputs(decoder: st.Decoder, block: st.Block) -> Mapping[str, Observer]:
     """What makes a block round the input of each linear as the runtime does; see
     `torch_decoder.run_block`.
     """

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dsconvert.decoder import torch_decoder as st
+from dsconvert.decoder.experts import Observer
 from dsconvert.events import BlockRun, Event
 from dsconvert.proof.figures import TOP, Foretold, mean
 from dsconvert.texts.windows import Windows
@@ -143,7 +144,7 @@ def scored_states(
 def hidden_states(
     decoder: st.Decoder,
     windows: Windows,
-    observers: Callable[[st.Block], Mapping[str, st.Observer]] | None = None,
+    observers: Callable[[st.Block], Mapping[str, Observer]] | None = None,
 ) -> Generator[Event, None, torch.Tensor]:
     """One model's states [n, length, d] after the last block, a BlockRun for each; see run_block."""
     hidden = st.embed(st.read(decoder, st.EMBED), windows.tokens, decoder.dtype)

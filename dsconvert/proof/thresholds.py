@@ -24,13 +24,16 @@ class Thresholds:
 
     `max_update` bounds a single block's error on the reference's input, see BlockError.update. The top token
     is judged where a limit is given only: where a model is undecided, as one of random weights is everywhere,
-    the least noise turns it (a faithful q6_k of such a model keeps 83 %, q4_0 52 %, gptq4 32 %).
+    the least noise turns it (a faithful q6_k of such a model keeps 83 %, q4_0 52 %, gptq4 32 %). Median and
+    90 % quantile of the divergence are judged of models of experts, see routing.
     """
 
     max_kld: float
     max_ppl_ratio: float
     max_update: float = 0.7
     min_top1: float | None = None
+    median_kld: float | None = None
+    high_kld: float | None = None
 
 
 LIMITS: dict[str, Thresholds] = {

@@ -10,6 +10,7 @@ from typing import Any
 from dsconvert.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from dsconvert.checkpoints.locate import ModelPath
 from dsconvert.checkpoints.safetensors_writer import from_stored
+from dsconvert.decoder import linear_inputs
 from dsconvert.errors import UsageError
 from dsconvert.models.architectures import find_architecture
 from dsconvert.models.config import ModelConfig
@@ -86,6 +87,7 @@ def select(model: str | ModelPath, language_only: bool, head: bool = False) -> S
     specs = plan(architecture.table, outer, checkpoint.shapes())
     checkpoint.check_readable(name for spec in specs for name in spec.names)
     source, config = language_model(checkpoint, outer)
+    linear_inputs.check_dense(config, checkpoint.folder)
     own = {spec.gguf: spec.names for spec in plan(architecture.decoder.table, config, source.shapes())}
     inside = {name: n for spec in specs for name, n in zip(spec.names, own[spec.gguf], strict=True)}
     whole = architecture.mount is None or not language_only

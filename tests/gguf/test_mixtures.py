@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import moe_types
 import pytest
 
 from converters.gguf import mixtures
@@ -86,6 +87,31 @@ def test_types_are_those_that_llama_quantize_chose(case: dict[str, Any], quant: 
     matrices = [name for name in shapes if mixtures.is_quantized(name, shapes[name])]
     assert compared == len(matrices) == case["layers"] * 7 + (1 if case["tied"] else 2)
     assert all(types[name] == "f32" for name in shapes if name not in matrices)
+
+
+MOE = moe_types.load()
+
+
+@pytest.mark.parametrize("name", MOE["cases"])
+def test_types_of_experts_and_latent_attention_are_those_that_llama_quantize_chose(name: str) -> None:
+    """28 mixtures each, those that need an importance matrix with one; see benchmarks/moe_types.py."""
+    case, shapes = MOE["cases"][name], moe_types.shapes(MOE["cases"][name])
+    numbers = {"layers": case["layers"], "heads": case["heads"], "experts": case.get("experts", 0)}
+    numbers["kv_heads"] = 1 if "kv_lora" in case else case["kv_heads"]
+    wide = case["layers"] == 80  # of Qwen2's and Llama's layouts
+    assert len(MOE["types"][name]) == 28
+    for quant, digest in MOE["types"][name].items():
+        types = choose(quant, shapes, **numbers, wide=wide, imatrix=mixtures.needs_importance(quant))
+        assert moe_types.digest(types) == digest, quant
+
+
+def test_a_router_is_never_quantized() -> None:
+    shapes = {"blk.0.ffn_gate_inp.weight": (16, 256), "blk.0.ffn_gate_exps.weight": (16, 256, 256)}
+    options = {"layers": 1, "heads": 1, "kv_heads": 1, "experts": 16}
+    for quant in ("f16", "bf16", "q8_0", "q4_k_m"):
+        types = choose(quant, shapes, **options)
+        assert types["blk.0.ffn_gate_inp.weight"] == "f32"
+        assert types["blk.0.ffn_gate_exps.weight"] == mixtures.default_type(quant)
 
 
 def choose(quant: str, shapes: dict[str, tuple[int, ...]], **options: Any) -> dict[str, str]:

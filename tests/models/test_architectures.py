@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import tiny_families
+from agreement import LIMIT, file_of, measured, token_ids
 from click.testing import CliRunner
 from random_llama import Memory
 from tiny_families import FAMILIES
 
-from converters.gguf.convert import convert
-from converters.gguf.output import Options
 from converters.gguf.parse import open_gguf
 from dsconvert.cli import cli
 from dsconvert.decoder import numpy_config, numpy_decoder
@@ -24,8 +22,6 @@ from dsconvert.models.architectures import ARCHITECTURES
 from dsconvert.models.config import normalise
 from dsconvert.models.tensor_table import plan
 
-TOKENS = 300
-LIMIT = 1e-9
 CALIB = ("--calib", "builtin", "--calib-samples", "8", "--calib-len", "128")
 # The keys that llama.cpp's converter writes of a model, without the prefix, beside the usual ones.
 USUAL = {
@@ -53,41 +49,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("families")
     return {name: tiny_families.checkpoint(folder / name, name) for name in FAMILIES}
-
-
-def file_of(model: Path, out: Path, quant: str = "f32") -> Path:
-    list(convert(Options(str(model), (quant,), out, effort="off", force=True)))
-    return out
-
-
-def token_ids() -> npt.NDArray[np.int64]:
-    return np.random.default_rng(7).integers(20, 1900, TOKENS)
-
-
-def logits(model: Path) -> npt.NDArray[np.float64]:
-    """transformers' own, of the folder as it is."""
-    import torch
-    import transformers
-
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    with torch.no_grad():
-        found = loaded(torch.from_numpy(token_ids())[None]).logits[0]
-    return np.asarray(found.numpy(), np.float64)
-
-
-def divergence(base: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> float:
-    """Mean KL over all positions of two arrays of logits [tokens, vocab]."""
-    logs = [x - x.max(-1, keepdims=True) for x in (base, other)]
-    logs = [x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in logs]
-    return float((np.exp(logs[0]) * (logs[0] - logs[1])).sum(-1).mean())
-
-
-def measured(model: Path, out: Path) -> float:
-    """The divergence of llama.cpp on our f32 file from transformers on the folder."""
-    from dsconvert.runtimes.llamacpp import Engine
-
-    with Engine(file_of(model, out), n_ctx=TOKENS, threads=1) as engine:
-        return divergence(logits(model), np.asarray(engine.logits(token_ids()), np.float64))
 
 
 @pytest.mark.skipif(

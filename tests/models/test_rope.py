@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from random_llama import BASE, make, tokens
 
-from converters.gguf.as_model import stored_scaling
 from converters.gguf.parse import GGUFFile
 from converters.gguf.rope import notes, scaling_keys
+from converters.gguf.stored_config import stored_scaling
 from dsconvert.checkpoints.output_folder import with_both_ropes
 from dsconvert.decoder import numpy_config
 from dsconvert.decoder.numpy_config import Numbers, Unread, numbers

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from importlib import import_module
 from pkgutil import iter_modules
+from typing import Any
 
 from dsconvert.errors import CheckpointError
 from dsconvert.models.architecture import Architecture
@@ -12,10 +14,26 @@ _MODULES = [import_module(f"{__name__}.{module.name}") for module in iter_module
 ARCHITECTURES: dict[str, Architecture] = {
     found.hf_class: found for module in _MODULES for found in module.ARCHITECTURES
 }
-# A name of GGUF files that several classes share stands for the one of whose own model type it is.
-BY_GGUF_NAME: dict[str, Architecture] = {
-    found.gguf: found for found in ARCHITECTURES.values() if found.gguf == found.model_type
-}
+# A name of GGUF files that several classes share stands for the one of whose own model type it is, or the
+# first; see `stored_architecture`.
+BY_GGUF_NAME: dict[str, Architecture] = {}
+for _found in sorted(ARCHITECTURES.values(), key=lambda found: found.gguf != found.model_type):
+    if not _found.mount:
+        BY_GGUF_NAME.setdefault(_found.gguf, _found)
+
+
+def stored_architecture(
+    name: object, keys: Mapping[str, Any], tensors: Collection[str]
+) -> Architecture | None:
+    """The architecture of a GGUF file that names itself `name`: one that claims its keys and tensors, or the
+    usual one of the name; None for an unknown name.
+    """
+    if not isinstance(name, str):
+        return None
+    for found in ARCHITECTURES.values():
+        if found.gguf == name and found.stored_as and not found.mount and found.stored_as(keys, tensors):
+            return found
+    return BY_GGUF_NAME.get(name)
 
 
 def find_architecture(name: str, where: object = None) -> Architecture:

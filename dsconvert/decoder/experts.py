@@ -1,0 +1,95 @@
+"""Runs the parts of a block: its attention, and its experts one after the other, each read and dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from dsconvert.models.architectures import find_architecture
+from dsconvert.models.config import ModelConfig
+from dsconvert.models.tensor_table import expand
+
+if TYPE_CHECKING:
+    import torch
+
+    from dsconvert.decoder.torch_decoder import Block, Decoder
+
+Names = tuple[str, str, str]  # of an expert's matrices: gate, up, down
+Load = Callable[[Names], "tuple[torch.Tensor, ...]"]
+Observer = Callable[["torch.Tensor"], "torch.Tensor | None"]
+PARTS = ("_gate_exps", "_up_exps", "_down_exps")  # of the stacks' names in a GGUF file
+
+
+def expert_names(config: ModelConfig) -> tuple[tuple[Names, ...], ...]:
+    """The tensors of each expert of each layer, in order; of a layer without experts none."""
+    stacks: list[dict[str, tuple[str, ...]]] = [{} for _ in range(config.layers)]
+    for spec in expand(find_architecture(config.architecture).table, config):
+        for part in PARTS:
+            if spec.layer is not None and spec.gguf.endswith(f"{part}.weight"):
+                stacks[spec.layer][part] = spec.names
+    return tuple(
+        tuple(zip(*(stack[part] for part in PARTS), strict=True)) if stack else () for stack in stacks
+    )
+
+
+@dataclass
+class StreamedExperts:
+    """Stands in for transformers' fused experts of a block: the same sum, one expert in memory at a time.
+
+    `load` gives the matrices of one in the decoder's dtype; `observers` are called with the input of a matrix
+    by its name, and what they return, if anything, is the input in its stead. `chosen` [tokens, used] are the
+    experts that the tokens of the last run went to, in ascending order.
+    """
+
+    names: tuple[Names, ...]
+    load: Load
+    observers: Mapping[str, Observer] = field(default_factory=dict)
+    chosen: torch.Tensor | None = None
+
+    def __call__(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """States [tokens, d] through the experts `index` [tokens, used], summed with `weights` as many."""
+        import torch
+
+        self.chosen = index.sort(-1).values
+        total = torch.zeros_like(hidden)
+        for expert in sorted(set(index.flatten().tolist())):
+            token, place = torch.where(index == expert)
+            part = self._through(self.names[expert], hidden[token]) * weights[token, place, None]
+            total.index_add_(0, token, part.to(total.dtype))
+        return total
+
+    def _through(self, names: Names, x: torch.Tensor) -> torch.Tensor:
+        """States [tokens, d] through one expert."""
+        import torch
+
+        gate, up, down = self.load(names)
+        scores, values = (
+            self._seen(name, x) @ matrix.T for name, matrix in zip(names[:2], (gate, up), strict=True)
+        )
+        return self._seen(names[2], torch.nn.functional.silu(scores) * values) @ down.T
+
+    def _seen(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """The input of a matrix, as its observer leaves it."""
+        observe = self.observers.get(name)
+        other = None if observe is None else observe(x)
+        return x if other is None else other
+
+
+def attend(decoder: Decoder, block: Block, x: torch.Tensor) -> torch.Tensor:
+    """States [batch, length, d] through the attention of a block."""
+    return x + attention(decoder, block, x)
+
+
+def attention(decoder: Decoder, block: Block, x: torch.Tensor) -> torch.Tensor:
+    """What the attention of a block adds to states [batch, length, d]."""
+    import torch
+
+    positions = torch.arange(x.shape[1], device=x.device)[None]
+    result: torch.Tensor = block.module.self_attn(
+        hidden_states=block.module.input_layernorm(x),
+        attention_mask=None,  # none asks sdpa for its causal kernel
+        position_ids=positions,
+        position_embeddings=decoder.rotary(x, positions),
+    )[0]
+    return result

@@ -1,0 +1,201 @@
+"""Tiny random checkpoints with experts and latent attention, of transformers' own classes, fp8 too."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tiny_families
+from safetensors.torch import save_file
+
+Floats = npt.NDArray[np.float32]
+BLOCK = 128
+LATENT = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 2048,
+    "max_position_embeddings": 1024,
+    "kv_lora_rank": 256,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 64,
+    "moe_intermediate_size": 256,
+}
+YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 32, "beta_fast": 32, "beta_slow": 1}
+# By name: transformers' class, and what its config says beside LATENT.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "v2": (
+        "DeepseekV2ForCausalLM",
+        {
+            "num_hidden_layers": 4, "q_lora_rank": 256, "n_routed_experts": 16, "num_experts_per_tok": 4,
+            "n_shared_experts": 2, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+            "rope_scaling": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+        },
+    ),
+    "v2-lite": (
+        "DeepseekV2ForCausalLM",
+        {
+            "num_hidden_layers": 27, "q_lora_rank": None, "n_routed_experts": 4, "num_experts_per_tok": 2,
+            "n_shared_experts": 2, "first_k_dense_replace": 1, "moe_intermediate_size": 128,
+        },
+    ),
+    "v3": (
+        "DeepseekV3ForCausalLM",
+        {
+            "num_hidden_layers": 4, "q_lora_rank": 256, "n_routed_experts": 16, "num_experts_per_tok": 4,
+            "n_shared_experts": 1, "first_k_dense_replace": 2, "n_group": 4, "topk_group": 2,
+            "rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}, "num_mtp_layers": 0,
+        },
+    ),
+}  # fmt: skip
+MODEL_TYPES = {"v2": "deepseek_v2", "v2-lite": "deepseek_v2", "v3": "deepseek_v3"}
+
+
+def random_model(name: str, seed: int = 3, **more: Any) -> Any:
+    """transformers' model: weights of deviation 1/sqrt(inputs), norms 1 +- .2, routers thrice that."""
+    import torch
+    import transformers
+
+    kind, keys = FAMILIES[name]
+    config = getattr(transformers, kind.replace("ForCausalLM", "Config"))(**{**LATENT, **keys, **more})
+    model = getattr(transformers, kind)(config).eval()
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            noise = torch.randn(tensor.shape, generator=random)
+            if parameter.endswith("norm.weight"):
+                tensor.copy_(1 + 0.2 * noise.clamp(-2, 2))
+            elif parameter.endswith("e_score_correction_bias"):
+                tensor.copy_(0.3 * noise)
+            elif not parameter.endswith("inv_freq"):
+                tensor.copy_(
+                    noise * tensor.shape[-1] ** -0.5 * (3 if parameter.endswith("gate.weight") else 1)
+                )
+    return model
+
+
+def checkpoint(folder: Path, name: str, changes: dict[str, Any] | None = None, **more: Any) -> Path:
+    """The model of `random_model` saved by transformers in float32, its config.json with `changes`."""
+    random_model(name, **more).save_pretrained(folder)
+    for file in tiny_families.SAMPLE.iterdir():
+        if file.is_file() and "token" in file.name:
+            shutil.copyfile(file, folder / file.name)
+    restate(folder, **(changes or {}))
+    return folder
+
+
+def restate(folder: Path, **changes: Any) -> None:
+    """Other values in config.json; without the key for the value ...."""
+    path = folder / "config.json"
+    raw = {**json.loads(path.read_text("utf-8")), **changes}
+    path.write_text(json.dumps({k: v for k, v in raw.items() if v is not ...}), "utf-8")
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    """The tensors on disk, as torch has them."""
+    from safetensors.torch import load_file
+
+    return dict(load_file(folder / "model.safetensors"))
+
+
+def is_fp8(name: str) -> bool:
+    """Whether published checkpoints have a tensor in fp8: the matrices of the blocks, but the routers."""
+    return (name.startswith("model.layers.") and name.endswith("_proj.weight")) or name.endswith(
+        "with_mqa.weight"
+    )
+
+
+def to_fp8(folder: Path, scales: str = "f32") -> tuple[Path, Path]:
+    """The checkpoint in fp8 and what it stands for in float32, two folders beside it.
+
+    `scales` are "f32", powers of two in f32 ("ue8m0") or f8_e8m0. The float32 one is what torch makes of it.
+    """
+    import torch
+
+    stored: dict[str, Any] = {}
+    plain: dict[str, Any] = {}
+    for name, weight in weights(folder).items():
+        if not is_fp8(name):
+            stored[name] = weight.float() if name.endswith("bias") else weight.bfloat16()
+            plain[name] = stored[name].float()
+            continue
+        grid = [-(-size // BLOCK) for size in weight.shape]
+        blocks = torch.nn.functional.pad(
+            weight, (0, grid[1] * BLOCK - weight.shape[1], 0, grid[0] * BLOCK - weight.shape[0])
+        )
+        top = blocks.reshape(grid[0], BLOCK, grid[1], BLOCK).abs().amax((1, 3)).clamp(min=1e-12) / 448
+        scale = top if scales == "f32" else torch.exp2(torch.ceil(torch.log2(top)))
+        each = scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)[
+            : weight.shape[0], : weight.shape[1]
+        ]
+        stored[name] = (weight / each).to(torch.float8_e4m3fn)
+        kept = scale.to(torch.float8_e8m0fnu) if scales == "f8_e8m0" else scale
+        stored[f"{name}_scale_inv"] = kept
+        plain[name] = stored[name].float() * each
+    folders = []
+    for kind, tensors in ((scales, stored), ("plain", plain)):
+        other = folder.with_name(f"{folder.name}-{kind}")
+        shutil.copytree(folder, other)
+        save_file(tensors, other / "model.safetensors", {"format": "pt"})
+        folders.append(other)
+    stated = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
+    restate(folders[0], quantization_config={**stated, "weight_block_size": [BLOCK, BLOCK]})
+    return folders[0], folders[1]
+
+
+def with_mtp(folder: Path, layer: int, like: int) -> None:
+    """Add the layer that predicts the token after the next, as published checkpoints have it."""
+    import torch
+
+    tensors = weights(folder)
+    d = tensors["model.norm.weight"].shape[0]
+    at = f"model.layers.{layer}."
+    more = {
+        at + n.split(".", 3)[3]: t.clone()
+        for n, t in tensors.items()
+        if n.startswith(f"model.layers.{like}.")
+    }
+    more |= {at + name: torch.ones(d) for name in ("enorm.weight", "hnorm.weight", "shared_head.norm.weight")}
+    more[at + "eh_proj.weight"] = torch.zeros(d, 2 * d)
+    for name in ("embed_tokens", "shared_head.head"):
+        more[f"{at}{name}.weight"] = tensors["lm_head.weight"].clone()
+    save_file({**tensors, **more}, folder / "model.safetensors", {"format": "pt"})
+
+
+def stored(tensors: dict[str, Floats], heads: int = 4, nope: int = 64) -> dict[str, Floats]:
+    """The tensors of llama.cpp's file by the table of its converter: experts stacked, kv_b in two."""
+    names = {
+        "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
+        "self_attn.q_a_proj": "attn_q_a", "self_attn.q_a_layernorm": "attn_q_a_norm",
+        "self_attn.q_b_proj": "attn_q_b", "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
+        "self_attn.kv_a_layernorm": "attn_kv_a_norm", "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+        "mlp.gate": "ffn_gate_inp", "mlp.shared_experts.gate_proj": "ffn_gate_shexp",
+        "mlp.shared_experts.up_proj": "ffn_up_shexp", "mlp.shared_experts.down_proj": "ffn_down_shexp",
+    }  # fmt: skip
+    found: dict[str, Floats] = {}
+    stacks: dict[str, dict[int, Floats]] = {}
+    for name, array in tensors.items():
+        if name in tiny_families.WHOLE:
+            found[tiny_families.WHOLE[name]] = array
+            continue
+        _, _, layer, rest = name.split(".", 3)
+        part = rest.removesuffix(".weight")
+        if part == "mlp.gate.e_score_correction_bias":
+            found[f"blk.{layer}.exp_probs_b.bias"] = array
+        elif part == "self_attn.kv_b_proj":
+            both = array.reshape(heads, -1, array.shape[1])
+            found[f"blk.{layer}.attn_k_b.weight"] = both[:, :nope].transpose(0, 2, 1)
+            found[f"blk.{layer}.attn_v_b.weight"] = both[:, nope:]
+        elif part.startswith("mlp.experts."):
+            _, _, expert, kind = part.split(".")
+            stacks.setdefault(f"blk.{layer}.ffn_{kind[:-5]}_exps.weight", {})[int(expert)] = array
+        else:
+            found[f"blk.{layer}.{names[part]}.weight"] = array
+    return found | {name: np.stack([each[e] for e in sorted(each)]) for name, each in stacks.items()}
