@@ -6,6 +6,7 @@ import time
 from collections.abc import Generator, Iterator
 
 from converters.gguf.layout import is_gguf
+from converters.gguf.modelfile import write_modelfiles
 from converters.gguf.output import Options
 from converters.gguf.plan import Job, prepare
 from converters.gguf.projector.keys import CANNOT
@@ -19,14 +20,15 @@ from dsconvert.libraries import TORCH, lacking
 def convert(options: Options) -> Iterator[Event]:
     """Convert a checkpoint to GGUF as `options` say, yielding what happens.
 
-    Raises ConversionError before the first byte is written for everything that can be known by then;
-    whatever happens later, no incomplete file is left under a final name.
+        Raises ConversionError before the first byte is written for everything that can be known by then;
+        whatever happens later, no incomplete file is left under a final name.
 
-    >>> from pathlib import Path
-    >>> from converters.gguf.output import Options
-    >>> events = list(convert(Options("sample:", ("q8_0",), Path("sample-q8_0.gguf"))))
-    >>> Path("sample-q8_0.gguf").stat().st_size
-    2978976
+        >>> from pathlib import Path
+        >>> from converters.gguf.modelfile import write_modelfiles
+    from converters.gguf.output import Options
+        >>> events = list(convert(Options("sample:", ("q8_0",), Path("sample-q8_0.gguf"))))
+        >>> Path("sample-q8_0.gguf").stat().st_size
+        2978976
     """
     started = time.monotonic()
     job = prepare(options)
@@ -47,6 +49,8 @@ def convert(options: Options) -> Iterator[Event]:
         check_unchanged(job.checkpoint.seen)
     for path, size in zip(job.paths, sizes, strict=True):
         yield Finished(str(path), size, time.monotonic() - started)
+    if options.ollama:
+        yield from write_modelfiles(job)
     from converters.gguf.proof import prove  # not loaded for --dry-run, and not before the work
 
     yield from prove(job)

@@ -35,6 +35,7 @@ class Options:
     device: str = "auto"  # of a calibration and of a full proof; the conversion itself is the CPU's
     imatrix: Path | None = None
     add_bos: bool | None = None
+    ollama: bool = False
     calibration: CalibrationRequest | None = None  # the text to measure an importance matrix on, on the way
 
 

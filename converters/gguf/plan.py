@@ -13,6 +13,7 @@ from converters.gguf import importance, metadata, mixtures, qtypes, rope
 from converters.gguf.claims import true_mixture
 from converters.gguf.file_types import FILE_TYPES
 from converters.gguf.layout import KeyValues, Layout, Tensor, is_gguf, lay_out, lay_out_split
+from converters.gguf.modelfile import check_modelfiles
 from converters.gguf.output import Options, Output
 from converters.gguf.projector import keys as projector_keys
 from dsconvert.checkpoints.checkpoint import Checkpoint, open_checkpoint
@@ -145,6 +146,8 @@ def _prepare(options: Options) -> Job:
     if not options.dry_run:
         sizes = [layout.nbytes for layout in job.layouts]
         check_files(job.paths, sizes, force=options.force, inputs=job.inputs, ours=is_gguf)
+        if options.ollama:
+            check_modelfiles(job)
     return job
 
 

@@ -100,6 +100,11 @@ def _overrides(
     help="Type of the projector's matrices.",
 )
 @shared.hub_options
+@click.option(
+    "--ollama",
+    is_flag=True,
+    help="Write a Modelfile beside the file: its chat template and stop tokens.",
+)
 @shared.device_option
 @shared.threads_option
 @shared.conversion_effort
@@ -120,6 +125,7 @@ def gguf(
     mmproj: Path | None,
     no_mmproj: bool,
     mmproj_quant: str,
+    ollama: bool,
     device: str,
     threads: int | None,
     effort: str,
@@ -150,6 +156,6 @@ def gguf(
         model=model_path, quants=quants, outfile=out, overrides=overrides, pure=pure, pre=pre,
         split_max_size=split_max_size, threads=threads or 0, effort=effort, force=force, dry_run=dry_run,
         allow_nonfinite=allow_nonfinite, mmproj=mmproj, no_mmproj=no_mmproj, mmproj_quant=mmproj_quant,
-        device=device, imatrix=imatrix, add_bos=add_bos, calibration=calibration,
+        ollama=ollama, device=device, imatrix=imatrix, add_bos=add_bos, calibration=calibration,
     )  # fmt: skip
     return display.events(convert(options), plan=dry_run)

