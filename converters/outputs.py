@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from dsconvert.checkpoints.checkpoint import open_checkpoint
 from dsconvert.checkpoints.locate import SAMPLES, ModelPath, in_folder, locate
@@ -63,7 +64,8 @@ def open_output(path: Path) -> Opened:
             "there is no such file or folder", where=path, hint="Give a GGUF file or a model folder"
         )
     path = in_folder(path).path
-    method = stated_method(load_json(path / "config.json"))
+    stated = load_json(path / "config.json")
+    method = stated_method(stated)
     if not method or is_plain(path, method):
         return _open_checkpoint(path)
     if method not in OPENERS:
@@ -72,7 +74,7 @@ def open_output(path: Path) -> Opened:
             where=path,
             why=f"known: GGUF files, 16-bit folders, {', '.join(OPENERS)}",
         )
-    return OPENERS[method](path)
+    return OPENERS[method](path, stated)
 
 
 def open_tokenizer(path: Path) -> show.Opened:
@@ -113,17 +115,17 @@ def _open_gguf(path: Path) -> Opened:
     return open_file(path)
 
 
-def _open_gptq(path: Path) -> Opened:
+def _open_gptq(path: Path, stated: dict[str, Any]) -> Opened:
     from converters.gptq.opened import open_folder
 
-    return open_folder(path)
+    return open_folder(path, stated)
 
 
-def _open_exl2(path: Path) -> Opened:
+def _open_exl2(path: Path, stated: dict[str, Any]) -> Opened:
     from converters.exl2.opened import open_folder
 
-    return open_folder(path)
+    return open_folder(path, stated)
 
 
-# How folders are opened, by the quant_method of their quantization_config.
-OPENERS: dict[str, Callable[[Path], Opened]] = {"gptq": _open_gptq, "exl2": _open_exl2}
+# How folders are opened, by the quant_method of their quantization_config; with their config.json.
+OPENERS: dict[str, Callable[[Path, dict[str, Any]], Opened]] = {"gptq": _open_gptq, "exl2": _open_exl2}

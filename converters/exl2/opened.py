@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from converters.exl2.pack import PARTS
 from converters.exl2.reader import HEAD_LINEAR, EXL2Model, open_model
 from dsconvert.events import Check
 from dsconvert.models.language_model import language_model
-from dsconvert.proof.output_folder import check_companions, is_our_folder
+from dsconvert.proof.output_folder import check_companions, is_ours
 from dsconvert.proof.sources import Opened, Reference, folder_text, stored_sizes
 
 WITHIN = 0.01  # bits per weight that a folder may lie beside what was asked for
 
 
-def open_folder(path: Path) -> Opened:
-    """An EXL2 folder as an output to be proven; raises what reading it raises."""
-    model = open_model(path)
+def open_folder(path: Path, stated: dict[str, Any] | None = None) -> Opened:
+    """An EXL2 folder as an output to be proven; raises what reading it raises.
+
+    config.json is read unless that is `stated`.
+    """
+    model = open_model(path, stated)
     config = model.checkpoint.config
     source, decoder = language_model(model, config, path / "config.json", partial=True)
     head = model.linears.get(HEAD_LINEAR)
@@ -40,7 +44,7 @@ def check_own(model: EXL2Model, reference: Reference) -> list[Check]:
     checks = []
     if isinstance(asked, int | float) and not isinstance(asked, bool):
         checks.append(check_rate(model, asked))
-    if is_our_folder(model.folder):
+    if is_ours(model.checkpoint.stated):
         checks.append(check_companions(reference.folder, model.folder))
     return checks
 

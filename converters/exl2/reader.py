@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -153,13 +154,14 @@ class EXL2Model:
         return part in PARTS and linear in self.linears
 
 
-def open_model(folder: Path) -> EXL2Model:
+def open_model(folder: Path, stated: dict[str, Any] | None = None) -> EXL2Model:
     """Open an EXL2 folder: every safetensors file in it, as the runtime does, whatever an index says.
 
-    Reads headers and tables of groups only. Outputs are the config's where the file pads them. Raises
-    CheckpointError when a quantized linear lacks a part or its parts contradict each other.
+    Reads headers and tables of groups only, and config.json unless that is `stated`. Outputs are the config's
+    where the file pads them. Raises CheckpointError when a quantized linear lacks a part or its
+    parts contradict each other.
     """
-    config = load_json(folder / "config.json")
+    config = load_json(folder / "config.json") if stated is None else stated
     settings = config.get("quantization_config")
     method = settings.get("quant_method") if isinstance(settings, dict) else None
     if settings and method != "exl2":

@@ -64,8 +64,13 @@ def pack(
 
 def unpack(packed: Packed, bits: int, checkpoint_format: str = "gptq") -> tuple[Array, Array]:
     """The codes uint8 [K, N] and the zero points int16 [G, N]; the inverse of `pack`."""
-    stored = unpack_rows(packed.qzeros.T, bits).T.astype(np.int16)
-    return unpack_rows(packed.qweight, bits), stored + STORED_LESS[checkpoint_format]
+    return unpack_rows(packed.qweight, bits), zero_points(packed, bits, checkpoint_format)
+
+
+def zero_points(packed: Packed, bits: int, checkpoint_format: str = "gptq") -> Array:
+    """The zero points alone, int16 [G, N]."""
+    stored: Array = unpack_rows(packed.qzeros.T, bits).T.astype(np.int16)
+    return stored + STORED_LESS[checkpoint_format]
 
 
 def dequantize(packed: Packed, bits: int, checkpoint_format: str = "gptq") -> npt.NDArray[np.float32]:

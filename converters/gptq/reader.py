@@ -27,13 +27,17 @@ STORED_AS = {"qweight": ("i32",), "qzeros": ("i32",), "scales": ("f16", "f32"), 
 
 @dataclass(frozen=True, eq=False)
 class GPTQModel:
-    """A GPTQ folder as a WeightSource: quantized linears appear as NAME.weight [N, K], the rest as stored."""
+    """A GPTQ folder as a WeightSource: quantized linears appear as NAME.weight [N, K], the rest as stored.
+
+    `settings` are its quantization_config.
+    """
 
     checkpoint: Checkpoint
     bits: int
     group_size: int
     checkpoint_format: str
     linears: Mapping[str, tuple[int, int]] = field(repr=False)  # linear -> outputs, inputs
+    settings: Mapping[str, Any] = field(repr=False, default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -76,11 +80,15 @@ class GPTQModel:
         inputs = self.linears[linear][1]
         parts = {p: values(tensors[f"{linear}.{p}"]) for p in PARTS if f"{linear}.{p}" in tensors}
         if "g_idx" not in parts:  # as some tools leave it out where groups are runs of inputs
-            width = inputs if self.group_size == -1 else self.group_size
-            parts["g_idx"] = np.arange(inputs, dtype=np.int32) // width
+            parts["g_idx"] = self.runs(inputs)
         packed = Packed(**parts)
         self._check_values(linear, packed)
         return packed
+
+    def runs(self, inputs: int) -> npt.NDArray[np.int32]:
+        """The group of each input where groups are runs of inputs, int32 [inputs]."""
+        width = inputs if self.group_size == -1 else self.group_size
+        return np.arange(inputs, dtype=np.int32) // np.int32(width)
 
     def _is_part(self, name: str) -> bool:
         linear, _, part = name.rpartition(".")
@@ -103,13 +111,13 @@ class GPTQModel:
             )
 
 
-def open_model(folder: Path) -> GPTQModel:
+def open_model(folder: Path, stated: dict[str, Any] | None = None) -> GPTQModel:
     """Open a GPTQ folder: v1 or v2, 2, 3, 4 or 8 bits, symmetric or not, groups in any order.
 
-    Reads the headers only. Raises CheckpointError when the settings are missing or unknown, when a
-    quantized linear lacks a part, or when shapes and settings do not agree.
+    Reads the headers only, and config.json unless that is `stated`. Raises CheckpointError when the settings
+    are missing or unknown, when a quantized linear lacks a part, or when shapes and settings do not agree.
     """
-    config = load_json(folder / "config.json")
+    config = load_json(folder / "config.json") if stated is None else stated
     settings = _settings(folder, config)
     bits, group_size = _whole(folder, settings, "bits"), _whole(folder, settings, "group_size")
     form = settings.get("checkpoint_format", settings.get("format", "gptq"))
@@ -131,7 +139,7 @@ def open_model(folder: Path) -> GPTQModel:
     }
     if not linears:
         raise CheckpointError("holds no quantized linear", where=folder, why="No tensor is named *.qweight")
-    return GPTQModel(checkpoint, bits, group_size, form, linears)
+    return GPTQModel(checkpoint, bits, group_size, form, linears, settings)
 
 
 def _settings(folder: Path, config: dict[str, Any]) -> dict[str, Any]:

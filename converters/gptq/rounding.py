@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from converters.gptq.pack import STORED_LESS, Packed
-from dsconvert.quantization.bit_packing import unpack_rows
+from converters.gptq.pack import Packed, zero_points
 from dsconvert.quantization.gptq_grid import Scheme, find_grid, to_codes
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ def nearest(rows: Floats, packed: Packed, bits: int, checkpoint_format: str, sta
     """
     import torch
 
-    zeros = unpack_rows(packed.qzeros.T, bits).T.astype(np.int64) + STORED_LESS[checkpoint_format]
+    zeros = zero_points(packed, bits, checkpoint_format)
     scheme = Scheme(bits, -1, bool((zeros == 1 << (bits - 1)).all()))
     scales = torch.from_numpy(packed.scales[:, start : start + len(rows)].astype(np.float32))
     W = torch.from_numpy(np.array(rows, np.float32))

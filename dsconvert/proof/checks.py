@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 # By how much an output's mean KL divergence, and the error of a block's states, may exceed what the errors of
 # its weights foretell; what share of the divergence may lie between the two models; what is always allowed.
-MOST_KLD, MOST_APART, LEAST_KLD = 1.3, 0.03, 1e-5
-MOST_ERROR, LEAST_ERROR = 1.3, 1e-3
+MOST_KLD, MOST_APART, LEAST_KLD = 1.2, 0.03, 1e-5
+MOST_ERROR, LEAST_ERROR = 1.2, 1e-3
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,12 @@ def judge_foretold(figures: Figures, foretold: Foretold | None) -> list[Check]:
         return []
     kld, due, apart = figures.kld.value, foretold.kld.value, foretold.apart.value
     held = kld <= MOST_KLD * due + LEAST_KLD and apart <= MOST_APART * kld + LEAST_KLD
+    times = kld / due if due else 1.0
     detail = (
-        f"mean KLD {kld:.3g}, the errors of the weights foretell {due:.3g}, limit {MOST_KLD:g} times; "
-        f"{apart:.3g} between the two, limit {MOST_APART:.0%}"
+        f"KL divergence {times:.4g} times what the errors of the weights foretell, {due:.3g}, "
+        f"limit {MOST_KLD:g}; {apart:.3g} between the two models, limit {MOST_APART:.0%} of it"
     )
-    return [Check("foretold KLD", held, detail, kld / due if due else 1.0)]
+    return [Check("foretold KLD", held, detail, times)]
 
 
 def judge_figures(figures: Figures, limits: Thresholds) -> list[Check]:

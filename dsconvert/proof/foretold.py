@@ -1,9 +1,9 @@
 """The model that the errors of an output's weights foretell, which its predictions are held against.
 
 It is run by the checkpoint's own config, with its norms and biases, and with the output's matrices. A matrix
-whose error does more to its outputs than plain rounding's would is taken with a smaller error, of plain
-rounding's size. A faithful output is that model, or nearly: what its config changes, or a matrix that is
-wrong, is not foretold.
+whose error does more to its outputs than its type's may is taken with a smaller error, of plain rounding's
+size. A faithful output is that model, or nearly: what its config changes, or a matrix that is wrong, is not
+foretold.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from typing import TypeVar
 
-from dsconvert.proof.nearest_rows import lost, most_lost
+from dsconvert.proof.nearest_rows import loss_foretold, lost, most_lost
 from dsconvert.proof.row_sums import Matrix
 from dsconvert.proof.thresholds import snr_floor
 
@@ -26,7 +26,7 @@ def share(kind: str, snr: float, less: float | None, loss: float | None) -> floa
     than its type may, or is below its type's floor, is judged by its weights.
     """
     if loss is not None and math.isfinite(snr):
-        return 1.0 if loss <= 1 else 1 / math.sqrt(loss)
+        return 1.0 if loss <= loss_foretold(kind) else 1 / math.sqrt(loss)
     if less is None or not math.isfinite(less):
         return 1.0 if snr >= snr_floor(kind) else 0.0
     return 1.0 if less <= most_lost(kind) else float(10 ** (-less / 20))

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from dsconvert.checkpoints.source_files import companions
 from dsconvert.events import Check
-from dsconvert.models.config import load_json
 
 
-def is_our_folder(folder: Path) -> bool:
+def is_ours(stated: Mapping[str, Any]) -> bool:
     """Whether dsconvert wrote a quantized folder, by what its config.json states."""
-    settings = load_json(folder / "config.json").get("quantization_config")
+    settings = stated.get("quantization_config")
     meta = settings.get("meta") if isinstance(settings, dict) else None
     quantizer = meta.get("quantizer") if isinstance(meta, dict) else None
     first = quantizer[0] if isinstance(quantizer, list) and quantizer else ""

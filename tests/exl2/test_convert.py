@@ -166,7 +166,7 @@ def test_of_a_model_with_towers_they_are_written_beside(tmp_path: Path, layout: 
     out = tmp_path / "out"
     events = run(source, out, effort="full", bpw=6.0)
     checks = {e.name: e.passed for e in events if isinstance(e, Check)}
-    assert len(checks) == 11
+    assert len(checks) == 13
     assert all(checks.values()), checks
     config = load_json(out / "config.json")
     assert config["architectures"] == ["LlamaForCausalLM"]

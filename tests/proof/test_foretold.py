@@ -120,6 +120,8 @@ def test_no_more_of_an_error_is_foretold_than_plain_rounding_has() -> None:
     assert share("q4_0", 20.0, -1.0, 0.5) == 1
     assert share("q4_0", 10.0, 4.0, 4.0) == 0.5
     assert share("q4_0", 20.0, 1.0, None) == 1  # not run, and within its limit
+    assert share("gptq4", 10.0, 4.0, 3.0) == 1  # of a linear with error feedback all within its limit
+    assert share("gptq4", 10.0, 4.0, 4.0) == 0.5
     assert share("q4_0", 0.0, 20.0, None) == pytest.approx(0.1)
     assert share("f16", 60.0, None, None) == 1
     assert share("f16", 0.0, None, None) == 0
@@ -136,5 +138,5 @@ def test_a_block_without_error_is_no_division() -> None:
     assert check.passed
     (check,) = judge_blocks((BlockError(3, 0.4, 0.9, foretold=0.2),), LIMITS["q4_0"])
     assert not check.passed
-    said = "error of the states after it 0.4, the errors of the weights foretell 0.2, limit 1.3 times"
+    said = "error of the states after it 0.4, the errors of the weights foretell 0.2, limit 1.2 times"
     assert check.detail == f"block 3: {said}"

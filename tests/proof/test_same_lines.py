@@ -29,7 +29,7 @@ LOGITS = ["blocks", "mean KLD", "PPL ratio", "foretold KLD"]
 # What is proven of each format, in this order; where only some blocks are run these instead of LOGITS.
 NAMES = {
     "gguf": ["structure", "file type", *TEXT, "pre-tokenizer", "config", "weights"],
-    "gptq": ["structure", "tokenizer", *TEXT, "config", "weights"],
+    "gptq": ["structure", "settings", "tokenizer", *TEXT, "config", "weights"],
     "exl2": ["structure", "bits per weight", "tokenizer", *TEXT, "config", "weights"],
 }
 
