@@ -23,7 +23,7 @@ from dsconvert.proof.sources import StoredTensors
 from dsconvert.quantization.allocate import Option, allocate
 from dsconvert.quantization.plan import notes
 from dsconvert.quantization.ranks import ALONE, Ranks
-from dsconvert.quantization.run import Coded, Format, Run, run
+from dsconvert.quantization.run import Coded, Format, Run, Solving, run
 
 if TYPE_CHECKING:
     import torch
@@ -139,15 +139,18 @@ def format_of(job: Job, calibration: Calibration, measured: Measured, choice: Ch
         packed = packing.Packed(*(values(stored[f"{stem}.{part}"]) for part in packing.PARTS))
         return torch.from_numpy(packing.dequantize(packed, job.shape(name)[0]))
 
-    return Format(
+    solving = Solving(
         settings={name: choice.text(name) for name in choice.groups},
         nbytes={name: job.nbytes(name, groups) for name, groups in choice.groups.items()},
         solve=solved,
         restore=restored,
+        head=job.head,
+    )
+    return Format(
+        solving,
         write=lambda pieces, fell_back: write(job, calibration, measured, choice, pieces, fell_back),
         opened=lambda: open_folder(job.out),
         planned=planned(job, choice),
-        head=job.head,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -81,14 +81,27 @@ def plan_measured(job: Job) -> Generator[Event, None, tuple[Job, Calibration | N
     if not importance.takers(job.outputs):
         yield Warn("--calib changes nothing: no tensor gets a type that takes an importance matrix")
         return job, None
-    linears = [spec.gguf for spec in job.specs if spec.role in SOLVE_ORDER and spec.gguf.endswith(".weight")]
-    for output in job.outputs:
-        lacking = {n: t.qtype.name for n, t in output.tensors.items() if n not in linears}
-        mixtures.check_importance(output.quant, lacking)
+    check_measurable(job)
     drawn = yield from draw_windows(wanted, job.tokenizer, job.config.context_length)
-    # The entries of a measurement are its linears, so what is written of it is known before it is made.
-    keys = _matrix(drawn, {}, dict.fromkeys(linears, "")).keys
-    return with_keys(job, keys), drawn
+    return with_keys(job, measured_keys(drawn, linears(job))), drawn
+
+
+def linears(job: Job) -> list[str]:
+    """The tensors that a measurement has entries for, by GGUF name."""
+    return [spec.gguf for spec in job.specs if spec.role in SOLVE_ORDER and spec.gguf.endswith(".weight")]
+
+
+def check_measurable(job: Job) -> None:
+    """Raises UsageError where a mixture needs importance for more than a measurement has entries for."""
+    measured = set(linears(job))
+    for output in job.outputs:
+        lacking = {n: t.qtype.name for n, t in output.tensors.items() if n not in measured}
+        mixtures.check_importance(output.quant, lacking)
+
+
+def measured_keys(drawn: Calibration, entries: Sequence[str]) -> KeyValues:
+    """The keys of a file that tell of a measurement with these entries, known before it is made."""
+    return _matrix(drawn, {}, dict.fromkeys(entries, "")).keys
 
 
 def weighed(job: Job, drawn: Calibration | None) -> Generator[Event, None, Job]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
 
 from converters.gguf.layout import is_gguf
 from converters.gguf.modelfile import write_modelfiles
@@ -11,42 +13,47 @@ from converters.gguf.output import Options
 from converters.gguf.plan import Job, prepare
 from converters.gguf.projector.keys import CANNOT
 from converters.gguf.write import write_tensors
-from dsconvert.checkpoints.output_files import part_files
+from dsconvert.checkpoints.output_files import PartFile, part_files
 from dsconvert.checkpoints.source_files import check_unchanged
 from dsconvert.events import Event, Finished, Planned, Step, TensorPlan, Warn, phase
 from dsconvert.libraries import TORCH, lacking
+from dsconvert.quantization.ranks import ALONE, Ranks
 
 
-def convert(options: Options) -> Iterator[Event]:
+def convert(options: Options, ranks: Ranks = ALONE) -> Iterator[Event]:
     """Convert a checkpoint to GGUF as `options` say, yielding what happens.
 
-        Raises ConversionError before the first byte is written for everything that can be known by then;
-        whatever happens later, no incomplete file is left under a final name.
+    Of several `ranks`, which --solver gptq alone makes use of, the first writes and proves. Raises
+    ConversionError before the first byte is written for everything that can be known by then; whatever
+    happens later, no incomplete file is left under a final name.
 
-        >>> from pathlib import Path
-        >>> from converters.gguf.modelfile import write_modelfiles
-    from converters.gguf.output import Options
-        >>> events = list(convert(Options("sample:", ("q8_0",), Path("sample-q8_0.gguf"))))
-        >>> Path("sample-q8_0.gguf").stat().st_size
-        2978976
+    >>> from pathlib import Path
+    >>> from converters.gguf.output import Options
+    >>> events = list(convert(Options("sample:", ("q8_0",), Path("sample-q8_0.gguf"))))
+    >>> Path("sample-q8_0.gguf").stat().st_size
+    2978976
     """
     started = time.monotonic()
-    job = prepare(options)
-    if not options.dry_run and lacking(*TORCH):
-        from converters.gguf.proof import check_libraries  # else what proves is loaded after the work
+    with ranks.together():
+        job = prepare(options)
+        if not options.dry_run and lacking(*TORCH):
+            from converters.gguf.proof import check_libraries  # else what proves is loaded after the work
 
-        check_libraries(job)
+            check_libraries(job)
     if options.dry_run or options.calibration is None:
         yield from describe(job)
-    else:
-        job = yield from measure_weights(job)
     if options.dry_run:
         return
+    if options.solver == "gptq":
+        found = yield from solve_and_write(job, ranks)
+        if found is None:
+            return
+        job = found
+    else:
+        if options.calibration is not None:
+            job = yield from measure_weights(job)
+        yield from write_files(job, lambda parts: write_tensors(job, parts))
     sizes = [layout.nbytes for layout in job.layouts]
-    with part_files(job.paths, sizes, options.force, job.inputs, is_gguf) as parts:
-        with phase("write"):
-            yield from write_tensors(job, parts)
-        check_unchanged(job.checkpoint.seen)
     for path, size in zip(job.paths, sizes, strict=True):
         yield Finished(str(path), size, time.monotonic() - started)
     if options.ollama:
@@ -57,6 +64,38 @@ def convert(options: Options) -> Iterator[Event]:
     check_unchanged(job.checkpoint.seen)  # else something else was proven
     if job.projector is not None and job.towers is not None and job.towers.vision.sam is not None:
         yield Warn(CANNOT)
+
+
+def write_files(job: Job, write: Callable[[list[PartFile]], Iterator[Event]]) -> Iterator[Event]:
+    """Let `write` fill all files, which appear when they are whole and the checkpoint has not changed."""
+    sizes = [layout.nbytes for layout in job.layouts]
+    with part_files(job.paths, sizes, job.options.force, job.inputs, is_gguf) as parts:
+        with phase("write"):
+            yield from write(parts)
+        check_unchanged(job.checkpoint.seen)
+
+
+def solve_and_write(job: Job, ranks: Ranks) -> Generator[Event, None, Job | None]:
+    """Solve the linears, write the files; the job as it is written, None on all processes but the first."""
+    from converters.gguf import solved  # what calibrates is not loaded for others
+
+    with ExitStack() as stack:
+        begun = yield from solved.start(stack, job, ranks)
+        yield from describe(begun.job)
+        yield from solved.solve_all(begun)
+        if not ranks.first:
+            return None
+        job, pieces = solved.finished(begun)
+        others = solved.rest_of(begun)
+
+        def write(parts: list[PartFile]) -> Iterator[Event]:
+            solved.write_solved(begun, job, pieces, parts)
+            yield from write_tensors(
+                replace(job, specs=tuple(s for s in job.specs if s.gguf in others)), parts
+            )
+
+        yield from write_files(job, write)
+    return job
 
 
 def measure_weights(job: Job) -> Generator[Event, None, Job]:

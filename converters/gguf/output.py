@@ -37,6 +37,9 @@ class Options:
     add_bos: bool | None = None
     ollama: bool = False
     calibration: CalibrationRequest | None = None  # the text to measure an importance matrix on, on the way
+    solver: str = "imatrix"  # what becomes of the measurement: "imatrix", or "gptq" for error feedback
+    rounds: int | None = None  # of refinement after it; None: by the type
+    resume: bool = False
 
 
 @dataclass(frozen=True)

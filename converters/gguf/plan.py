@@ -165,7 +165,20 @@ def all_keys(
 
 
 def check_calibration(options: Options) -> None:
-    """See that the options on calibration make sense; raises UsageError."""
+    """See that the options on calibration and solver make sense; raises UsageError."""
+    if options.solver != "imatrix" and options.calibration is None:
+        raise UsageError(
+            f"--solver {options.solver} needs a calibration text",
+            why="it weighs errors by what the inputs of a linear are on it, of which an importance matrix "
+            "has a part only",
+            hint="Give --calib c4, or --calib builtin",
+        )
+    if options.solver != "imatrix" and options.allow_nonfinite:
+        raise UsageError(
+            f"--solver {options.solver} and --allow-nonfinite contradict each other",
+            why="errors of weights that are no numbers cannot be made up for",
+            hint="Leave one of them out",
+        )
     if options.calibration is None:
         return
     if options.imatrix is not None:

@@ -67,7 +67,8 @@ def write_tensors(job: Job, parts: list[PartFile]) -> Iterator[Event]:
     work = (lambda chunk=chunk: (chunk, _run(chunk)) for chunk in _chunks(job, parts))
     for chunk, flags in _pump(work, job.options.threads or usable_cores()):
         done += chunk.nbytes
-        _refuse(chunk, flags, job.options.allow_nonfinite)
+        kinds = ", ".join(target.qtype.name for target in chunk.targets)
+        refuse(flags, chunk.source, chunk.name, kinds, job.options.allow_nonfinite)
         if flags and chunk.name not in warned:
             warned.add(chunk.name)
             yield Warn(
@@ -106,26 +107,27 @@ def _warm(job: Job) -> Iterator[Event]:
 def _chunks(job: Job, parts: list[PartFile]) -> Iterator[Chunk]:
     """The whole work in the order of the files, so that reading and writing both run forward."""
     for spec in job.tensors:
-        targets, nbytes = _targets(job, parts, spec.gguf), job.nbytes_of(spec)
+        places, nbytes = targets(job, parts, spec.gguf), job.nbytes_of(spec)
         columns, importance = spec.values // spec.rows, job.importance.get(spec.gguf)
         for start, stop in chunks(spec, CHUNK):
             read = partial(stored_rows, spec, job.checkpoint.rows, start, stop)
             share = nbytes * stop // spec.rows - nbytes * start // spec.rows
             last = stop == spec.rows
             source = spec.names[start * spec.many // spec.rows]
-            yield Chunk(spec.gguf, source, read, start * columns, share, targets, last, importance)
+            yield Chunk(spec.gguf, source, read, start * columns, share, places, last, importance)
     for name, values in job.derived.items():
-        yield Chunk(name, name, partial(np.reshape, values, (-1, 1)), 0, 0, _targets(job, parts, name), True)
+        yield Chunk(name, name, partial(np.reshape, values, (-1, 1)), 0, 0, targets(job, parts, name), True)
 
 
-def _targets(job: Job, parts: list[PartFile], name: str) -> tuple[Target, ...]:
-    targets, first = [], 0
+def targets(job: Job, parts: list[PartFile], name: str) -> tuple[Target, ...]:
+    """Where a tensor goes, in the order of the outputs that have it."""
+    found, first = [], 0
     for output in job.every_output:
         if name in output.tensors:
             number, offset = output.place(name)
-            targets.append(Target(output.tensors[name].qtype, parts[first + number], offset))
+            found.append(Target(output.tensors[name].qtype, parts[first + number], offset))
         first += len(output.layouts)
-    return tuple(targets)
+    return tuple(found)
 
 
 def _run(chunk: Chunk) -> int:
@@ -138,22 +140,22 @@ def _run(chunk: Chunk) -> int:
     return flags
 
 
-def _refuse(chunk: Chunk, flags: int, allow_nonfinite: bool) -> None:
+def refuse(flags: int, source: str, name: str, kinds: str, allow_nonfinite: bool = False) -> None:
+    """Raise QuantizationError where the kernels' `flags` tell of values that the types cannot hold."""
     if flags & kernels.NONFINITE and not allow_nonfinite:
         raise QuantizationError(
             "holds NaN or infinite values",
-            where=chunk.source,
+            where=source,
             why="A model with such weights answers nonsense or nothing",
             hint="Fetch the shard again; to convert it all the same give --allow-nonfinite",
         )
     if flags & kernels.OVERFLOW:
-        names = ", ".join(target.qtype.name for target in chunk.targets)
-        option = f"--tensor-type '{chunk.name}=f32' (or bf16)"
-        if chunk.name.startswith(PROJECTOR):
+        option = f"--tensor-type '{name}=f32' (or bf16)"
+        if name.startswith(PROJECTOR):
             option = "--mmproj-quant bf16 or f32"
         raise QuantizationError(
-            f"holds values too large for the scales or numbers of type {names}",
-            where=chunk.source,
+            f"holds values too large for the scales or numbers of type {kinds}",
+            where=source,
             hint=f"Keep this tensor in 32 bits: {option}",
         )
 

@@ -20,7 +20,7 @@ from dsconvert.proof.sources import StoredTensors
 from dsconvert.quantization.gptq_solver import Solved, solve
 from dsconvert.quantization.plan import notes
 from dsconvert.quantization.ranks import ALONE, Ranks
-from dsconvert.quantization.run import Coded, Format, Run, run
+from dsconvert.quantization.run import Coded, Format, Run, Solving, run
 
 if TYPE_CHECKING:
     import torch
@@ -95,15 +95,18 @@ def format_of(job: Job, calibration: Calibration) -> Format:
         packed = packing.Packed(**{p: values(stored[f"{stem}.{p}"]) for p in packing.PARTS})
         return torch.from_numpy(packing.dequantize(packed, options.bits))
 
-    return Format(
+    solving = Solving(
         settings=dict.fromkeys(model.linears, f"gptq{options.bits}"),
         nbytes={name: job.nbytes(name) for name in model.linears},
         solve=solved,
         restore=restored,
+        head=options.lm_head,
+    )
+    return Format(
+        solving,
         write=lambda pieces, fell_back: write(job, calibration, pieces, fell_back),
         opened=lambda: open_folder(job.out),
         planned=planned(job),
-        head=options.lm_head,
     )
 
 

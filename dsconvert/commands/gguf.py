@@ -11,7 +11,7 @@ from dsconvert.commands import shared_options as shared
 from dsconvert.commands.calibration_options import calibration_options
 from dsconvert.commands.given import refuse
 from dsconvert.commands.numbers import size
-from dsconvert.commands.run import command
+from dsconvert.commands.run import command, on_each_rank
 from dsconvert.events import phase
 
 if TYPE_CHECKING:
@@ -82,6 +82,22 @@ def _overrides(
     help="Importance matrix (dsconvert imatrix, llama-imatrix): quantize what counts more exactly.",
 )
 @calibration_options(None, 512)
+@click.option(
+    "--solver",
+    type=click.Choice(["imatrix", "gptq"]),
+    default="imatrix",
+    show_default=True,
+    help="What is made of --calib: an importance matrix as llama.cpp uses it; or codes chosen by error "
+    "feedback too, in files of the same types and size that are closer to the checkpoint.",
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(0, 100),
+    metavar="N",
+    help="With --solver gptq: how often scales and codes are refined after it.  [default: 1 for q2_k and "
+    "q3_k, else 0]",
+)
+@shared.resume_option
 @shared.bos_option
 @click.option("--pre", metavar="NAME", help="The runtime's pre-tokenizer, when none is proven to fit.")
 @click.option(
@@ -119,6 +135,9 @@ def gguf(
     pure: bool,
     imatrix: Path | None,
     calibration: CalibrationRequest | None,
+    solver: str,
+    rounds: int | None,
+    resume: bool,
     add_bos: bool | None,
     pre: str | None,
     split_max_size: int | None,
@@ -137,12 +156,14 @@ def gguf(
     """Convert a checkpoint to GGUF for llama.cpp, in one pass, and prove the result.
 
     MODEL_PATH is a Hugging Face folder, a .safetensors file, a hub id, or an embedded sample: `sample:`, or
-    `sample-vl:` with a vision tower; default: the current folder. Exit code 0: converted and proven,
-    2: stopped, 3: a check failed.
+    `sample-vl:` with a vision tower; default: the current folder. With --solver gptq several GPUs may work:
+    torchrun --nproc-per-node N -m dsconvert gguf ... Exit code 0: converted and proven, 2: stopped, 3: a
+    check failed.
 
     \b
     Example:
       dsconvert gguf sample: --quant q4_k_m,q8_0
+      dsconvert gguf sample: --quant q4_k_m --calib builtin --solver gptq
     """  # fmt: skip
     with phase("imports"):
         from converters.gguf.convert import convert
@@ -150,6 +171,8 @@ def gguf(
 
     if no_mmproj:
         refuse("mmproj_quant", where="with --no-mmproj", hint="Leave one of them out")
+    if solver == "imatrix":
+        refuse("rounds", "resume", where="without --solver gptq", hint="A file without it is made in one go")
     if calibration is None and effort != "full":
         refuse("device", where="without --calib and --effort full", hint="A plain conversion uses the CPU")
     options = Options(
@@ -157,5 +180,8 @@ def gguf(
         split_max_size=split_max_size, threads=threads or 0, effort=effort, force=force, dry_run=dry_run,
         allow_nonfinite=allow_nonfinite, mmproj=mmproj, no_mmproj=no_mmproj, mmproj_quant=mmproj_quant,
         ollama=ollama, device=device, imatrix=imatrix, add_bos=add_bos, calibration=calibration,
+        solver=solver, rounds=rounds, resume=resume,
     )  # fmt: skip
-    return display.events(convert(options), plan=dry_run)
+    if solver == "imatrix":
+        return display.events(convert(options), plan=dry_run)
+    return on_each_rank(lambda ranks: convert(options, ranks), lambda e: display.events(e, plan=dry_run))

@@ -148,7 +148,16 @@ def judge_tensors(tensors: tuple[TensorError, ...]) -> list[Check]:
 
 
 def _lost_too_much(tensor: TensorError) -> bool:
-    return tensor.lost is not None and not tensor.lost <= most_lost(tensor.type)
+    return tensor.lost is not None and not tensor.lost <= _most_lost(tensor)
+
+
+def _most_lost(tensor: TensorError) -> float:
+    """The dB that a tensor may lose: more where error feedback has made up for it.
+
+    That is where its outputs are nearer than rounding makes them; of a head, which is not run, where many
+    codes are not the nearest.
+    """
+    return most_lost(tensor.type, fed=tensor.fed if tensor.loss is None else tensor.loss < 1)
 
 
 def _worse_than_rounded(tensor: TensorError) -> bool:
@@ -166,7 +175,7 @@ def _due(tensor: TensorError) -> str:
     if not _lost_too_much(tensor):
         more = f"its outputs' error is {tensor.loss:.2f} times that of rounding to {tensor.type} to nearest"
         return f"{more}, limit {most_loss(tensor.type):g}"
-    limit = f"limit {most_lost(tensor.type):g} dB"
+    limit = f"limit {_most_lost(tensor):g} dB"
     return f"{tensor.lost:.1f} dB less than rounding to {tensor.type} to nearest, {limit}"
 
 
@@ -178,10 +187,10 @@ def _sound(tensors: tuple[TensorError, ...]) -> Check:
     nearest = f"nearest to it: {worst.name}, {_decibel(worst.snr)} ({worst.type})"
     detail = f"{len(tensors)} tensors above their type's floor, {rows}; {nearest}"
     if measured:
-        most = max(measured, key=lambda t: (t.lost or 0.0) - most_lost(t.type))
+        most = max(measured, key=lambda t: (t.lost or 0.0) - _most_lost(t))
         detail += (
             f"; against rounding to nearest they lose {most.lost:.2f} dB at most ({most.name}, limit "
-            f"{most_lost(most.type):g})"
+            f"{_most_lost(most):g})"
         )
     ran = [t for t in tensors if t.loss is not None]
     if ran:

@@ -48,9 +48,9 @@ def lost(rows: NearestSums, kind: str) -> float | None:
     return float(10 * np.log10(max(noise, TINY) / max(plain, TINY)))
 
 
-def most_lost(kind: str) -> float:
-    """The dB that a faithful matrix of this type may lose."""
-    return MOST_LOST_FED if kind.startswith(FED) else MOST_LOST
+def most_lost(kind: str, fed: bool = False) -> float:
+    """The dB that a faithful matrix of this type may lose; `fed` says that error feedback chose its codes."""
+    return MOST_LOST_FED if fed or kind.startswith(FED) else MOST_LOST
 
 
 def most_loss(kind: str) -> float:

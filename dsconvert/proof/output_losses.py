@@ -63,10 +63,11 @@ class Losses:
         if not isinstance(base, np.ndarray):
             base, candidate = base.float(), candidate.float()
         errors = [x - base for x in (candidate, plain)]
-        total, seen = self.sums.setdefault(name, [0.0, 0.0]), 0
+        seen = 0
 
         def count(x: Any) -> None:
             nonlocal seen
+            total = self.sums.setdefault(name, [0.0, 0.0])  # of a linear that is run: the head is not
             inputs = x.reshape(-1, x.shape[-1])[: ENOUGH - seen]
             inputs = inputs if isinstance(inputs, np.ndarray) else inputs.float()
             seen += len(inputs)

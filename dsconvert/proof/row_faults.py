@@ -61,6 +61,10 @@ ANY_SPAN = 256.0
 SMALLEST = 2.0**-25
 # Values to a scale, in types that round to nearest by the scale as it is stored.
 BLOCKS = {"q2_k": 16, "q3_k": 16, "q4_k": 32, "q5_k": 32, "q6_k": 16}
+# Of all types of blocks, and the share of a row's values that are nearer to another of their block: on the
+# sample up to .0033 where ggml rounds by a scale that it rounds afterwards, with error feedback from .027 on.
+FED_BLOCKS = BLOCKS | dict.fromkeys(("q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "iq4_xs"), 32)
+FED_SHARE = 0.01
 COSINE = 0.3  # of any faithful row; two rows of a model have 0 +- 1 / sqrt(columns)
 WORSE = 8.0  # times the noise of the matrix's rows, at the same share of outliers
 SPREADS = (
@@ -71,7 +75,7 @@ LEAST_LENGTH = 0.02  # by which a row may be longer or shorter in any case
 # One scale for 256 values, their largest, and three codes: of a model that is not ternary itself, the length
 # of a row hangs on a few of its values, and says nothing.
 ANY_LENGTH = ("tq1_0", "tq2_0")
-SUSPECT, BLUNT = 1.5, 0.03  # see `_misrounded`
+SUSPECT, BLUNT, WITNESSES = 1.5, 0.03, 8  # see `_misrounded`
 FEW = 16  # too few rows to estimate a distribution from
 LEAST_COLUMNS = 128  # of which the lengths of rows say something
 LEAST_ROWS, LEAST_WRONG, LEFT = 128, 8, 0.15  # of wrong columns: rows, columns, what is theirs in them
@@ -202,8 +206,23 @@ def _misrounded(rows: RowSums, own: _Own, among: Flags, block: int, again: Again
     suspects = among & (own.limit > BLUNT) & (np.abs(rows.length - own.length) > SUSPECT * own.spread)
     for i in np.flatnonzero(suspects):
         found[i] = misrounded(*again(int(rows.labels[i])), block) > 0
-    # Where many suspects have some, this quantizer does not round to nearest.
-    return found if found.sum() <= max(1, suspects.sum() // 4) else np.zeros_like(found)
+    if not found.any():
+        return found
+    # Where many suspects have some, or rows of the usual length, this quantizer does not round to nearest.
+    (usual,) = np.nonzero(among & ~suspects)
+    usual = usual[np.argsort(np.abs(rows.length[usual] - own.length), kind="stable")[:WITNESSES]]
+    fed = sum(misrounded(*again(int(rows.labels[i])), block) > 0 for i in usual)
+    alone = found.sum() <= max(1, suspects.sum() // 4) and 2 * fed <= len(usual)
+    return found if alone else np.zeros_like(found)
+
+
+def fed(rows: int, kind: str, again: Again) -> bool:
+    """Whether a matrix's codes were chosen for its outputs' sake: rounding leaves few not nearest."""
+    block, shares = FED_BLOCKS.get(kind, 0), []
+    for row in range(0, rows if block else 0, max(1, rows // WITNESSES)):
+        base, candidate = again(row)
+        shares.append(misrounded(base, candidate, block) / base.size)
+    return bool(shares) and float(np.median(shares)) > FED_SHARE
 
 
 def misrounded(base: Floats, candidate: Floats, block: int) -> int:

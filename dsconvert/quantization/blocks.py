@@ -1,4 +1,4 @@
-"""Quantizes a decoder block by block, each on what the quantized ones before it give; resumable."""
+"""Quantizes a decoder block by block, on the states of the quantized model or the checkpoint's; resumable."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from dsconvert.quantization.run_state import State
 if TYPE_CHECKING:
     import torch
 
-# A linear quantized: the output's tensors, a record of it, and the weights [N, K] that they stand for.
-Solution = tuple[dict[str, Piece], dict[str, Any], "torch.Tensor"]
-Known = tuple[dict[str, Piece], dict[str, Any], "torch.Tensor | None"]
+# A linear quantized: the output's tensors, a record of it, and the weights [N, K] that take its place in what
+# the linears behind it are given, None where it stays as it is.
+Solution = tuple[dict[str, Piece], dict[str, Any], "torch.Tensor | None"]
 # Quantizes the linear of this name, given its weight [N, K] in float32 and its Hessian [K, K].
 Solve = Callable[[str, "torch.Tensor", "torch.Tensor"], Generator[Event, None, Solution]]
 # The weights [N, K] that a finished block's tensors stand for, of the linear of this name: to the bit what
@@ -34,16 +34,18 @@ def quantize_blocks(
     tokens: st.IntArray,
     state: State,
     solve: Solve,
-    restore: Restore,
+    restore: Restore | None,
     head: bool = False,
     ranks: Ranks = ALONE,
+    against: str = "round-to-nearest",
 ) -> Generator[Event, None, None]:
     """Quantize every block that `state` does not hold yet and save it there; then the head, if asked.
 
     `tokens` int64 [n, length] are the calibration windows. The head counts as a block after the last; it is
-    called lm_head.weight, also where the embedding serves for it. Of several `ranks` each takes a share of
-    the windows and of a group's linears; the first saves. Raises what `solve` raises, with the linear's
-    name, and QuantizationError where the inputs of a linear are not finite.
+    called lm_head.weight, also where the embedding serves for it. Without `restore` every block is given what
+    the checkpoint's blocks return. `against` names what the losses are held against. Of several `ranks` each
+    takes a share of the windows and of a group's linears; the first saves. Raises what `solve` raises, with
+    the linear's name, and QuantizationError where the inputs of a linear are not finite.
     """
     layers, finished = decoder.config.layers, 0
     with ranks.together():
@@ -61,24 +63,41 @@ def quantize_blocks(
             with ranks.together():
                 _pass_finished(decoder, index, hidden, state, restore)
         else:
-            yield from _quantize_block(decoder, index, hidden, state, solve, ranks)
+            linears, seconds = yield from _quantize_block(
+                decoder, index, hidden, state, solve, ranks, sequential=restore is not None
+            )
+            yield Step(summary(f"block {index + 1} of {layers}", linears, seconds, against))
     if head:
-        yield from _quantize_head(decoder, hidden, state, solve, ranks)
+        linears, seconds = yield from _quantize_head(decoder, hidden, state, solve, ranks)
+        if linears:
+            yield Step(summary("head", linears, seconds, against))
 
 
 def _pass_finished(
-    decoder: st.Decoder, index: int, hidden: torch.Tensor, state: State, restore: Restore
+    decoder: st.Decoder, index: int, hidden: torch.Tensor, state: State, restore: Restore | None
 ) -> None:
     """Take the states through a block that is finished."""
-    block, stored = st.load_block(decoder, index), state.tensors(index)
-    for name in (name for group in linear_inputs.groups(decoder, index) for name in group):
-        _put(decoder, block, name, restore(name, stored))
+    block = st.load_block(decoder, index)
+    if restore is not None:
+        stored = state.tensors(index)
+        for name in (name for group in linear_inputs.groups(decoder, index) for name in group):
+            _put(decoder, block, name, restore(name, stored))
     linear_inputs.advance(decoder, block, hidden)
 
 
 def _quantize_block(
-    decoder: st.Decoder, index: int, hidden: torch.Tensor, state: State, solve: Solve, ranks: Ranks
-) -> Generator[Event, None, None]:
+    decoder: st.Decoder,
+    index: int,
+    hidden: torch.Tensor,
+    state: State,
+    solve: Solve,
+    ranks: Ranks,
+    sequential: bool,
+) -> Generator[Event, None, tuple[list[dict[str, Any]], float]]:
+    """Solve and save a block; its records, and the seconds that it took.
+
+    A `sequential` one has the solved weights in the place of its own as soon as they are known.
+    """
     started = time.monotonic()
     with ranks.together():
         block = st.load_block(decoder, index)
@@ -89,13 +108,14 @@ def _quantize_block(
             found, record, weight = solution
             if weight is not None:
                 _put(decoder, block, name, weight)
-            ranks.send(_weight(block, name), owner)
+            if sequential:
+                ranks.send(_weight(block, name), owner)
             pieces |= found
             linears.append(record)
     with ranks.together():
         if ranks.first:
             state.save(index, pieces, {"linears": linears})
-    yield Step(summary(f"block {index + 1} of {decoder.config.layers}", linears, time.monotonic() - started))
+    return linears, time.monotonic() - started
 
 
 def measured(
@@ -112,7 +132,7 @@ def measured(
 
 def _solve_group(
     decoder: st.Decoder, names: tuple[str, ...], moment: torch.Tensor, solve: Solve, ranks: Ranks
-) -> Generator[Event, None, list[tuple[str, int, Known]]]:
+) -> Generator[Event, None, list[tuple[str, int, Solution]]]:
     """The linears of a group with who solved them; weights are None where another process did."""
     own: dict[str, tuple[Solution, list[Event]]] = {}
     with ranks.together():
@@ -120,7 +140,7 @@ def _solve_group(
             if ranks.owner(index) == ranks.rank:
                 give_back()
                 own[name] = yield from _noted(_named(name, solve(name, st.read(decoder, name), moment)))
-    found: list[tuple[str, int, Known]] = []
+    found: list[tuple[str, int, Solution]] = []
     for index, name in enumerate(names):
         owner = ranks.owner(index)
         if ranks.count == 1:
@@ -142,18 +162,21 @@ def _told(solution: Solution, events: list[Event]) -> tuple[dict[str, Any], dict
 
 def _quantize_head(
     decoder: st.Decoder, hidden: torch.Tensor, state: State, solve: Solve, ranks: Ranks
-) -> Generator[Event, None, None]:
+) -> Generator[Event, None, tuple[list[dict[str, Any]], float]]:
+    """Solve and save the head; its record on the first process, and the seconds that it took."""
     started = time.monotonic()
     with ranks.together():
         norm = st.read(decoder, st.NORM).to(decoder.dtype)
         own = linear_inputs.measure_head(decoder, hidden, norm)
     moment = ranks.mean(own.moment, own.rows)
+    records: list[dict[str, Any]] = []
     with ranks.together():
         if ranks.first:
             solving = solve(st.HEAD, st.read(decoder, decoder.head), moment)
             pieces, record, _ = yield from _named(st.HEAD, solving)
             state.save(decoder.config.layers, pieces, {"linears": [record]})
-            yield Step(summary("head", [record], time.monotonic() - started))
+            records.append(record)
+    return records, time.monotonic() - started
 
 
 def _noted(
@@ -211,8 +234,8 @@ def progress(nbytes: Mapping[str, int], name: str, kind: str) -> TensorDone:
     return TensorDone(name, kind, nbytes[name], done, sum(nbytes.values()))
 
 
-def summary(what: str, linears: list[dict[str, Any]], seconds: float) -> str:
-    """One line on a block or the head: what is left of round-to-nearest's loss."""
+def summary(what: str, linears: list[dict[str, Any]], seconds: float, against: str) -> str:
+    """One line on a block or the head: how much is left of the loss that `against` names."""
     loss, plain = (sum(linear[key] for linear in linears) for key in ("loss", "rtn_loss"))
-    share = f"{loss / plain:.0%} of round-to-nearest's loss" if plain else "no loss"
+    share = f"{loss / plain:.0%} of {against}'s loss" if plain else "no loss"
     return f"{what}: {share}, {seconds:.1f} s"

@@ -26,9 +26,10 @@ WEAKEST = 1e-6  # least pivot of U D^1/2 over the greatest; below it the factor 
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """What columns are rounded to: scale * (code - zero), in float16 where `half` says so, code 0 ... maxq.
+    """What columns are rounded to: scale * (code - zero) + low, code 0 ... maxq, or scale * values[code].
 
-    `scale` and `zero` [G, N], of the weights' type; column i of a run is on row group[i].
+    `scale`, `zero` and `low` [G, N], of the weights' type, `low` only where it is not 0; column i of a run is
+    on row group[i]. With `half` it is rounded to float16.
     """
 
     scale: torch.Tensor
@@ -36,6 +37,8 @@ class Grid:
     group: Sequence[int]
     maxq: int
     half: bool = False
+    low: torch.Tensor | None = None
+    values: tuple[float, ...] = ()
 
 
 # Gives the grid of a run of columns, when the walk has come to it; the function given with it tells what the
@@ -98,8 +101,19 @@ def walk(
 ) -> tuple[torch.Tensor, float]:
     """Round the columns of W one by one, `Wt` [K, N] in the walk's order; returns codes [K, N] and the loss.
 
+    As `walk_rows`; the loss is the sum of the outputs'.
+    """
+    codes, _, losses = walk_rows(Wt, factor, ends, grid_of)
+    return codes, float(losses.sum())
+
+
+def walk_rows(
+    Wt: torch.Tensor, factor: Factor, ends: Sequence[int], grid_of: GridOf
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes [K, N], errors Err = W - Q [K, N] and losses [N], float64, of the walk; `Wt` [K, N] in its order.
+
     What came before a block of columns reaches it by one matmul. `ends` are the steps where runs of columns
-    end, BLOCK in each at the most. The loss is tr(Err^T H Err), without the damping.
+    end, BLOCK in each at the most. The loss is Err^T H Err, without the damping.
     """
     import torch
 
@@ -113,7 +127,7 @@ def walk(
             S1, U1 = S[j1 - i1 : j2 - i1].addmm_(U[i1:j1, run].T, Err[i1:j1]), U[run, run].contiguous()
             grid = grid_of(run, partial(_settled, Wt[run], S1, U1))
             _round(S1.add_(Wt[run]), Wt[run], U1, D[run], factor.shift, grid, codes[run], Err[run], losses)
-    return codes, float(losses.clamp_(min=0).sum())
+    return codes, Err, losses.clamp_(min=0)
 
 
 def _blocks(ends: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -159,7 +173,9 @@ def _round(
         from dsconvert.quantization.kernels.sweep import sweep
 
         group = np.asarray(grid.group, np.int64)
-        rest = (grid.scale, grid.zero, group, grid.maxq, grid.half, codes, Err, losses)
+        low = grid.scale[:, :0] if grid.low is None else grid.low
+        values = W.new_tensor(grid.values)
+        rest = (grid.scale, grid.zero, low, values, group, grid.maxq, grid.half, codes, Err, losses)
         by_outputs(sweep, W.shape[1], W1, W, U, D, shift, *rest)
     else:
         round_by_torch(W1, W, U, D, shift, grid, codes, Err, losses)
@@ -182,17 +198,36 @@ def round_by_torch(
     miss, Ut = torch.empty_like(W1), U.T.contiguous()
     for i, g in enumerate(grid.group):
         w = torch.addmv(W1[i], Err[:i].T, Ut[i, :i])
-        q = (w / grid.scale[g]).round_().add_(grid.zero[g]).clamp_(0, grid.maxq)
-        codes[i] = q
-        q.sub_(grid.zero[g]).mul_(grid.scale[g])
+        codes[i], q = nearest(w, grid, g)
         q = q.half().to(q.dtype) if grid.half else q
         torch.sub(w, q, out=miss[i])
         torch.sub(W[i], q, out=Err[i])
     losses += D @ miss.square_() - shift * Err.square().sum(0)
 
 
+def nearest(w: torch.Tensor, grid: Grid, g: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The codes of `w` [N] on row g of the grid, in its dtype, and what they stand for."""
+    import torch
+
+    scale, none = grid.scale[g], grid.scale[g] == 0  # where a scale is 0 all codes are alike
+    if grid.values:
+        values = w.new_tensor(grid.values)
+        edges = (values[1:] + values[:-1]) * 0.5
+        q = torch.searchsorted(edges, (w / scale).masked_fill(none, 0).contiguous(), right=True)
+        return q.to(w.dtype), values[q].mul_(scale)
+    low = 0.0 if grid.low is None else grid.low[g]
+    q = ((w - low) / scale).round_().add_(grid.zero[g]).clamp_(0, grid.maxq).where(~none, grid.zero[g])
+    value = (q - grid.zero[g]).mul_(scale)
+    return q, value if grid.low is None else value.add_(low)
+
+
 def rounding_loss(error: torch.Tensor, factor: Factor) -> float:
     """The loss without damping of errors [K, N] in the walk's order, by sums of squares."""
+    return float(rounding_losses(error, factor).sum())
+
+
+def rounding_losses(error: torch.Tensor, factor: Factor) -> torch.Tensor:
+    """As `rounding_loss`, of each output: float64 [N]."""
     import torch
 
     losses = torch.zeros(error.shape[1], dtype=torch.float64, device=error.device)
@@ -200,7 +235,7 @@ def rounding_loss(error: torch.Tensor, factor: Factor) -> float:
         i2 = min(i1 + BLOCK, len(error))
         losses += factor.D[i1:i2] @ (factor.U[:i2, i1:i2].T @ error[:i2]).square_()
         losses -= factor.shift * error[i1:i2].square().sum(0)
-    return float(losses.clamp_(min=0).sum())
+    return losses.clamp_(min=0)
 
 
 def row_losses(factor: Factor) -> torch.Tensor:

@@ -37,7 +37,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LinearSolved(Event):
-    """A linear is quantized: its loss tr((W-Q) H (W-Q)^T) beside round-to-nearest's, and how it went."""
+    """A linear is quantized: its loss tr((W-Q) H (W-Q)^T) beside that without feedback, and how it went.
+
+    `rtn_loss` is round-to-nearest's, in a GGUF file that of the importance matrix.
+    """
 
     name: str
     setting: str
@@ -68,29 +71,41 @@ class Solved(Protocol):
     def fell_back(self) -> str | None: ...
 
 
-# A linear solved: how it went, the output's tensors, and the weights [N, K] that these stand for.
-Coded = tuple[Solved, Mapping[str, npt.NDArray[Any]], "torch.Tensor"]
+# A linear solved: how it went, the output's tensors, and the weights [N, K] that these stand for; None for
+# them where the blocks behind are given what the checkpoint's own give (`Solving.restore`).
+Coded = tuple[Solved, Mapping[str, npt.NDArray[Any]], "torch.Tensor | None"]
 
 
 @dataclass(frozen=True)
-class Format:
-    """What a format adds to a run.
+class Solving:
+    """What a format solves of a model, and how.
 
     `settings` name what each linear becomes, `nbytes` are its bytes in the output; both in the order of the
     blocks, and the head last where it is quantized (`head`). `solve` takes a linear's name, weight W [N, K]
-    and Hessian H [K, K]; `restore` returns the weights of a block that is finished. `write` takes the
-    linears' tensors and why some are rounded to nearest, by name, and returns the bytes of the folder's
-    weights, which `opened` reads back and `planned` names.
+    and Hessian H [K, K]; `restore` returns the weights of a block that is finished, and is None where every
+    H is that of the checkpoint's own inputs. `against` names what is rounded without feedback.
     """
 
     settings: Mapping[str, str]
     nbytes: Mapping[str, int]
     solve: Callable[[str, torch.Tensor, torch.Tensor], Coded]
-    restore: Restore
+    restore: Restore | None
+    head: bool = False
+    against: str = "round-to-nearest"
+
+
+@dataclass(frozen=True)
+class Format:
+    """What a format of folders adds to a run.
+
+    `write` takes the linears' tensors and why some are rounded to nearest, by name, and returns the bytes of
+    the folder's weights, which `opened` reads back and `planned` names.
+    """
+
+    solving: Solving
     write: Callable[[Mapping[str, Piece], Mapping[str, str]], int]
     opened: Callable[[], Opened]
     planned: StoredTensors
-    head: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,7 +133,7 @@ def run(
     with ExitStack() as stack:
         begun = yield from begin(stack, job, ranks)
         chosen = yield from choose(begun)
-        yield from solve_blocks(begun, chosen)
+        yield from solve_blocks(begun, chosen.solving)
         if not ranks.first:
             return
         nbytes = chosen.write(*collected(begun.state))
@@ -172,7 +187,7 @@ def identity(job: Job, calibration: Calibration, decoder: st.Decoder, ranks: Ran
     }
 
 
-def solve_blocks(run: Run, chosen: Format) -> Generator[Event, None, None]:
+def solve_blocks(run: Run, chosen: Solving) -> Generator[Event, None, None]:
     """Quantize every block that the state does not hold yet, then the head where the format says so."""
 
     def solve(name: str, W: torch.Tensor, H: torch.Tensor) -> Generator[Event, None, Solution]:
@@ -183,9 +198,9 @@ def solve_blocks(run: Run, chosen: Format) -> Generator[Event, None, None]:
         yield event
         yield progress(chosen.nbytes, name, chosen.settings[name])
         if solved.fell_back:
-            yield Warn(f"{name} is rounded to nearest: {solved.fell_back}")
+            yield Warn(f"{name} is left to {chosen.against}: {solved.fell_back}")
         record = {key: value for key, value in event.as_dict().items() if key != "seconds"}
         return {tensor: from_array(array) for tensor, array in tensors.items()}, record, weight
 
-    tokens = run.calibration.tokens
-    yield from quantize_blocks(run.decoder, tokens, run.state, solve, chosen.restore, chosen.head, run.ranks)
+    rest = (chosen.restore, chosen.head, run.ranks, chosen.against)
+    yield from quantize_blocks(run.decoder, run.calibration.tokens, run.state, solve, *rest)

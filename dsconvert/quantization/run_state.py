@@ -83,6 +83,7 @@ class State:
         """Keep a finished block: its packed tensors, and a record of how it went."""
         block, digest = self._block(index), hashlib.sha256()
         try:
+            self._record(index).unlink(missing_ok=True)  # of what a killed `forget` has left
             write_safetensors(block, pieces, seen=digest.update)
             self._publish(self._record(index), {"sha256": digest.hexdigest(), **record})
             self.known[index] = digest.hexdigest(), seen(block)
@@ -99,8 +100,8 @@ class State:
         self._publish(self.folder / JOB, identity)
 
     def forget(self) -> None:
-        """Remove what is kept; nothing else is touched."""
-        for path in self.folder.iterdir():
+        """Remove what is kept, no block before its record; nothing else is touched."""
+        for path in sorted(self.folder.iterdir(), key=lambda path: path.suffix == ".safetensors"):
             if NAMES.fullmatch(path.name):
                 path.unlink()
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import ast
 import os
 import random
-import shutil
 import signal
 import sys
 import time
@@ -29,8 +28,11 @@ def main(kind: str, model: str, folder: Path, kills: int, settings: dict[str, An
     """Print how often a run was killed, and how often one went on from finished blocks."""
     torch.set_num_threads(1)
     convert = import_module(f"converters.{kind}.convert").convert
-    out, state = folder / "out", folder / "out.state"
-    make = {"gptq": calibrated.gptq_options, "exl2": calibrated.exl2_options}[kind]
+    out = folder / ("out.gguf" if kind == "gguf" else "out")
+    state = out.with_name(out.name + ".state")
+    make: Any = {
+        "gptq": calibrated.gptq_options, "exl2": calibrated.exl2_options, "gguf": calibrated.gguf_options,
+    }[kind]  # fmt: skip
     text = {"calib": "builtin", "calib_samples": 4, "calib_len": 128}
     options = make(model, out=out, resume=True, effort="off", **text, **settings)
 
@@ -51,13 +53,13 @@ def main(kind: str, model: str, folder: Path, kills: int, settings: dict[str, An
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
     list(convert(options))  # imports what is imported late, before the first fork
-    shutil.rmtree(out)
+    calibrated.remove(out)
     started = time.monotonic()
     assert attempt(None) == 0
     whole = time.monotonic() - started
     good = calibrated.digests(out)
     assert not state.exists()
-    shutil.rmtree(out)
+    calibrated.remove(out)
     rng = random.Random(5)
     killed = resumed = 0
     while killed < kills:
@@ -68,7 +70,7 @@ def main(kind: str, model: str, folder: Path, kills: int, settings: dict[str, An
         killed += code == -signal.SIGKILL
         if out.exists():
             assert calibrated.digests(out) == good, killed
-            shutil.rmtree(out)
+            calibrated.remove(out)
     if not out.exists():
         assert attempt(None) == 0
     assert calibrated.digests(out) == good

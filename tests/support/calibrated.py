@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from converters.exl2 import plan as exl2_plan
+from converters.gguf import output
 from converters.gptq import plan as gptq_plan
 from dsconvert.calibration.request import CalibrationRequest
 from dsconvert.events import Event
@@ -44,9 +46,27 @@ def exl2_options(model: Path | str, **asked: Any) -> exl2_plan.Options:
     return exl2_plan.Options(run, **rest)
 
 
-def digests(folder: Path) -> dict[str, str]:
-    """The sha256 of each file of a folder."""
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+def gguf_options(model: Path | str, *quants: str, **asked: Any) -> output.Options:
+    """The options of `dsconvert gguf MODEL --solver gptq`, each by its option's name."""
+    run, rest = _split(model, asked)
+    return output.Options(
+        run.model, quants or ("q4_k_m",), run.out, effort=run.effort, force=run.force, device=run.device,
+        add_bos=run.add_bos, calibration=run.calibration, resume=run.resume, **{"solver": "gptq", **rest},
+    )  # fmt: skip
+
+
+def digests(out: Path) -> dict[str, str]:
+    """The sha256 of each file of a folder, or of a file."""
+    files = sorted(out.iterdir()) if out.is_dir() else [out]
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def remove(out: Path) -> None:
+    """Remove an output, a folder or a file."""
+    if out.is_dir():
+        shutil.rmtree(out)
+    else:
+        out.unlink()
 
 
 Stop = Callable[[Callable[[], list[Event]], Path, int], None]

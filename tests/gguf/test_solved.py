@@ -1,0 +1,195 @@
+"""`dsconvert gguf --solver gptq` as a user runs it: closer files of the same types and size, safely made."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import calibrated
+import numpy as np
+import pytest
+import tiny
+from calibrated import Stop, gguf_options, stopper
+from click.testing import CliRunner
+
+from converters.gguf.convert import convert
+from converters.gguf.importance import REPORT
+from converters.gguf.opened import open_file
+from converters.gguf.parse import GGUFFile, open_gguf
+from converters.outputs import open_reference
+from dsconvert.cli import cli
+from dsconvert.errors import QuantizationError
+from dsconvert.events import Check, Event, Warn
+from dsconvert.proof import compare
+from dsconvert.proof.text import default_windows
+from dsconvert.quantization.run import LinearSolved
+
+TEXT: dict[str, Any] = {"calib": "builtin", "calib_samples": 32, "calib_len": 256}
+
+
+@pytest.fixture
+def stop(monkeypatch: pytest.MonkeyPatch) -> Stop:
+    return stopper(monkeypatch)
+
+
+def run(*quants: str, out: Path, model: Path | str = "sample:", **asked: Any) -> list[Event]:
+    return list(convert(gguf_options(model, *quants, out=out, **{"effort": "off", **TEXT, **asked})))
+
+
+def stored(file: GGUFFile) -> dict[str, tuple[str, bytes]]:
+    """Type and bytes of every tensor."""
+    return {name: (t.qtype.name, t.blocks().tobytes()) for name, t in file.tensors.items()}
+
+
+def kld(path: Path) -> float:
+    """Mean KL divergence over held-out text."""
+    reference, opened = open_reference("sample:"), open_file(path)
+    tokenizer = reference.tokenizer
+    windows = default_windows(tokenizer.encode, reference.config, tokenizer.first_id)
+    windows = replace(windows, tokens=windows.tokens[:4], first=windows.first[:4])
+    found = compare.result(
+        compare.compare(
+            reference.source, opened.source, reference.config, windows, candidate_config=opened.config
+        )
+    )
+    assert found.figures is not None, found.broken
+    return found.figures.kld.value
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[Event]]:
+    """The sample by an importance matrix and by error feedback, and what was said of the second."""
+    folder = tmp_path_factory.mktemp("made")
+    plain, fed = folder / "plain.gguf", folder / "fed.gguf"
+    run("q4_k_m", out=plain, solver="imatrix")
+    return plain, fed, run("q4_k_m", out=fed, effort="quick")
+
+
+def test_a_file_is_closer_with_the_same_types_and_bytes(made: tuple[Path, Path, list[Event]]) -> None:
+    plain, fed, said = made
+    here, there = (stored(open_gguf(path)) for path in (fed, plain))
+    assert {n: (kind, len(data)) for n, (kind, data) in here.items()} == {
+        n: (kind, len(data)) for n, (kind, data) in there.items()
+    }
+    same = {name for name in here if here[name] == there[name]}
+    assert same == {n for n, (kind, _) in here.items() if kind == "f32"} | {"token_embd.weight"}
+    assert kld(fed) < 0.8 * kld(plain)
+    assert all(check.passed for check in said if isinstance(check, Check))
+    solved = [event for event in said if isinstance(event, LinearSolved)]
+    assert len(solved) == 15
+    assert all(0 < event.loss < event.rtn_loss for event in solved)
+    assert not any(isinstance(event, Warn) for event in said)
+
+
+def test_the_file_says_how_it_was_made(made: tuple[Path, Path, list[Event]]) -> None:
+    plain, fed, _ = (open_gguf(made[0]).keys, open_gguf(made[1]).keys, None)
+    assert "dsconvert.solver" not in plain
+    assert fed["dsconvert.solver"] == "gptq"
+    assert fed["dsconvert.solver.damp"] == pytest.approx(0.05)
+    assert fed["dsconvert.solver.rounds"] == "1 of q2_k, 1 of q3_k, 0 of others"
+    assert fed["quantize.imatrix.entries_count"] == plain["quantize.imatrix.entries_count"] + 1
+    assert '"fingerprint"' in fed[REPORT]
+
+
+def test_no_row_is_worse_than_the_importance_matrixs(made: tuple[Path, Path, list[Event]]) -> None:
+    """By inputs that another draw gives: each tensor's own loss, the head's too."""
+    from dsconvert.decoder import linear_inputs
+    from dsconvert.decoder import torch_decoder as st
+
+    reference = open_reference("sample:")
+    tokens = default_windows(
+        reference.tokenizer.encode, reference.config, reference.tokenizer.first_id
+    ).tokens
+    device = st.pick_device("cpu")
+    decoder = st.open_decoder(reference.source, reference.config, device, st.pick_dtype(None, device))
+    hidden, moments = linear_inputs.embed(decoder, tokens[:4]), {}
+    for index in range(reference.config.layers):
+        for group in linear_inputs.walk(decoder, st.load_block(decoder, index), hidden):
+            moments |= dict.fromkeys(group.names, group.moment.double().numpy())
+    norm = st.read(decoder, st.NORM).to(decoder.dtype)
+    moments[st.HEAD] = linear_inputs.measure_head(decoder, hidden, norm).moment.double().numpy()
+    plain, fed = (open_file(path).source for path in made[:2])
+    for name, H in moments.items():
+        W = reference.source.float32(name).astype(np.float64)
+        before, after = (((E @ H) * E).sum() for E in (W - s.float32(name) for s in (plain, fed)))
+        assert after < 0.85 * before, name
+
+
+def test_the_same_command_gives_the_same_bytes_beside_other_types(
+    made: tuple[Path, Path, list[Event]], tmp_path: Path
+) -> None:
+    """Alone and with others in one run, split or whole."""
+    run("q4_k_m", "q3_k_s", "iq4_xs", out=tmp_path / "many.gguf")
+    assert stored(open_gguf(tmp_path / "many-q4_k_m.gguf")) == stored(open_gguf(made[1]))
+    split = tmp_path / "split.gguf"
+    run("q3_k_s", out=split, split_max_size=1 << 20)
+    parts = sorted(tmp_path.glob("split-*.gguf"))
+    assert len(parts) > 1
+    assert stored(open_gguf(parts[0])) == stored(open_gguf(tmp_path / "many-q3_k_s.gguf"))
+
+
+def test_rounds_lower_the_loss_and_are_told(tmp_path: Path) -> None:
+    losses = []
+    for rounds in (0, 1):
+        out = tmp_path / f"{rounds}.gguf"
+        said = run("q3_k_s", out=out, rounds=rounds)
+        losses.append(sum(event.loss for event in said if isinstance(event, LinearSolved)))
+        assert open_gguf(out).keys["dsconvert.solver.rounds"] == str(rounds)
+    assert losses[1] < 0.97 * losses[0]
+
+
+def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path: Path, stop: Stop) -> None:
+    model = tiny.tiny_checkpoint(tmp_path / "model", layers=3)
+    few: dict[str, Any] = {"model": model, "calib_samples": 4, "calib_len": 64}
+    run("q4_0", out=tmp_path / "whole.gguf", **few)
+    out = tmp_path / "out.gguf"
+    stop(lambda: run("q4_0", out=out, **few), out, 2)
+    result = CliRunner().invoke(
+        cli, ["gguf", str(model), "-o", str(out), "--solver", "gptq", "--calib", "builtin"]
+    )
+    assert result.exit_code == 2
+    assert "--resume" in result.output
+    said = run("q4_0", out=out, resume=True, **few)
+    assert any("2 of 3 blocks are finished" in str(event) for event in said)
+    assert calibrated.digests(out)["out.gguf"] == calibrated.digests(tmp_path / "whole.gguf")["whole.gguf"]
+    assert not list(tmp_path.glob("*.state"))
+
+
+def test_kill_at_random_moments_and_resume(tmp_path: Path) -> None:
+    """20 kills are a benchmark's (benchmarks/better_gguf.py --kills)."""
+    model = tiny.tiny_checkpoint(tmp_path / "model", layers=4, d=128, ff=352)
+    resumed = calibrated.killed_and_resumed("gguf", model, tmp_path, 6)
+    assert resumed >= 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--solver", "gptq"], "needs a calibration text"),
+        (["--solver", "gptq", "--calib", "builtin", "-q", "q8_0"], "changes nothing"),
+        (["--rounds", "1"], "--rounds has no effect"),
+        (["--resume"], "--resume has no effect"),
+        (["--solver", "gptq", "--calib", "builtin", "--allow-nonfinite"], "contradict"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(words: list[str], said: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(cli, ["gguf", "sample:", "-o", str(tmp_path / "x.gguf"), *words])
+    assert result.exit_code == 2
+    assert said in result.output
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(np.nan, "holds NaN or infinite values"), (1e6, r"--tensor-type 'blk\.1\.ffn_up")]
+)
+def test_weights_that_no_type_holds_are_refused_by_name(value: float, said: str, tmp_path: Path) -> None:
+    options, name = tiny.Tiny(dtype="f32"), "model.layers.1.mlp.up_proj.weight"
+    model = tiny.tiny_checkpoint(tmp_path / "model", options)
+    tensors = tiny.tiny_tensors(options)
+    tensors[name][3, 5] = value
+    tiny.write_weights(model, {n: tiny.encode(values, "f32") for n, values in tensors.items()}, options)
+    with pytest.raises(QuantizationError, match=said) as raised:
+        run("q4_0", out=tmp_path / "out.gguf", model=model, calib_samples=2, calib_len=32)
+    assert name in str(raised.value)
+    assert not (tmp_path / "out.gguf").exists()
