@@ -56,12 +56,12 @@ def write(stream: TextIO, text: str) -> None:
         _give_up(stream, getattr(error, "strerror", None) or str(error))
 
 
-def write_part(stream: TextIO, text: str) -> None:
+def write_part(stream: TextIO, text: str) -> bool:
     """A piece of an answer on a stream, line ends and tabs in it: whole where the stream is a file or a pipe,
-    without what a terminal would obey where it is one.
+    without what a terminal would obey where it is one. Whether it could be written.
     """
     if any(stream is lost for lost in _lost):
-        return
+        return False
     if stream.isatty():
         text = "".join(char if char in "\n\t" or not _obeyed(char) else ascii(char)[1:-1] for char in text)
     encoding = getattr(stream, "encoding", None) or "utf-8"
@@ -70,6 +70,8 @@ def write_part(stream: TextIO, text: str) -> None:
         stream.flush()
     except (OSError, ValueError) as error:
         _give_up(stream, getattr(error, "strerror", None) or str(error))
+        return False
+    return True
 
 
 def _obeyed(char: str) -> bool:

@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import smollm2
+from terminal import CTRL_C, CTRL_D, Terminal
 from tokenizers import Tokenizer
 
 from converters.gguf.as_model import open_model
@@ -274,3 +275,26 @@ def test_more_bits_are_nearer_but_for_the_fallback_of_q5_k(
     assert kl["q2_k"] > kl["q3_k_m"] > max(kl["q4_k_m"], kl["q5_k_m"]), kl
     types = {tensor.qtype.name for tensor in open_gguf(mixtures["q5_k_m"]).tensors.values()}
     assert "q5_1" in types, "rows of 576 no longer fall back: then q5_k_m should be the nearest"
+
+
+def test_a_conversation_in_a_terminal(converted: dict[str, Path]) -> None:
+    """The second question says nothing without the first; an answer is interrupted, and the talk goes on."""
+    with Terminal("chat", converted["q8_0"], "--temperature", 0, "--threads", 1) as terminal:
+        terminal.expect(">>> ")
+        terminal.type("What is the capital of France? Answer in one sentence.\n")
+        assert "The capital of France is Paris." in terminal.expect("]\n>>> ")
+        terminal.type("And of Italy?\n")
+        shown = terminal.expect("]\n>>> ")
+        assert "Rome" in shown
+        assert " new)" in shown
+        terminal.type("Write a long story about it.\n")
+        terminal.expect("about it.\n")
+        terminal.more()
+        terminal.type(CTRL_C)
+        assert ", interrupted;" in terminal.expect("]\n>>> ")
+        terminal.type("/clear\n")
+        terminal.expect(">>> ")
+        terminal.type("And of Italy?\n")
+        assert "Rome" not in terminal.expect("]\n>>> ")
+        terminal.type(CTRL_D)
+        assert terminal.ended() == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -103,6 +104,7 @@ def chat(
     from dsconvert.chat.session import Session
     from dsconvert.commands.chat_model import Request, open_model
 
+    check_file(file)
     asked = question(prompt)
     if asked is None and display.json:
         raise UsageError(
@@ -140,6 +142,16 @@ def question(prompt: str | None) -> str | None:
     if prompt is None or not prompt.strip():
         raise UsageError("there is no question", hint="Give --prompt TEXT, or a text on standard input")
     return prompt
+
+
+def check_file(file: Path) -> None:
+    """See that there is something to talk to before a question is read; raises UsageError."""
+    from dsconvert.checkpoints.locate import SAMPLES
+
+    if str(file) not in SAMPLES and not os.path.lexists(file):
+        raise UsageError(
+            "there is no such file or folder", where=file, hint="Give a GGUF file or a model folder"
+        )
 
 
 def check_pictures(paths: tuple[Path, ...]) -> None:

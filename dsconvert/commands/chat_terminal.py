@@ -97,13 +97,16 @@ def turn(
 def stream(
     session: Session, text: str, pictures: tuple[Path, ...], stopped: Stopped, *, shown: bool = True
 ) -> Answer:
-    """Write an answer to standard output as it comes, with a line end after it; returns it."""
-    pieces, last = session.ask(text, pictures, stopped), ""
+    """Write an answer to standard output as it comes, with a line end after it; returns it.
+
+    It ends where nobody reads it any more.
+    """
+    read = True
+    pieces, last = session.ask(text, pictures, lambda: not read or stopped()), ""
     try:
         while True:
             last = next(pieces)
-            if shown:
-                write_part(sys.stdout, last)
+            read = not shown or write_part(sys.stdout, last)
     except StopIteration as end:
         said: Answer = end.value
         return said

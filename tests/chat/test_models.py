@@ -6,11 +6,14 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import calibrated
 import numpy as np
 import pytest
 import tiny
+import tiny_experts
+import tiny_families
 import tiny_spm
 
 from converters.gguf.convert import convert
@@ -60,6 +63,19 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", ["sample:", "gptq"])
 def test_a_folder_in_torch_gives_the_logits_of_its_weights(name: str, quantized: Path) -> None:
     opened = open_output(quantized if name == "gptq" else locate(name))
+    model = torch_model(opened)
+    ids = model.text.encode(SENTENCE)[:30]
+    wanted = prompt_logits(opened.source, opened.config, [ids]).numpy()
+    for found, at in zip(in_pieces(model, ids), (19, 20, 29, 28, 29, 29), strict=True):
+        np.testing.assert_allclose(found, wanted[at], atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(tiny_families, "qwen3"), (tiny_experts, "v2"), (tiny_experts, "v3")]
+)
+def test_every_architecture_keeps_what_it_has_read(kind: Any, name: str, tmp_path: Path) -> None:
+    """Norms of heads, latent attention, experts."""
+    opened = open_output(kind.checkpoint(tmp_path / "m", name))
     model = torch_model(opened)
     ids = model.text.encode(SENTENCE)[:30]
     wanted = prompt_logits(opened.source, opened.config, [ids]).numpy()

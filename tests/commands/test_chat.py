@@ -7,6 +7,8 @@ import io
 import json
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +169,23 @@ def parrot_tokens() -> list[int]:
     return found
 
 
+def test_an_answer_that_nobody_reads_ends(models: dict[str, Path]) -> None:
+    """At this question the sample writes until its context is full."""
+    words = ["chat", models["sample"], "--prompt", "Hello, who are you?", *map(str, LIKELIEST)]
+    words += ["--context", "8192"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "dsconvert", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
+        assert running.stdout is not None
+        assert running.stderr is not None
+        running.stdout.read(1)
+        running.stdout.close()
+        said = running.stderr.read()
+    assert "standard output cannot be written" in said
+    assert ", interrupted;" in said
+    assert figures(said)[3] < 8000
+
+
 def test_standard_input_is_the_question(models: dict[str, Path]) -> None:
     given = command("chat", models["parrot"], *LIKELIEST, "--json", input="Is it?\n")
     asked = command("chat", models["parrot"], *LIKELIEST, "--json", "--prompt", "Is it?")
@@ -177,6 +196,8 @@ def test_standard_input_is_the_question(models: dict[str, Path]) -> None:
     result = command("chat", models["parrot"], input=b"\xff\xfe")
     assert result.exit_code == 2
     assert "standard input is not UTF-8" in result.stderr
+    result = command("chat", "none.gguf", input="")
+    assert "there is no such file or folder" in result.stderr
 
 
 def test_a_model_without_a_template_is_said_to_be_none(models: dict[str, Path]) -> None:
