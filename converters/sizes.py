@@ -154,11 +154,7 @@ def _gguf(model: str, config: ModelConfig, specs: list[Spec], beside: int) -> It
         if quant in OF_OTHERS:
             continue
         weighed = mixtures.needs_importance(quant)
-        choices = mixtures.choose(
-            quant, shapes, heads=config.heads, kv_heads=config.kv_heads, layers=config.layers,
-            experts=config.experts.count if config.experts else 0,
-            wide=find_architecture(config.architecture).wide_values(config), imatrix=weighed,
-        )  # fmt: skip
+        choices = mixtures.choose_for(config, quant, shapes, imatrix=weighed)
         weights = weights_of(specs, partial(_gguf_size, choices), 2 * beside)
         command = f"dsconvert gguf {model} --quant {quant}" + " --calib c4" * weighed
         yield Made(quant, LLAMA_CPP, weights, command)

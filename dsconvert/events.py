@@ -54,6 +54,30 @@ class Planned(Event):
 
 
 @dataclass(frozen=True)
+class TypesChosen(Event):
+    """The types of a file were chosen by cost: its size, and the KL divergence (nats) that is foretold of it.
+
+    `curve` is what other sizes would buy, pairs of bytes and nats; `rules` are llama-quantize's mixtures by
+    the same measure: name, bytes, nats.
+    """
+
+    asked: str
+    bits_per_weight: float
+    nbytes: int
+    nats: float
+    curve: tuple[tuple[int, float], ...]
+    rules: tuple[tuple[str, int, float], ...]
+
+
+@dataclass(frozen=True)
+class Foretold(Event):
+    """The KL divergence that was foretold of a file, in nats, and the one that its proof measured."""
+
+    nats: float
+    measured: float
+
+
+@dataclass(frozen=True)
 class Step(Event):
     """A stage without a measure of its own begins (compiling kernels, syncing, verifying)."""
 

@@ -111,7 +111,9 @@ def weighed(job: Job, drawn: Calibration | None) -> Generator[Event, None, Job]:
     yield Step(f"measuring on {drawn.report.tokens:,} tokens of {drawn.report.text}")
     source, config = language_model(job.checkpoint, job.config)
     tensors = yield from measure_inputs(source, config, drawn, job.options.device)
-    weights, unweighted = importance.weigh(_matrix(drawn, *importance.quotients(tensors)), job.outputs)
+    values, unusable = importance.quotients(tensors)
+    values |= job.importance  # of embedding and head, where types are chosen by cost
+    weights, unweighted = importance.weigh(_matrix(drawn, values, unusable), job.outputs)
     for note in unweighted:
         yield Warn(note)
     return replace(job, importance=weights)

@@ -44,6 +44,21 @@ def true_mixture(asked: str, tensors: Sequence[Tensor]) -> str:
     return found[0] if found else asked
 
 
+def mostly(tensors: Sequence[Tensor]) -> str:
+    """The mixture to state of types that no rule chose: the first of the type of most bytes of the blocks.
+
+    >>> from converters.gguf.qtypes import QTYPES
+    >>> mostly([Tensor("blk.0.ffn_up.weight", (256, 256), QTYPES["q4_k"])])
+    'q4_k_s'
+    """
+    nbytes: Counter[str] = Counter()
+    for tensor in tensors:
+        if len(tensor.shape) > 1 and tensor.name.startswith("blk."):
+            nbytes[tensor.qtype.name] += tensor.nbytes
+    types = [kind for kind, _ in nbytes.most_common()]
+    return next((name for kind in types for name, m in MIXTURES.items() if m.default == kind), "f16")
+
+
 def block_matrices(tensors: Iterable[Tensor | StoredTensor]) -> list[tuple[str, int]]:
     """Type and columns of each matrix that a block has."""
     return [(t.qtype.name, t.shape[-1]) for t in tensors if len(t.shape) > 1 and t.name.startswith("blk.")]

@@ -14,6 +14,8 @@ from converters.gguf.file_types import ALIASES, MIXTURES, Mixture
 from converters.gguf.places import Place
 from converters.gguf.qtypes import NEEDED, QTYPES, WANTED
 from dsconvert.errors import UsageError
+from dsconvert.models.architectures import find_architecture
+from dsconvert.models.config import ModelConfig
 
 # The names that llama.cpp counts by role.
 _ROLES = {
@@ -82,7 +84,7 @@ def choose(
     matrices = sorted(
         (name for name in shapes if is_quantized(name, shapes[name])), key=lambda name: (_layer(name), name)
     )
-    manual = _overridden(matrices, overrides)
+    manual = overridden(matrices, overrides)
     # llama.cpp counts the tensors of a role as it meets them, layer by layer, without the overridden ones;
     # of a model of experts, of which a layer has several, those of the MLP go by the layer.
     seen = dict.fromkeys(_ROLES, 0)
@@ -108,6 +110,24 @@ def choose(
     if not imatrix:
         _refuse_without_importance(quant, {name: result[name].type for name in matrices})
     return result
+
+
+def choose_for(
+    config: ModelConfig,
+    quant: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    overrides: Sequence[tuple[str, str]] = (),
+    pure: bool = False,
+    imatrix: bool = False,
+) -> dict[str, Choice]:
+    """As `choose`, of the model that a config tells of."""
+    return choose(
+        quant, shapes, layers=config.layers, heads=config.heads, kv_heads=config.kv_heads,
+        experts=config.experts.count if config.experts else 0,
+        wide=find_architecture(config.architecture).wide_values(config),
+        overrides=overrides, pure=pure, imatrix=imatrix,
+    )  # fmt: skip
 
 
 def _refuse_without_importance(quant: str, types: Mapping[str, str]) -> None:
@@ -202,7 +222,7 @@ def _exception(mixture: Mixture, role: str, at: Place, wide: bool, usual: str) -
     return "q5_k" if raised else kind
 
 
-def _overridden(matrices: Sequence[str], overrides: Sequence[tuple[str, str]]) -> dict[str, str]:
+def overridden(matrices: Sequence[str], overrides: Sequence[tuple[str, str]]) -> dict[str, str]:
     """The type of each matrix that a pattern fits; the first pattern wins."""
     manual: dict[str, str] = {}
     for pattern, kind in overrides:

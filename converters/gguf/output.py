@@ -10,6 +10,7 @@ from converters.gguf.layout import Layout, Tensor
 from dsconvert.checkpoints.locate import ModelPath
 
 if TYPE_CHECKING:
+    from converters.gguf.budget import Budget
     from dsconvert.calibration.request import CalibrationRequest
 
 
@@ -40,6 +41,7 @@ class Options:
     solver: str = "imatrix"  # what becomes of the measurement: "imatrix", or "gptq" for error feedback
     rounds: int | None = None  # of refinement after it; None: by the type
     resume: bool = False
+    budget: Budget | None = None  # instead of `quants`: types by cost, within it
 
 
 @dataclass(frozen=True)

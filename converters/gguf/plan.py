@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from converters.gguf import importance, metadata, mixtures, qtypes, rope
-from converters.gguf.claims import true_mixture
+from converters.gguf.budget import smallest, typed
+from converters.gguf.claims import mostly, true_mixture
 from converters.gguf.file_types import FILE_TYPES
 from converters.gguf.layout import KeyValues, Layout, Tensor, is_gguf, lay_out, lay_out_split
 from converters.gguf.modelfile import check_modelfiles
@@ -112,6 +113,8 @@ def _prepare(options: Options) -> Job:
     specs = tuple(plan(architecture.table, config, checkpoint.shapes()))
     checkpoint.check_readable(name for spec in specs for name in spec.names)
     derived = architecture.derived(config)
+    if options.budget is not None:
+        options = smallest(options, specs)
     matrix = importance.read(options.imatrix) if options.imatrix is not None else None
     with phase("tokenizer"):
         tokenizer = load_tokenizer(checkpoint.folder, config.vocab_size, options.add_bos)
@@ -179,6 +182,11 @@ def check_calibration(options: Options) -> None:
             why="errors of weights that are no numbers cannot be made up for",
             hint="Leave one of them out",
         )
+    if options.budget is not None and options.calibration is None and not options.dry_run:
+        raise UsageError(
+            "types are chosen by what they cost on text, and no text is named",
+            hint="Give --calib c4; or --dry-run with the --measurement FILE of an earlier run",
+        )
     if options.calibration is None:
         return
     if options.imatrix is not None:
@@ -223,15 +231,16 @@ def plan_output(
     options: Options,
 ) -> Output:
     """Give every tensor the recipe's type, in the order of the file, and lay the files out."""
-    choices = mixtures.choose(
-        quant, shapes, heads=config.heads, kv_heads=config.kv_heads, layers=config.layers,
-        experts=config.experts.count if config.experts else 0,
-        wide=find_architecture(config.architecture).wide_values(config),
-        overrides=options.overrides, pure=options.pure,
+    budget = options.budget
+    choices = mixtures.choose_for(
+        config, quant if budget is None else "q8_0", shapes, overrides=options.overrides, pure=options.pure,
         imatrix=options.imatrix is not None or options.calibration is not None,
     )  # fmt: skip
+    if budget is not None:
+        choices = typed(shapes, budget.chosen, choices)
     tensors = [Tensor(name, shape, qtypes.QTYPES[choices[name].type]) for name, shape in shapes.items()]
-    keys = metadata.with_file_type(keys, FILE_TYPES[true_mixture(quant, tensors)])
+    quant, stated = (quant, true_mixture(quant, tensors)) if budget is None else (mostly(tensors),) * 2
+    keys = metadata.with_file_type(keys, FILE_TYPES[stated])
     layouts = lay_out_split(path.name, keys, tensors, options.split_max_size)
     fallbacks = Counter(
         f"{choice.wanted} -> {choice.type}" for choice in choices.values() if choice.fell_back
@@ -276,7 +285,7 @@ def projector_stem(options: Options, text: Output) -> str:
     """The text file's name without the type where the run makes several or chose the name itself."""
     if options.outfile is not None:
         return options.outfile.name.removesuffix(".gguf")
-    first = text.layouts[0].name.partition(f"-{text.quant}")[0]
+    first = text.layouts[0].name.partition(f"-{options.quants[0]}")[0]
     return f"{first}-{options.mmproj_quant}"
 
 

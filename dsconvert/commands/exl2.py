@@ -38,12 +38,7 @@ if TYPE_CHECKING:
     callback=shared.integer,
     help="Bits of the head; 16: as it is.",
 )
-@click.option(
-    "--measurement",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="What each setting costs: read from FILE if it exists, else measured and written to it.",
-)
+@shared.measurement_option
 @shared.damp_option
 @calibration_options("c4", 2048)
 @shared.bos_option

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dsconvert.commands import shared_options as shared
+from dsconvert.commands.budget_options import budget_options
 from dsconvert.commands.calibration_options import calibration_options
 from dsconvert.commands.given import refuse
 from dsconvert.commands.numbers import size
@@ -15,6 +16,7 @@ from dsconvert.commands.run import command, on_each_rank
 from dsconvert.events import phase
 
 if TYPE_CHECKING:
+    from converters.gguf.budget import Budget
     from dsconvert.calibration.request import CalibrationRequest
     from dsconvert.checkpoints.locate import ModelPath
     from dsconvert.commands.display import Display
@@ -74,6 +76,7 @@ def _overrides(
     callback=_overrides,
     help="Type for the tensors whose GGUF name the pattern matches; may be repeated.",
 )
+@budget_options
 @click.option("--pure", is_flag=True, help="The same type for every matrix, no mixture.")
 @click.option(
     "--imatrix",
@@ -132,6 +135,7 @@ def gguf(
     out: Path | None,
     quants: tuple[str, ...],
     overrides: tuple[tuple[str, str], ...],
+    budget: Budget | None,
     pure: bool,
     imatrix: Path | None,
     calibration: CalibrationRequest | None,
@@ -180,7 +184,7 @@ def gguf(
         split_max_size=split_max_size, threads=threads or 0, effort=effort, force=force, dry_run=dry_run,
         allow_nonfinite=allow_nonfinite, mmproj=mmproj, no_mmproj=no_mmproj, mmproj_quant=mmproj_quant,
         ollama=ollama, device=device, imatrix=imatrix, add_bos=add_bos, calibration=calibration,
-        solver=solver, rounds=rounds, resume=resume,
+        solver=solver, rounds=rounds, resume=resume, budget=budget,
     )  # fmt: skip
     if solver == "imatrix":
         return display.events(convert(options), plan=dry_run)

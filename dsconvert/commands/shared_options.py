@@ -127,6 +127,12 @@ damp_option = click.option(
     show_default=True,
     help="Fraction of the mean of H's diagonal that is added to it.",
 )
+measurement_option = click.option(
+    "--measurement",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="What each setting costs: read from FILE if it exists, else measured and written to it.",
+)
 seed_option = click.option(
     "--seed", type=int, default=0, show_default=True, help="Seed of what is drawn at random."
 )

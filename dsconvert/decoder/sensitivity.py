@@ -27,6 +27,7 @@ def sensitivities(
 ) -> Generator[Event, None, Sensitivities]:
     """The mean squared gradient by each output of each linear, head included: float32 [N] by tensor name.
 
+    Of the embedding it is that by the states [d] before the first block, all tokens' rows being its outputs.
     `windows` int64 [n, length]; the mean is over their tokens, the gradient that of the sum of their
     log-likelihoods, so that 1/2 sum_n s_n E[d_n^2] is a linear's share of the mean KL divergence per token.
     Deterministic for a seed on one device. Raises QuantizationError where they are not finite.
@@ -45,6 +46,7 @@ def sensitivities(
     found, gradient = _through_head(decoder, hidden, generator)
     for index in reversed(range(decoder.config.layers)):
         found |= _through_block(decoder, st.load_block(decoder, index), before.pop(), gradient)
+    found[st.EMBED] = gradient.float().square().mean((0, 1))
     for name, values in found.items():
         if not bool(values.isfinite().all()):
             raise _broken(name, "has gradients that are not finite numbers")

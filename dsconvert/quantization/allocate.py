@@ -73,6 +73,21 @@ def allocate(slots: Sequence[Sequence[Option]], budget: int, weights: int) -> Al
     return min(found, key=lambda one: one.error)
 
 
+def curve(slots: Sequence[Sequence[Option]]) -> list[tuple[int, float]]:
+    """Bits and error of the corners of the convex hull of all choices, from the least bits on.
+
+    No choice lies below the line through them: what any number of bits can buy, as near as one slot's step.
+    """
+    table = [_frontier(i, options) for i, options in enumerate(slots)]
+    bits = sum(kept[0].bits for kept in table)
+    error = math.fsum(kept[0].error for kept in table)
+    corners = [(bits, error)]
+    for step in _hull_steps(table):
+        bits, error = bits + step.bits, error - step.gain * step.bits
+        corners.append((bits, error))
+    return corners
+
+
 def _sum(slots: Sequence[Sequence[Option]], choice: Sequence[int]) -> Allocation:
     chosen = [options[at] for options, at in zip(slots, choice, strict=True)]
     error = math.fsum(option.error for option in chosen)

@@ -25,6 +25,13 @@ from dsconvert.cli import COMMANDS, cli
 ROOT, TEXTS = Path(__file__).parents[2], Path(__file__).with_name("help")
 # What may differ from command to command, and why: option -> (attributes, reason).
 OWN = {
+    "--bpw": (
+        ("metavar", "type", "default", "help"),
+        "exl2 counts the blocks' linears and needs a rate, gguf counts the whole file",
+    ),
+    "--context": (("metavar", "type", "help"), "chat may have so much, gguf leaves room for it"),
+    "--vram": (("help",), "memory says what fits, gguf makes it fit"),
+    "--types": (("help",), "memory leaves rows out, gguf chooses among them"),
     "--calib": (("default", "help"), "gguf calibrates only where a text is named"),
     "--calib-len": (("default",), "llama.cpp measures importance on 512 tokens, GPTQ and EXL2 take 2048"),
     "--out": (("default", "help"), "imatrix has a fixed name, the others are named after model and settings"),

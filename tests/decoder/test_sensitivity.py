@@ -27,7 +27,7 @@ def naive(model: Any, windows: Any) -> dict[str, torch.Tensor]:
     handles = [
         module.register_forward_hook(lambda m, args, y, name=name: outputs.__setitem__(f"{name}.weight", y))
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding)
     ]
     model.requires_grad_(True)
     with torch.enable_grad():

@@ -1,0 +1,101 @@
+"""The options on how big a file may be whose types are chosen by cost: a command takes them as one Budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from dsconvert.commands.given import given, refuse
+from dsconvert.commands.numbers import Number, memory, names, size
+from dsconvert.commands.shared_options import apply, measurement_option
+from dsconvert.errors import UsageError
+
+if TYPE_CHECKING:
+    from converters.gguf.budget import Budget
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+SIZES = ("bpw", "size", "vram")
+OPTIONS = (
+    click.option(
+        "-b",
+        "--bpw",
+        type=Number(1, 32),
+        metavar="BITS",
+        help="Instead of --quant: the type of each tensor by what it costs on --calib text, with so many "
+        "bits per weight over the whole file.",
+    ),
+    click.option(
+        "--size", callback=size, metavar="SIZE", help="The same, in files of at most this size (4.0GB, 500M)."
+    ),
+    click.option(
+        "--vram",
+        callback=memory,
+        metavar="SIZE",
+        help="The same, for a card of this memory (8GB) with a --context.",
+    ),
+    click.option(
+        "--context",
+        type=click.IntRange(1),
+        metavar="N",
+        help="Tokens that fit beside the weights with --vram.  [default: the model's own]",
+    ),
+    click.option(
+        "--types",
+        callback=names,
+        metavar="NAME,...",
+        help="Types to choose from.  [default: q2_k to q8_0, no iq]",
+    ),
+    click.option("--floor", metavar="TYPE", help="No type of fewer bits than this one."),
+    measurement_option,
+)
+
+
+def budget_options(command: Command) -> Callable[..., Any]:
+    """Add the options to a command, which receives them as `budget`, None where no size is given.
+
+    Raises UsageError for options that have no effect beside the others.
+    """
+
+    @wraps(command)
+    def with_budget(
+        *,
+        bpw: float | None,
+        size: int | None,
+        vram: int | None,
+        context: int | None,
+        types: tuple[str, ...],
+        floor: str | None,
+        measurement: Path | None,
+        **others: Any,
+    ) -> Any:
+        check(bpw, size, vram)
+        budget: Budget | None = None
+        if any(value is not None for value in (bpw, size, vram)):
+            from converters.gguf.budget import USUAL, Budget  # not loaded for others
+
+            budget = Budget(
+                bpw, size, vram, context, types or USUAL, floor.lower() if floor else None, measurement
+            )
+        return command(budget=budget, **others)
+
+    return apply(with_budget, OPTIONS)
+
+
+def check(bpw: float | None, size: int | None, vram: int | None) -> None:
+    """Raises UsageError for two sizes, and for options that do not go with one or with none."""
+    sizes = given(*SIZES)
+    if len(sizes) > 1:
+        raise UsageError(f"{' and '.join(sizes)} are two sizes of one file", hint="Give one of them")
+    if not sizes:
+        where = "without --bpw, --size or --vram"
+        refuse(
+            "context", "types", "floor", "measurement", where=where, hint="Give one of these, or leave it out"
+        )
+        return
+    refuse("quants", "pure", where=f"beside {sizes[0]}", hint="The types are chosen by what they cost")
+    if vram is None:
+        refuse("context", where="without --vram", hint="The weights alone are counted")
