@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from converters.gguf.parse import GGUFFile
 from converters.gguf.rope import LOG_MULTIPLIER, magnitude
@@ -95,7 +95,7 @@ def stored_config(file: GGUFFile) -> ModelConfig:
         attention_bias="blk.0.attn_q.bias" in file.tensors,
         mlp_bias="blk.0.ffn_up.bias" in file.tensors,
         explicit_head_dim=not latent and prefix + "attention.key_length" in file.keys,
-        experts=stored_experts(numbers, prefix, layers),
+        experts=stored_experts(numbers, architecture, layers),
         latent=latent,
     )
 
@@ -125,9 +125,9 @@ def stored_latent(numbers: Numbers, prefix: str) -> Latent | None:
     )
 
 
-def stored_experts(numbers: Numbers, prefix: str, layers: int) -> Experts | None:
+def stored_experts(numbers: Numbers, architecture: Architecture, layers: int) -> Experts | None:
     """How tokens go to experts, None for a file without; raises CheckpointError."""
-    keys, tensors = numbers.file.keys, numbers.file.tensors
+    keys, tensors, prefix = numbers.file.keys, numbers.file.tensors, f"{architecture.gguf}."
     if not keys.get(prefix + "expert_count"):
         return None
     gatings = {number: name for name, number in GATINGS.items()}
@@ -140,7 +140,7 @@ def stored_experts(numbers: Numbers, prefix: str, layers: int) -> Experts | None
         """As `count`, 0 for a key that is 0."""
         return 0 if keys.get(prefix + key, default) == 0 else numbers.count(prefix + key, default)
 
-    return Experts(
+    found = Experts(
         count=numbers.count(prefix + "expert_count"),
         used=numbers.count(prefix + "expert_used_count"),
         size=numbers.count(prefix + "expert_feed_forward_length", keys.get(prefix + "feed_forward_length")),
@@ -153,6 +153,7 @@ def stored_experts(numbers: Numbers, prefix: str, layers: int) -> Experts | None
         normalised=keys.get(prefix + "expert_weights_norm") is True,
         scale=numbers.number(prefix + "expert_weights_scale", 1.0),
     )
+    return replace(found, **architecture.runtime_experts)
 
 
 def stored_scaling(file: GGUFFile, prefix: str) -> RopeScaling | None:

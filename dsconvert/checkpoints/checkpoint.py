@@ -22,6 +22,7 @@ from dsconvert.checkpoints.source_files import SourceFile, remember, small_files
 from dsconvert.checkpoints.spelling import LEFTOVERS, respelled
 from dsconvert.checkpoints.weight_files import Weights, open_file, open_weights
 from dsconvert.errors import CheckpointError, quoted
+from dsconvert.models.architectures import check_known
 from dsconvert.models.config import ModelConfig, is_tied, load_json, normalise
 from dsconvert.models.diagnosis import SOURCE, is_left_over, quantized_form, stated_method
 from dsconvert.models.model_class import model_class
@@ -126,6 +127,8 @@ def open_checkpoint(model: Model = None) -> Checkpoint:
     before = remember([*small_files(folder), *weight_files(folder)])
     where = folder / "config.json"
     config = load_json(where)
+    named = model_class(config)
+    check_known(named.name, where)
     remote, elsewhere = found.remote, found.remote.weights if found.remote is not None else None
     weights = open_weights(folder, elsewhere) if found.path.is_dir() else open_file(found.path)
     if str(model) == SAMPLE_VL:  # it holds the towers; its decoder is the other sample's
@@ -134,7 +137,6 @@ def open_checkpoint(model: Model = None) -> Checkpoint:
         weights = Weights((*weights.files, *decoder.files), weights.tensors | moved)
     weights = weights._replace(tensors=fp8.decoded(weights.tensors, config, where))
     left_over = _refuse_quantized(folder, config, weights.tensors)
-    named = model_class(config)
     tensors, respelt = respelled(weights.tensors, named.name, is_tied(config, named.name), folder)
     tensors, further = without_further_layers(tensors, config)
     notes = (*found.notes, *weights.notes, *left_over, *named.notes, *respelt, *further)

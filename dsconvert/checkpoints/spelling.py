@@ -96,7 +96,8 @@ def _end(text: str, known: set[str]) -> tuple[str, str] | None:
 
 
 def _is_row(name: str, known: set[str]) -> bool:
-    return name in known or NUMBER.sub("{i}", name, count=1) in known
+    layered = NUMBER.sub("{i}", name, count=1)
+    return name in known or layered in known or NUMBER.sub("{e}", layered, count=1) in known
 
 
 def _refuse_clashes(mapped: Mapping[str, str], where: object) -> None:

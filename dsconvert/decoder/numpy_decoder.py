@@ -29,13 +29,13 @@ def tensor_names(source: WeightSource, config: ModelConfig) -> tuple[tuple[dict[
     Experts' own matrices are left out (see `experts.expert_names`). Raises PlanError when tensors are
     missing, unknown or misshapen, CheckpointError for a class without a table.
     """
-    table = find_architecture(config.architecture).table
+    architecture = find_architecture(config.architecture)
     blocks: list[dict[str, str]] = [{} for _ in range(config.layers)]
     names = set()
-    for spec in plan(table, config, source.shapes()):
+    for spec in plan(architecture.table, config, source.shapes()):
         names.add(spec.hf)
         if spec.layer is not None and "{e}" not in spec.hf:
-            blocks[spec.layer][spec.hf.split(f".{spec.layer}.", 1)[1]] = spec.hf
+            blocks[spec.layer][architecture.attributes(spec.hf.split(f".{spec.layer}.", 1)[1])] = spec.hf
     return tuple(blocks), HEAD if HEAD in names else EMBED
 
 

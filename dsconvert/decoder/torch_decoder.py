@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 IntArray = npt.NDArray[np.int64]
 DTYPES = ("float32", "bfloat16", "float16")
 BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}  # bounds the MLP's intermediate activations
-ROUTER = ".gate."  # in the names of what scores experts, weight and bias; an MLP's own is gate_proj
+CHOICE = ".e_score_correction_bias"  # the end of its name
 EMBED, NORM, HEAD = numpy_decoder.EMBED, numpy_decoder.NORM, numpy_decoder.HEAD
 LOGITS_AT_ONCE = 1 << 23  # one float64 array of them is 64 MB
 ROWS_AT_ONCE = 1 << 23  # values of embedding or head that are read together: 32 MB in float32
@@ -158,8 +158,8 @@ def load_block(decoder: Decoder, index: int) -> Block:
 
 
 def as_run(decoder: Decoder, name: str, weight: torch.Tensor) -> torch.Tensor:
-    """A tensor in the type in which the decoder runs it: its own, but float32 for what scores experts."""
-    return weight if ROUTER in name else weight.to(decoder.dtype)
+    """A tensor in the type in which the decoder runs it; float32 where the choice of experts hangs on it."""
+    return weight if name.endswith(CHOICE) else weight.to(decoder.dtype)
 
 
 def assemble_block(

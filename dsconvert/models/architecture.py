@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from dsconvert.errors import CheckpointError
 from dsconvert.models.experts import Experts, Latent
 from dsconvert.models.tensor_table import SOLVE_ORDER, Role, Row, Table, renamed
 from dsconvert.models.values import UNSET, Values
@@ -55,10 +56,11 @@ class Architecture:
     decoder's numpy block computes the same. `groups` are the linears in the order in which they are solved.
     `wide_values` says whether the model has the shape for which llama-quantize raises the bits of attn_v.
     `latent` and `experts` read config.json for these parts of a model, None where it has none; `library_keys`
-    are the keys of transformers' config class for them. `gguf_notes` are what the user of a GGUF file should
-    know. `stored_as` says by the keys and tensors of a GGUF file whether it is of this class, where several
-    have one name there. `mount` is set for a decoder inside a bigger model, `beside` are the tables that its
-    other parts may have.
+    are the keys of transformers' config class for them, `attributes` says what its layer calls a tensor that
+    has another name on disk. `gguf_notes` are what the user of a GGUF file should know, `runtime_experts`
+    what the runtime takes of experts whatever a file says. `stored_as` says by the keys and tensors of a GGUF
+    file whether it is of this class, where several have one name there. `mount` is set for a decoder inside a
+    bigger model, `beside` are the tables that its other parts may have.
     """
 
     hf_class: str
@@ -76,6 +78,8 @@ class Architecture:
     latent: Callable[[Values], Latent | None] = lambda get: None
     experts: Callable[[Values], Experts | None] = lambda get: None
     library_keys: Callable[[ModelConfig], Mapping[str, Any]] = lambda config: {}
+    runtime_experts: Mapping[str, Any] = field(default_factory=dict)
+    attributes: Callable[[str], str] = lambda name: name
     gguf_notes: Callable[[ModelConfig], tuple[str, ...]] = lambda config: ()
     stored_as: Callable[[Mapping[str, Any], Collection[str]], bool] | None = None
     numpy_block: bool = True
@@ -109,6 +113,16 @@ def mounted(
         table=table,
         mount=mount,
         beside=beside,
+    )
+
+
+def unwritable(what: str, why: str) -> CheckpointError:
+    """The error of a config that no GGUF file can state."""
+    return CheckpointError(
+        f"{what} cannot be written",
+        where="config.json",
+        why=why,
+        hint="The model runs in transformers as it is; no GGUF file of it would be the same model",
     )
 
 

@@ -200,7 +200,7 @@ def _class(raw: dict[str, Any], where: object) -> ModelClass:
         "does not name one architecture",
         where=where,
         why=f'"architectures" is {str(raw.get("architectures"))[:80]!r}',
-        hint=f"Set it to the class that was saved, one of {', '.join(sorted(ARCHITECTURES))}",
+        hint=f"Set it to the class that was saved, one of the {len(ARCHITECTURES)} that the README lists",
     )
 
 

@@ -125,7 +125,7 @@ def _gated(hf: str, names: tuple[str, str, str], end: str, size: str, **more: An
 def expert_dims(experts: Experts | None, layers: int) -> dict[str, int]:
     """The sizes by the letters that table shapes use; "dense" counts the layers before the experts."""
     if experts is None:
-        return {"dense": layers}
+        return {}
     return {
         "dense": min(experts.first, layers),
         "E": experts.count,

@@ -46,6 +46,10 @@ class Values:
             raise self.wrong(key, f"is {str(value)[:40]!r}, should be a positive whole number below {limit}")
         return value
 
+    def whole(self, key: str) -> int:
+        """As `size`, or 0; null is 0."""
+        return 0 if self.stated(key) in (None, 0) else self.size(key)
+
     def number(self, key: str, default: float | None = None) -> float:
         value = self.value(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:

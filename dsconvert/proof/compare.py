@@ -210,7 +210,9 @@ class Run:
         """Count the tokens that both went to other experts, and compare the experts that none came to."""
         if not chosen:
             return
-        self.routed.append((len(chosen[0]), int(chosen[0].ne(chosen[1]).any(-1).sum())))
+        one, other = chosen
+        turned = len(one) if one.shape != other.shape else int(one.ne(other).any(-1).sum())
+        self.routed.append((len(one), turned))
         known = {tensor.name for tensor in self.tensors}
         for names in self.pair[0].experts[index]:
             if names[0] not in known:

@@ -86,6 +86,8 @@ def test_defaults_are_those_of_the_config_class(name: str) -> None:
     pytest.importorskip("transformers")
     architecture = ARCHITECTURES[name].decoder
     library, ours = architecture.torch_classes().config, architecture.defaults
+    if not isinstance(library, type):
+        pytest.skip(f"transformers has no class of {name}: its config is put together")
     stated = {key: value for key, value in ours.items() if key != "rope_theta"}
     assert {key: getattr(library, key) for key in stated} == stated
     assert library().rope_parameters["rope_theta"] == ours["rope_theta"]
@@ -221,7 +223,6 @@ def test_a_bias_of_qwen2_that_is_missing_in_one_layer_is_named() -> None:
     [
         ("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl"),
         ("Qwen2MoeForCausalLM", "qwen2_moe"),
-        ("Qwen3MoeForCausalLM", "qwen3_moe"),
     ],
 )
 def test_a_relative_is_refused_by_its_own_name(name: str, model_type: str) -> None:

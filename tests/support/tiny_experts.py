@@ -53,8 +53,28 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}, "num_mtp_layers": 0,
         },
     ),
+    "qwen3moe": (
+        "Qwen3MoeForCausalLM",
+        {
+            "num_hidden_layers": 3, "num_key_value_heads": 2, "head_dim": 32, "rope_theta": 1e6,
+            "num_experts": 16, "num_experts_per_tok": 4, "norm_topk_prob": True,
+        },
+    ),
+    "mixtral": (
+        "MixtralForCausalLM",
+        {"num_hidden_layers": 3, "num_key_value_heads": 2, "num_local_experts": 8, "num_experts_per_tok": 2},
+    ),
+    "deepseek": (
+        "DeepseekForCausalLM",
+        {
+            "num_hidden_layers": 3, "n_routed_experts": 16, "num_experts_per_tok": 4, "n_shared_experts": 2,
+            "first_k_dense_replace": 1, "norm_topk_prob": False, "rope_theta": 10000.0,
+        },
+    ),
 }  # fmt: skip
 MODEL_TYPES = {"v2": "deepseek_v2", "v2-lite": "deepseek_v2", "v3": "deepseek_v3"}
+MODEL_TYPES |= {"qwen3moe": "qwen3_moe", "mixtral": "mixtral", "deepseek": "deepseek"}
+MLA = ("v2", "v2-lite", "v3")
 
 
 def random_model(name: str, seed: int = 3, **more: Any) -> Any:
@@ -63,8 +83,12 @@ def random_model(name: str, seed: int = 3, **more: Any) -> Any:
     import transformers
 
     kind, keys = FAMILIES[name]
-    config = getattr(transformers, kind.replace("ForCausalLM", "Config"))(**{**LATENT, **keys, **more})
-    model = getattr(transformers, kind)(config).eval()
+    sizes = {**LATENT, **keys, **more}
+    if name == "deepseek":
+        model = first_model(sizes)
+    else:
+        config = getattr(transformers, kind.replace("ForCausalLM", "Config"))(**sizes)
+        model = getattr(transformers, kind)(config).eval()
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -80,14 +104,54 @@ def random_model(name: str, seed: int = 3, **more: Any) -> Any:
     return model
 
 
+def first_model(sizes: dict[str, Any]) -> Any:
+    """DeepSeekMoE-16B's, of which transformers has no class: Llama's with V2's experts from a layer on."""
+    import transformers
+    from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
+
+    config = transformers.LlamaConfig(
+        **sizes, num_experts=sizes["n_routed_experts"], topk_method="greedy", routed_scaling_factor=1.0,
+        n_group=None, topk_group=None,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    for layer in model.model.layers[sizes["first_k_dense_replace"] :]:
+        layer.mlp = DeepseekV2Moe(config)
+    return model
+
+
 def checkpoint(folder: Path, name: str, changes: dict[str, Any] | None = None, **more: Any) -> Path:
     """The model of `random_model` saved by transformers in float32, its config.json with `changes`."""
-    random_model(name, **more).save_pretrained(folder)
+    model = random_model(name, **more)
+    if name == "deepseek":
+        folder.mkdir(parents=True)
+        save_file(on_disk(model.state_dict()), folder / "model.safetensors", {"format": "pt"})
+        kind, keys = FAMILIES[name]
+        stated = {**LATENT, **keys, **more, "architectures": [kind], "model_type": "deepseek"}
+        (folder / "config.json").write_text(json.dumps(stated), "utf-8")
+    else:
+        model.save_pretrained(folder)
     for file in tiny_families.SAMPLE.iterdir():
         if file.is_file() and "token" in file.name:
             shutil.copyfile(file, folder / file.name)
     restate(folder, **(changes or {}))
     return folder
+
+
+def on_disk(state: dict[str, Any]) -> dict[str, Any]:
+    """transformers' state with a tensor for each matrix of an expert, as save_pretrained splits stacks."""
+    found: dict[str, Any] = {}
+    for name, tensor in state.items():
+        at, _, stack = name.rpartition("experts.")
+        if stack not in ("gate_up_proj", "down_proj"):
+            found[name] = tensor.contiguous()
+            continue
+        for e, matrix in enumerate(tensor):
+            parts = matrix.chunk(2) if stack == "gate_up_proj" else (matrix,)
+            names = ("gate_proj", "up_proj") if stack == "gate_up_proj" else ("down_proj",)
+            found |= {
+                f"{at}experts.{e}.{n}.weight": p.contiguous() for n, p in zip(names, parts, strict=True)
+            }
+    return found
 
 
 def restate(folder: Path, **changes: Any) -> None:
@@ -168,8 +232,11 @@ def with_mtp(folder: Path, layer: int, like: int) -> None:
     save_file({**tensors, **more}, folder / "model.safetensors", {"format": "pt"})
 
 
-def stored(tensors: dict[str, Floats], heads: int = 4, nope: int = 64) -> dict[str, Floats]:
-    """The tensors of llama.cpp's file by the table of its converter: experts stacked, kv_b in two."""
+def stored(tensors: dict[str, Floats], heads: int = 4, nope: int = 64, pairs: int = 0) -> dict[str, Floats]:
+    """The tensors of llama.cpp's file by the table of its converter: experts stacked, kv_b in two.
+
+    With `pairs`, the head's size, rows of q and k as adjacent pairs.
+    """
     names = {
         "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
         "self_attn.q_a_proj": "attn_q_a", "self_attn.q_a_layernorm": "attn_q_a_norm",
@@ -186,7 +253,7 @@ def stored(tensors: dict[str, Floats], heads: int = 4, nope: int = 64) -> dict[s
             found[tiny_families.WHOLE[name]] = array
             continue
         _, _, layer, rest = name.split(".", 3)
-        part = rest.removesuffix(".weight")
+        part = rest.removesuffix(".weight").replace("block_sparse_moe.", "mlp.")
         if part == "mlp.gate.e_score_correction_bias":
             found[f"blk.{layer}.exp_probs_b.bias"] = array
         elif part == "self_attn.kv_b_proj":
@@ -195,7 +262,10 @@ def stored(tensors: dict[str, Floats], heads: int = 4, nope: int = 64) -> dict[s
             found[f"blk.{layer}.attn_v_b.weight"] = both[:, nope:]
         elif part.startswith("mlp.experts."):
             _, _, expert, kind = part.split(".")
+            kind = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}.get(kind, kind)
             stacks.setdefault(f"blk.{layer}.ffn_{kind[:-5]}_exps.weight", {})[int(expert)] = array
+        elif rest in tiny_families.LAYER:
+            found |= tiny_families.stored({name: array}, pairs)
         else:
             found[f"blk.{layer}.{names[part]}.weight"] = array
     return found | {name: np.stack([each[e] for e in sorted(each)]) for name, each in stacks.items()}

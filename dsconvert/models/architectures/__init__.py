@@ -14,6 +14,9 @@ _MODULES = [import_module(f"{__name__}.{module.name}") for module in iter_module
 ARCHITECTURES: dict[str, Architecture] = {
     found.hf_class: found for module in _MODULES for found in module.ARCHITECTURES
 }
+REFUSED: dict[str, str] = {
+    name: why for module in _MODULES for name, why in getattr(module, "REFUSED", {}).items()
+}
 # A name of GGUF files that several classes share stands for the one of whose own model type it is, or the
 # first; see `stored_architecture`.
 BY_GGUF_NAME: dict[str, Architecture] = {}
@@ -36,9 +39,21 @@ def stored_architecture(
     return BY_GGUF_NAME.get(name)
 
 
+def check_known(name: str, where: object = None) -> None:
+    """Raise CheckpointError for a class that is known not to be converted."""
+    if name in REFUSED:
+        raise CheckpointError(
+            f"{name} is not converted",
+            where=where,
+            why=REFUSED[name],
+            hint="What is converted is in the README's table of the family",
+        )
+
+
 def find_architecture(name: str, where: object = None) -> Architecture:
     """The architecture of a class; raises CheckpointError, which names the file `where`, for another one."""
     found = ARCHITECTURES.get(name)
+    check_known(name, where)
     if found is None:
         raise CheckpointError(
             f"architecture {name[:80]!r} has no table",

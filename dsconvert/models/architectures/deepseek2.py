@@ -6,12 +6,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from dsconvert.errors import CheckpointError
 from dsconvert.models.architecture import (
     Architecture,
     Keys,
     TorchClasses,
     check_full_attention,
+    unwritable,
     usual_keys,
 )
 from dsconvert.models.experts import (
@@ -102,20 +102,15 @@ def read_latent(get: Values) -> Latent:
     return Latent(None if rank is None else get.size("q_lora_rank"), *map(get.size, sizes))
 
 
-def whole(get: Values, key: str) -> int:
-    """A whole number that may be 0; null is 0."""
-    return 0 if get.stated(key) in (None, 0) else get.size(key)
-
-
 def read_experts(get: Values, gating: str, grouped: bool) -> Experts:
     """The numbers of the experts; without `grouped` choice the groups of config.json say nothing."""
-    groups, used = (max(whole(get, key), 1) if grouped else 1 for key in ("n_group", "topk_group"))
+    groups, used = (max(get.whole(key), 1) if grouped else 1 for key in ("n_group", "topk_group"))
     found = Experts(
         count=get.size("n_routed_experts"),
         used=get.size("num_experts_per_tok"),
         size=get.size("moe_intermediate_size"),
-        first=whole(get, "first_k_dense_replace"),
-        shared=whole(get, "n_shared_experts"),
+        first=get.whole("first_k_dense_replace"),
+        shared=get.whole("n_shared_experts"),
         gating=gating,
         bias=gating == SIGMOID,
         groups=groups,
@@ -236,27 +231,20 @@ def gguf_keys(config: ModelConfig) -> Keys:
     assert latent is not None
     layers, vocab = config.layers, config.vocab_size
     if latent.q_rank is None and layers not in (26, 27) and (layers, vocab) != (48, 128256):
-        raise refused(
+        raise unwritable(
             f"{layers} layers without q_lora_rank",
             "llama.cpp takes such a model for V2-Lite by its 26 or 27 layers, and loads no other",
         )
     if config.decoder.get("rope_interleave") is False:
-        raise refused("rope_interleave false", "llama.cpp turns adjacent pairs of this architecture always")
+        raise unwritable(
+            "rope_interleave false", "llama.cpp always turns adjacent pairs of this architecture"
+        )
     return {
         **usual_keys(config),
         **expert_keys(experts),
         "vocab_size": ("uint32", vocab),
         **latent_keys(latent),
     }
-
-
-def refused(what: str, why: str) -> CheckpointError:
-    return CheckpointError(
-        f"{what} cannot be written",
-        where="config.json",
-        why=why,
-        hint="The model runs in transformers as it is; no GGUF file of it would be the same model",
-    )
 
 
 def gguf_notes(config: ModelConfig) -> tuple[str, ...]:
