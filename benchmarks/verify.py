@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -49,33 +48,12 @@ def dsconvert(*arguments: str | Path) -> str:
     return done.stdout
 
 
-def dithered(model: Path, out: Path) -> Path:
-    """The checkpoint with each linear's weights moved by up to half a step of Q4_1 in blocks of 32."""
-    import numpy as np
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    if out.exists():
-        return out
-    rng = np.random.default_rng(0)
-    tensors = load_file(model / "model.safetensors")
-    for name in sorted(name for name in tensors if name.endswith("_proj.weight")):
-        blocks = tensors[name].float().numpy().reshape(-1, 32)
-        step = (blocks.max(1, keepdims=True) - blocks.min(1, keepdims=True)) / 15
-        blocks = blocks + rng.uniform(-0.5, 0.5, blocks.shape).astype(np.float32) * step
-        tensors[name] = torch.from_numpy(blocks).reshape(tensors[name].shape).bfloat16()
-    part = out.with_suffix(".part")
-    shutil.copytree(model, part, dirs_exist_ok=True)
-    save_file(tensors, part / "model.safetensors", {"format": "pt"})
-    return part.rename(out)
-
-
 def convert(folder: Path, types: Sequence[str], imatrix: bool, dither: bool) -> tuple[Path, dict[str, Path]]:
     """The checkpoint, and a file of every type; those that are there already are used."""
     import smollm2
 
     model, kind = smollm2.make(folder / "hf", folder), "dithered-" * dither
-    model = dithered(model, folder / "dithered") if dither else model
+    model = smollm2.dithered(model, folder / "dithered") if dither else model
     matrix = folder / f"{kind}imatrix.gguf"
     if imatrix and not matrix.exists():
         dsconvert("imatrix", model, "--outfile", matrix)

@@ -29,7 +29,7 @@ from dsconvert.checkpoints.safetensors_writer import Piece
 from dsconvert.decoder import linear_inputs
 from dsconvert.decoder import torch_decoder as st
 from dsconvert.errors import UsageError
-from dsconvert.events import Event
+from dsconvert.events import Event, Warn
 from dsconvert.models.architectures import find_architecture
 from dsconvert.models.language_model import language_model
 from dsconvert.models.stored_rows import stored_rows
@@ -45,6 +45,7 @@ from tokenizer_tools.load import TokenizerData
 if TYPE_CHECKING:
     import torch
 
+ENOUGH = 8  # calibration tokens by the inputs of the widest linear
 ROUNDS = {"q2_k": 1, "q3_k": 1}  # of refinement, where none are asked for: it is worth its time at few bits
 
 
@@ -181,6 +182,13 @@ def start(stack: ExitStack, job: Job, ranks: Ranks) -> Generator[Event, None, Be
         check(job)
     feeding = Feeding(job)
     run = yield from begin(stack, feeding, ranks)
+    widest = max(linear.shape[-1] for linear in feeding.model.linears.values())
+    if run.calibration.report.tokens < ENOUGH * widest:
+        yield Warn(
+            f"{run.calibration.report.tokens:,} calibration tokens are few for linears of {widest:,} inputs: "
+            "error feedback goes by chances of this text, and on another it may be no closer than the "
+            f"importance matrix; give --calib-samples or --calib-len for {ENOUGH * widest:,} or more"
+        )
     entries = [*linears(job), *(["output.weight"] if feeding.head else [])]
     keys: KeyValues = {
         **measured_keys(run.calibration, entries),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ import click
 from dsconvert.commands import shared_options as shared
 from dsconvert.commands.budget_options import budget_options
 from dsconvert.commands.calibration_options import calibration_options
-from dsconvert.commands.given import refuse
+from dsconvert.commands.given import given, refuse
 from dsconvert.commands.numbers import size
 from dsconvert.commands.run import command, on_each_rank
 from dsconvert.events import phase
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from dsconvert.calibration.request import CalibrationRequest
     from dsconvert.checkpoints.locate import ModelPath
     from dsconvert.commands.display import Display
+
+FED_LENGTH = 2048  # tokens of a calibration window: error feedback needs more than an importance matrix
 
 
 def _quants(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
@@ -91,7 +94,8 @@ def _overrides(
     default="imatrix",
     show_default=True,
     help="What is made of --calib: an importance matrix as llama.cpp uses it; or codes chosen by error "
-    "feedback too, in files of the same types and size that are closer to the checkpoint.",
+    "feedback too, in files of the same types and size that are closer to the checkpoint, with windows of "
+    "2048 tokens by default.",
 )
 @click.option(
     "--rounds",
@@ -175,6 +179,8 @@ def gguf(
 
     if no_mmproj:
         refuse("mmproj_quant", where="with --no-mmproj", hint="Leave one of them out")
+    if solver == "gptq" and calibration is not None and not given("calib_len"):
+        calibration = replace(calibration, length=FED_LENGTH)
     if solver == "imatrix":
         refuse("rounds", "resume", where="without --solver gptq", hint="A file without it is made in one go")
     if calibration is None and effort != "full":

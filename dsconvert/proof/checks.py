@@ -148,20 +148,11 @@ def judge_tensors(tensors: tuple[TensorError, ...]) -> list[Check]:
 
 
 def _lost_too_much(tensor: TensorError) -> bool:
-    return tensor.lost is not None and not tensor.lost <= _most_lost(tensor)
-
-
-def _most_lost(tensor: TensorError) -> float:
-    """The dB that a tensor may lose: more where error feedback has made up for it.
-
-    That is where its outputs are nearer than rounding makes them; of a head, which is not run, where many
-    codes are not the nearest.
-    """
-    return most_lost(tensor.type, fed=tensor.fed if tensor.loss is None else tensor.loss < 1)
+    return tensor.lost is not None and not tensor.lost <= most_lost(tensor.type, tensor.fed)
 
 
 def _worse_than_rounded(tensor: TensorError) -> bool:
-    return tensor.loss is not None and not tensor.loss <= most_loss(tensor.type)
+    return tensor.loss is not None and not tensor.loss <= most_loss(tensor.type, tensor.fed)
 
 
 def _below_floor(tensor: TensorError) -> bool:
@@ -174,8 +165,8 @@ def _due(tensor: TensorError) -> str:
         return f"{tensor.type} should reach {snr_floor(tensor.type):g} dB"
     if not _lost_too_much(tensor):
         more = f"its outputs' error is {tensor.loss:.2f} times that of rounding to {tensor.type} to nearest"
-        return f"{more}, limit {most_loss(tensor.type):g}"
-    limit = f"limit {_most_lost(tensor):g} dB"
+        return f"{more}, limit {most_loss(tensor.type, tensor.fed):g}"
+    limit = f"limit {most_lost(tensor.type, tensor.fed):g} dB"
     return f"{tensor.lost:.1f} dB less than rounding to {tensor.type} to nearest, {limit}"
 
 
@@ -187,17 +178,17 @@ def _sound(tensors: tuple[TensorError, ...]) -> Check:
     nearest = f"nearest to it: {worst.name}, {_decibel(worst.snr)} ({worst.type})"
     detail = f"{len(tensors)} tensors above their type's floor, {rows}; {nearest}"
     if measured:
-        most = max(measured, key=lambda t: (t.lost or 0.0) - _most_lost(t))
+        most = max(measured, key=lambda t: (t.lost or 0.0) - most_lost(t.type, t.fed))
         detail += (
             f"; against rounding to nearest they lose {most.lost:.2f} dB at most ({most.name}, limit "
-            f"{_most_lost(most):g})"
+            f"{most_lost(most.type, most.fed):g})"
         )
     ran = [t for t in tensors if t.loss is not None]
     if ran:
-        most = max(ran, key=lambda t: (t.loss or 0.0) / most_loss(t.type))
+        most = max(ran, key=lambda t: (t.loss or 0.0) / most_loss(t.type, t.fed))
         detail += (
             f"; their outputs' error is {most.loss:.2f} times the rounded ones' at most ({most.name}, limit "
-            f"{most_loss(most.type):g})"
+            f"{most_loss(most.type, most.fed):g})"
         )
     return Check("weights", True, detail, worst.snr)
 

@@ -123,7 +123,7 @@ class TensorError:
     `rows` of it were compared each on its own, with `faults`. `lost` is the dB that plain rounding to the
     same type has more, of the rows that were held against it; None where none was.
     `loss` is the error of a linear's outputs on the reference's inputs by that of plain rounding, where the
-    two differ and the linear was run. `fed`: it lost much, and its codes are by error feedback.
+    two differ and the linear was run. `fed`: it lost some, and its codes are by error feedback.
     """
 
     name: str

@@ -53,9 +53,9 @@ def most_lost(kind: str, fed: bool = False) -> float:
     return MOST_LOST_FED if fed or kind.startswith(FED) else MOST_LOST
 
 
-def most_loss(kind: str) -> float:
+def most_loss(kind: str, fed: bool = False) -> float:
     """The squared error of its outputs, by that of plain rounding, that a faithful linear may have."""
-    return MOST_LOSS_FED if kind.startswith(FED) else MOST_LOSS
+    return MOST_LOSS_FED if fed or kind.startswith(FED) else MOST_LOSS
 
 
 def loss_foretold(kind: str) -> float:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dsconvert.models.weights import WeightSource, widened
 from dsconvert.proof.figures import TensorError
-from dsconvert.proof.nearest_rows import lost, most_lost
+from dsconvert.proof.nearest_rows import lost
 from dsconvert.proof.row_faults import Floats, faults, fed
 from dsconvert.proof.row_sums import Matrix
+
+LITTLE = 0.5  # dB that a matrix loses without any reason to ask why
 
 
 def tensor_error(
@@ -24,5 +26,5 @@ def tensor_error(
 
     found = faults(matrix, names[1], kind, head_dim, again)
     less = None if rounded is None else lost(rounded, kind)
-    by_feedback = less is not None and less > most_lost(kind) and fed(shape[0], kind, again)
+    by_feedback = less is not None and less > LITTLE and fed(shape[0], kind, again)
     return TensorError(names[1], kind, shape, matrix.decibel, matrix.count, found, less, fed=by_feedback)

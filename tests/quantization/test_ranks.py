@@ -236,3 +236,14 @@ def test_shares_and_devices() -> None:
     assert Ranks(1, 2, 1).device("cuda") == "cuda:1"
     assert Ranks().device("cuda:0") == "cuda:0"
     assert {Ranks(0, 3).owner(i) for i in range(3)} == {0, 1, 2}
+
+
+def test_a_gguf_file_by_several_processes(tmp_path: Path) -> None:
+    """The first process writes it and proves it; the others say nothing."""
+    model, out = tiny.tiny_checkpoint(tmp_path / "model", layers=2, d=64), tmp_path / "out.gguf"
+    words = ["gguf", model, "--out", out, "-q", "q4_0", "--solver", "gptq", *SMALL[:6]]
+    first, second = processes("-m", "dsconvert", *words)
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    assert "2 processes" in first.err
+    assert second.out == second.err == ""
+    assert not state_folder(out).exists()

@@ -54,3 +54,40 @@ def test_what_changes_after_it_was_written_is_refused(changed: str, tmp_path: Pa
     for one in (state, State(tmp_path)):
         with pytest.raises(OutputError, match="is not as it was written"):
             one.records()
+
+
+def test_a_removal_that_is_killed_leaves_no_record_without_its_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is left of it, the run that begins anew finds whole blocks only, or makes them again."""
+    unlink, left = Path.unlink, [0]
+
+    def killed(self: Path, missing_ok: bool = False) -> None:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        unlink(self, missing_ok=missing_ok)
+
+    for count in range(7):
+        state = State(tmp_path)
+        state.begin({"model": "a"})
+        for index in range(3):
+            state.save(index, {"a": from_array(np.arange(9, dtype=np.float32))}, RECORD)
+        left[0] = count
+        monkeypatch.setattr(Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            state.forget()
+        monkeypatch.setattr(Path, "unlink", unlink)
+        again = State(tmp_path)
+        first = len(again.records())
+        # Killed while it writes a block that a stale record may be of.
+        monkeypatch.setattr(run_state, "write_safetensors", half_written)
+        with pytest.raises(KeyboardInterrupt):
+            again.save(min(first, 2), {"a": from_array(np.zeros(9, np.float32))}, RECORD)
+        monkeypatch.undo()
+        assert len(State(tmp_path).records()) <= 3
+
+
+def half_written(path: Path, *rest: object, **more: object) -> None:
+    path.write_bytes(b"half")
+    raise KeyboardInterrupt

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -240,6 +241,26 @@ def make(out: Path, cache: Path | None = None) -> Path:
         return write_checkpoint(fetch_gguf(cache), out)
     with tempfile.TemporaryDirectory() as folder:
         return write_checkpoint(fetch_gguf(Path(folder)), out)
+
+
+def dithered(model: Path, out: Path) -> Path:
+    """The checkpoint with each linear's weights moved by up to half a step of Q4_1 in blocks of 32."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    if out.exists():
+        return out
+    rng = np.random.default_rng(0)
+    tensors = load_file(model / "model.safetensors")
+    for name in sorted(name for name in tensors if name.endswith("_proj.weight")):
+        blocks = tensors[name].float().numpy().reshape(-1, 32)
+        step = (blocks.max(1, keepdims=True) - blocks.min(1, keepdims=True)) / 15
+        blocks = blocks + rng.uniform(-0.5, 0.5, blocks.shape).astype(np.float32) * step
+        tensors[name] = torch.from_numpy(blocks).reshape(tensors[name].shape).bfloat16()
+    part = out.with_suffix(".part")
+    shutil.copytree(model, part, dirs_exist_ok=True)
+    save_file(tensors, part / "model.safetensors", {"format": "pt"})
+    return part.rename(out)
 
 
 if __name__ == "__main__":
