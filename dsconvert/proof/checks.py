@@ -69,6 +69,10 @@ def judge_foretold(figures: Figures, foretold: Foretold | None) -> list[Check]:
 def judge_figures(figures: Figures, limits: Thresholds) -> list[Check]:
     """The checks of the whole model's output."""
     ratio, top = figures.ppl_ratio.value, figures.same_top.value
+    margin = 3 * figures.ppl_ratio.error  # of a hundred predictions 1.012 may be 1.00 of more
+    said = f"PPL(Q)/PPL(base) {ratio:.5g}, {_limit(limits.max_ppl_ratio)}"
+    if margin and math.isfinite(limits.max_ppl_ratio):
+        said += f" and three standard errors, {margin:.2g}"
     divergences = (
         ("mean", figures.kld.value, limits.max_kld),
         ("median", figures.kld_median, limits.median_kld),
@@ -76,21 +80,20 @@ def judge_figures(figures: Figures, limits: Thresholds) -> list[Check]:
     )
     checks = [
         *(
-            Check(f"{name} KLD", kld <= limit, f"{name} KLD {kld:.3g}, limit {limit:g}", kld)
+            Check(f"{name} KLD", kld <= limit, f"{name} KLD {kld:.3g}, {_limit(limit)}", kld)
             for name, kld, limit in divergences
             if limit is not None
         ),
-        Check(
-            "PPL ratio",
-            ratio <= limits.max_ppl_ratio,
-            f"PPL(Q)/PPL(base) {ratio:.5g}, limit {limits.max_ppl_ratio:g}",
-            ratio,
-        ),
+        Check("PPL ratio", ratio <= limits.max_ppl_ratio + margin, said, ratio),
     ]
     if limits.min_top1 is not None:
         detail = f"same top token for {top:.2%} of tokens, limit {limits.min_top1:.2%}"
         checks.append(Check("same top p", top >= limits.min_top1, detail, top))
     return checks
+
+
+def _limit(value: float) -> str:
+    return f"limit {value:g}" if math.isfinite(value) else "no limit of its own"
 
 
 def judge_blocks(blocks: tuple[BlockError, ...], limits: Thresholds) -> list[Check]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
     from dsconvert.proof.runtime import EngineFigures
 
 
+def _most(limit: float) -> str:
+    return f"at most {limit:g}" if math.isfinite(limit) else ""
+
+
 def figure_rows(figures: Figures, limits: Thresholds) -> list[tuple[str, str, str, str]]:
     """Name, value, standard error and limit of each figure, under llama.cpp's names."""
     k = figures.kld_percentiles
@@ -20,8 +25,8 @@ def figure_rows(figures: Figures, limits: Thresholds) -> list[tuple[str, str, st
         ("Mean PPL(Q)", f"{figures.ppl.value:.4f}", f"{figures.ppl.error:.4f}", ""),
         ("Mean PPL(base)", f"{figures.ppl_base.value:.4f}", f"{figures.ppl_base.error:.4f}", ""),
         ("Mean PPL(Q)/PPL(base)", f"{figures.ppl_ratio.value:.5f}", f"{figures.ppl_ratio.error:.5f}",
-         f"at most {limits.max_ppl_ratio:g}"),
-        ("Mean KLD", f"{figures.kld.value:.6f}", f"{figures.kld.error:.6f}", f"at most {limits.max_kld:g}"),
+         _most(limits.max_ppl_ratio)),
+        ("Mean KLD", f"{figures.kld.value:.6f}", f"{figures.kld.error:.6f}", _most(limits.max_kld)),
         ("Median KLD", f"{figures.kld_median:.6f}", "", ""),
         *((f"{name} % KLD", f"{value:.6f}", "", "") for name, value in k.items()),
         ("Maximum KLD", f"{figures.kld_max:.6f}", "", ""),

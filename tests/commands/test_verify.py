@@ -273,7 +273,7 @@ def test_texts_of_the_literature_from_the_hub(files: dict[str, Path], tmp_path: 
                 [sys.executable, "-m", "dsconvert", *map(str, words), "--length", "128", "--windows", "3",
                  "--stride", "128", "--json", "-", *more],
                 env=environment | client_environment(hub.url, tmp_path / "home"),
-                capture_output=True, text=True, check=False, timeout=120,
+                capture_output=True, text=True, check=False, timeout=600,
             )
             for more in ([], ["--quiet"])
         ]  # fmt: skip

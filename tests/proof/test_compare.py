@@ -380,3 +380,33 @@ def test_memory_grows_with_the_block_not_with_their_number() -> None:
     assert peaks[16, 1000] - peaks[4, 1000] < 26, peaks  # the twelve further blocks have 315 MB
     assert peaks[16, 1000] < 150, peaks
     assert peaks[4, 100_000] - peaks[4, 1000] < 300, peaks  # each of the four tables has 205 MB
+
+
+def test_a_ratio_of_perplexities_is_judged_beyond_its_own_error() -> None:
+    """Of few predictions it lies beside that of more: a faithful 8-bit file gave 1.012 of 127, limit 1.01."""
+    _, source, config = make()
+    found = compared(source, noisy(source, 0.02, "q6_k"), config)
+    assert found.figures is not None
+    for ratio, error, passed in ((1.012, 0.001, True), (1.02, 0.001, False), (1.012, 0.0, False)):
+        figures = dataclasses.replace(found.figures, ppl_ratio=fig.Estimate(ratio, error))
+        check = checks.judge_figures(figures, Q8)[1]
+        assert check.name == "PPL ratio"
+        assert check.passed == passed
+    assert check.detail == "PPL(Q)/PPL(base) 1.012, limit 1.01"
+
+
+def test_two_bits_by_error_feedback_have_no_limit_but_what_is_foretold() -> None:
+    limits = th.thresholds_for("gptq2")
+    found = fig.summary(
+        fig.TokenFigures(
+            *(np.zeros(2, np.int64) for _ in range(3)),
+            nll_base=np.ones(2), nll=np.full(2, 30.0), kld=np.full(2, 20.0),
+            top_base=np.zeros(2, np.int64), top=np.ones(2, np.int64), overlap=np.zeros(2),
+        )
+    )  # fmt: skip
+    judged = checks.judge_figures(found, limits)
+    assert all(check.passed for check in judged)
+    assert judged[0].detail == "mean KLD 20, no limit of its own"
+    lost = fig.Foretold(fig.Estimate(1.0, 0.0), fig.Estimate(9.0, 0.0))
+    (check,) = checks.judge_foretold(found, lost)
+    assert not check.passed
