@@ -113,6 +113,28 @@ class Finished(Event):
 
 
 @dataclass(frozen=True)
+class Proven(Event):
+    """The proof of one output has ended: what it is, whether all checks held, and what it was held against.
+
+    `figures` are those of a run of the whole model, None where it was not run so. `base` is the checkpoint's
+    name on the hub and `commit` its revision, as far as they are known; `folder` is where it was read.
+    """
+
+    path: str
+    kind: str
+    quant: str
+    nbytes: int
+    bits: float
+    passed: bool
+    model: str
+    base: str
+    commit: str
+    folder: str
+    figures: dict[str, Any] | None
+    provenance: dict[str, str]
+
+
+@dataclass(frozen=True)
 class Fetched(Event):
     """What was read of a model over the network: bytes, in how many answers, how many of them anew."""
 

@@ -28,17 +28,17 @@ REF = 1 << 10  # bytes: a branch's file in the hub's cache is a commit of 40 dig
 class ModelPath:
     """MODEL_PATH as the user gave it, and how it is fetched if it is on the hub.
 
-    `revision` is a branch, tag or commit, `cache` the folder that files are downloaded to. With `remote`
+    `revision` is a branch, tag or commit, `cache_dir` the folder that files are downloaded to. With `remote`
     nothing is downloaded: weights are read from the hub by ranges, when they are needed.
     """
 
-    text: str
+    path: str
     revision: str | None = None
-    cache: Path | None = None
+    cache_dir: Path | None = None
     remote: bool = False
 
     def __str__(self) -> str:
-        return self.text
+        return self.path
 
 
 Model = str | Path | ModelPath | None
@@ -62,14 +62,14 @@ def find(model: Model) -> Found:
     Raises UsageError also for a choice of revision, cache or way to read where nothing is fetched.
     """
     asked = model if isinstance(model, ModelPath) else ModelPath(str(model or ""))
-    found = _on_this_disk(asked.text)
+    found = _on_this_disk(asked.path)
     if isinstance(found, Repository):
         return _on_the_hub(found, asked)
     for option, value in (
-        ("--revision", asked.revision), ("--cache-dir", asked.cache), ("--remote", asked.remote)
+        ("--revision", asked.revision), ("--cache-dir", asked.cache_dir), ("--remote", asked.remote)
     ):  # fmt: skip
         if value:
-            where = asked.text or found.path
+            where = asked.path or found.path
             why = f"{where} is on this disk, and nothing is fetched"
             raise UsageError(f"{option} is for models on the hub", why=why, hint="Leave it out")
     return found
@@ -82,8 +82,8 @@ def _on_the_hub(repository: Repository, asked: ModelPath) -> Found:
         raise UsageError("two revisions are given", why=why, hint="Leave one of them out")
     repository = Repository(repository.name, asked.revision or repository.revision)
     if not asked.remote:
-        return Found(download(repository, asked.cache))
-    if asked.cache:
+        return Found(download(repository, asked.cache_dir))
+    if asked.cache_dir:
         hint = "Leave one of them out"
         raise UsageError("--cache-dir has no effect with --remote, which keeps no file", hint=hint)
     from dsconvert.checkpoints.remote_model import open_remote

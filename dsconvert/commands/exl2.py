@@ -11,6 +11,7 @@ from dsconvert.commands import shared_options as shared
 from dsconvert.commands.calibration_options import calibration_options
 from dsconvert.commands.given import given
 from dsconvert.commands.numbers import Number
+from dsconvert.commands.publish import Publish, publish_options
 from dsconvert.commands.run import command, on_each_rank
 from dsconvert.errors import UsageError
 
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 @shared.out_option()
 @shared.hub_options
 @shared.resume_option
+@publish_options
 @shared.force_option
 @shared.device_option
 @click.option(
@@ -69,6 +71,7 @@ def exl2(
     device: str,
     backend: str,
     effort: str,
+    publish: Publish,
     display: Display,
 ) -> int:
     """Quantize a checkpoint to EXL2: measure every linear, share out the bits, solve, and prove the result.
@@ -96,7 +99,9 @@ def exl2(
     options = Options(run=run, bpw=bpw, head_bits=head_bits, damp=damp, measurement=measurement)
     if backend == "exllamav2":
         return display.events(exllamav2.convert(options))
-    return on_each_rank(lambda ranks: convert(options, ranks), display.events)
+    return on_each_rank(
+        lambda ranks: convert(options, ranks), lambda events: display.events(publish.after(events))
+    )
 
 
 def check_exllamav2(calibration: CalibrationRequest) -> None:

@@ -13,6 +13,7 @@ from dsconvert.commands.budget_options import budget_options
 from dsconvert.commands.calibration_options import calibration_options
 from dsconvert.commands.given import given, refuse
 from dsconvert.commands.numbers import size
+from dsconvert.commands.publish import Publish, publish_options
 from dsconvert.commands.run import command, on_each_rank
 from dsconvert.events import phase
 
@@ -131,6 +132,7 @@ def _overrides(
 @shared.device_option
 @shared.threads_option
 @shared.conversion_effort
+@publish_options
 @shared.force_option
 @click.option("--allow-nonfinite", is_flag=True, help="Convert weights that hold NaN or infinity, too.")
 @click.option("--dry-run", is_flag=True, help="Show every tensor, type and exact size; write nothing.")
@@ -159,6 +161,7 @@ def gguf(
     force: bool,
     allow_nonfinite: bool,
     dry_run: bool,
+    publish: Publish,
     display: Display,
 ) -> int:
     """Convert a checkpoint to GGUF for llama.cpp, in one pass, and prove the result.
@@ -193,5 +196,7 @@ def gguf(
         solver=solver, rounds=rounds, resume=resume, budget=budget,
     )  # fmt: skip
     if solver == "imatrix":
-        return display.events(convert(options), plan=dry_run)
-    return on_each_rank(lambda ranks: convert(options, ranks), lambda e: display.events(e, plan=dry_run))
+        return display.events(publish.after(convert(options)), plan=dry_run)
+    return on_each_rank(
+        lambda ranks: convert(options, ranks), lambda e: display.events(publish.after(e), plan=dry_run)
+    )

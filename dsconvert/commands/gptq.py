@@ -9,6 +9,7 @@ import click
 
 from dsconvert.commands import shared_options as shared
 from dsconvert.commands.calibration_options import calibration_options
+from dsconvert.commands.publish import Publish, publish_options
 from dsconvert.commands.run import command, on_each_rank
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
 @shared.out_option()
 @shared.hub_options
 @shared.resume_option
+@publish_options
 @shared.force_option
 @shared.device_option
 @click.option(
@@ -88,6 +90,7 @@ def gptq(
     language_only: bool,
     lm_head: bool,
     effort: str,
+    publish: Publish,
     display: Display,
 ) -> int:
     """Quantize a checkpoint by GPTQ with calibration, block by block, and prove the result.
@@ -112,4 +115,6 @@ def gptq(
         run=run, bits=bits, group_size=group_size, act_order=act_order, dynamic_groups=dynamic_groups,
         sym=sym, damp=damp, mse=mse, language_only=language_only, lm_head=lm_head,
     )  # fmt: skip
-    return on_each_rank(lambda ranks: convert(options, ranks), display.events)
+    return on_each_rank(
+        lambda ranks: convert(options, ranks), lambda events: display.events(publish.after(events))
+    )

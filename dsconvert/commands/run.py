@@ -22,11 +22,21 @@ from dsconvert.commands.shared_options import DISPLAY_OPTIONS
 from dsconvert.errors import ConversionError
 from dsconvert.events import LOG
 
+TYPED = "dsconvert.typed"  # where a context keeps it
+
 if TYPE_CHECKING:
     from types import FrameType
 
     from dsconvert.events import Event
     from dsconvert.quantization.ranks import Ranks
+
+
+class Typed(click.Command):
+    """A command that remembers what was typed behind its name."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[TYPED] = tuple(args)
+        return super().parse_args(ctx, args)
 
 
 def command(function: Callable[..., int]) -> click.Command:
@@ -54,7 +64,7 @@ def command(function: Callable[..., int]) -> click.Command:
 
         run(work, display, debug=debug)
 
-    made = click.command()(running)
+    made = click.command(cls=Typed)(running)
     for option in DISPLAY_OPTIONS:
         made = option(made)
     return made

@@ -12,6 +12,8 @@ from dsconvert.models.stored_rows import stored_rows
 from dsconvert.models.tensor_table import Spec
 from dsconvert.models.weights import WeightSource
 
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
 
 def origin(folder: Path, config: ModelConfig) -> tuple[str, str]:
     """Organization (empty when unknown) and name, from the config, a hub cache folder or the folder."""
@@ -24,6 +26,11 @@ def origin(folder: Path, config: ModelConfig) -> tuple[str, str]:
             _, organization, name = part.split("--")
             return organization, name
     return "", folder.resolve().name or "model"
+
+
+def commit_of(folder: Path) -> str:
+    """The revision of a folder of the hub's cache, which its name is; empty for any other folder."""
+    return folder.name if folder.parent.name == "snapshots" and COMMIT.fullmatch(folder.name) else ""
 
 
 def pairing_id(source: WeightSource, specs: Iterable[Spec]) -> str:

@@ -26,6 +26,7 @@ from dsconvert.proof.checks import judge, verdict
 from dsconvert.proof.compare import Comparison
 from dsconvert.proof.config_differences import check_sizes, config_differences
 from dsconvert.proof.effort import Effort, choose
+from dsconvert.proof.ended import ended
 from dsconvert.proof.figures import IntArray
 from dsconvert.proof.numpy_compare import compare_in_numpy, knows
 from dsconvert.proof.options import Mode, ProofOptions
@@ -138,7 +139,9 @@ def prove(
 def prove_conversion(
     opened: Opened, reference: Reference, asked: ProofOptions, planned: StoredTensors | None
 ) -> Generator[Event, None, Proof]:
-    """As `prove`, of what a conversion just wrote; ends with a line on the perplexities, if there are any."""
+    """As `prove`, of what a conversion just wrote; ends with a line on the perplexities, if there are any,
+    and a Proven.
+    """
     proof = yield from prove(opened, reference, asked, planned=planned)
     figures = proof.report.comparison.figures
     if figures is not None:
@@ -146,6 +149,7 @@ def prove_conversion(
             f"perplexity {figures.ppl.value:.3f}, of the checkpoint {figures.ppl_base.value:.3f}, "
             f"over {figures.tokens} predictions"
         )
+    yield ended(opened, reference, proof.report)
     return proof
 
 

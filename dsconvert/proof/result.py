@@ -170,16 +170,16 @@ def as_dict(report: Report) -> dict[str, Any]:
         "sizes": [asdict(size) for size in report.sizes],
         "provenance": dict(report.provenance),
     }
-    cleaned: dict[str, Any] = _finite(value)
+    cleaned: dict[str, Any] = finite(value)
     return cleaned
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The same structure with null for each float that JSON cannot say."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -32,8 +32,9 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "compare": ("x.gguf", "--against", "model"),
 }
 # What is no field: it says what is opened, or where a page goes.
-ELSEWHERE = {"against", "report", "backend", "mmproj of verify", *(f"add_bos of {name}" for name in (
-    "imatrix", "verify", "compare"))}  # fmt: skip
+ELSEWHERE = {"against", "report", "backend", "mmproj of verify", "card", "push_to", "private",
+             *(f"{option} of {name}" for name in ("imatrix", "verify", "compare")
+               for option in ("add_bos", "revision", "cache_dir", "remote"))}  # fmt: skip
 FIELDS = {"calib": "text", "calib_samples": "samples", "calib_len": "length", "calib_chat": "chat",
           "calib_column": "column", "out of gguf": "outfile"}  # fmt: skip
 VALUES = {"quants": "q8_0", "overrides": "x=q8_0", "split_max_size": "7M", "max_kld": "0.25",
@@ -104,6 +105,8 @@ def test_an_option_reaches_its_field_and_no_other(
         monkeypatch.setitem(ARGUMENTS, name, ("model",))  # a text of its own, beside which --calib is refused
         assert options_with(started, name, another(option))["chat"] == Path("7")
         return
+    if (name, option.name) in (("gguf", "rounds"), ("gguf", "resume")):  # of one solver only
+        monkeypatch.setitem(ARGUMENTS, name, (*ARGUMENTS[name], "--solver", "gptq"))
     before, after = options_with(started, name, ()), options_with(started, name, another(option))
     assert before.keys() == after.keys()
     changed = {field for field in before if before[field] != after[field]}

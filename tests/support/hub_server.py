@@ -17,6 +17,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from hub_uploads import Uploads
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -63,6 +65,7 @@ class Hub:
     tokens: list[str] = field(default_factory=list)  # Authorization of each request
     peers: set[int] = field(default_factory=set)  # the client's ports: one a connection
     sent: int = 0  # bytes of bodies of GET
+    uploads: Uploads = field(default_factory=Uploads)
     url: str = ""
 
     def methods(self) -> list[str]:
@@ -121,6 +124,27 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.answer()
+
+    def do_POST(self) -> None:
+        path, body = self.path.partition("?")[0].lstrip("/"), self.body()
+        self.state.asked.append((self.command, path, ""))
+        status, value = self.state.uploads.post(path, body, self.state.url, self.state.files)
+        self.json(value, status)
+
+    def do_PUT(self) -> None:
+        self.state.uploads.put(self.path, self.body())
+        self.json({})
+
+    def body(self) -> bytes:
+        """What was sent along, also in chunks."""
+        if "Content-Length" in self.headers:
+            return self.rfile.read(int(self.headers["Content-Length"]))
+        found = b""
+        while size := int(self.rfile.readline(), 16):
+            found += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return found
 
     def answer(self) -> None:
         path = self.path.partition("?")[0].lstrip("/")
@@ -210,7 +234,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = cut < len(part)
 
     def api(self, path: str) -> None:
-        """What `snapshot_download` asks: a revision's commit and the list of files."""
+        """What `snapshot_download` asks: a revision's commit and the list of files; and who is logged in."""
+        if path == "whoami-v2":
+            return self.json(self.state.uploads.whoami())
         repository = path.partition("/revision/")[0].partition("/tree/")[0]
         files = self.state.files.get(repository)
         if files is None:
@@ -222,15 +248,18 @@ class _Handler(BaseHTTPRequestHandler):
         value: Any = listed
         if "/tree/" not in path:
             value = {"id": repository, "sha": self.state.commit, "siblings": self.siblings(files)}
+        self.json(value)
+        return None
+
+    def json(self, value: Any, status: int = 200) -> None:
         body = json.dumps(value).encode()
-        self.send_response(200)
+        self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.state.sent += len(body)
             self.wfile.write(body)
-        return None
 
     def siblings(self, files: dict[str, bytes]) -> list[dict[str, Any]]:
         """The list of files, with sizes and digests where they are asked for, as the hub says them."""
