@@ -24,7 +24,8 @@ from converters.gptq.pack import stored_shapes
 from converters.gptq.shapes import Layout
 from converters.gptq.shapes import check_shapes as check_gptq
 from dsconvert.checkpoints.checkpoint import open_checkpoint
-from dsconvert.checkpoints.locate import find
+from dsconvert.checkpoints.locate import find, unfetched
+from dsconvert.checkpoints.remote_model import RemoteModel
 from dsconvert.checkpoints.source_files import weight_files
 from dsconvert.checkpoints.weight_files import open_weights
 from dsconvert.errors import QuantizationError, UsageError
@@ -45,11 +46,12 @@ LLAMA_CPP = ("llama.cpp", "llama.cpp-cpu")
 NUMBERED = re.compile(r"(?:^|\.)(?:layers|blk)\.(\d+)\.")
 
 
-def sizes_of(model: str) -> Sized:
+def sizes_of(model: str, fetched: bool = False) -> Sized:
     """The types of what `model` names: an output in the one that it has, a checkpoint or config in all.
 
-    A GGUF file, a folder of any format with or without weights, a config.json, a hub id, "sample:".
-    Raises ConversionError of every kind that opening has.
+    A GGUF file, a folder of any format with or without weights, a config.json, a hub id, "sample:". Weights
+    on the hub stay there, unless they are to be `fetched`. Raises ConversionError of every kind that opening
+    has.
 
     >>> sized = sizes_of("sample:")
     >>> sized.parameters, [made.weights.total for made in sized.types if made.type == "q8_0"]
@@ -59,10 +61,11 @@ def sizes_of(model: str) -> Sized:
         return _of_gguf(Path(model))
     if Path(model).name == "config.json" and os.path.isfile(model):
         model = str(Path(model).absolute().parent)
-    found = find(model)
+    found = find(model if fetched else unfetched(model))
     folder = found.path if found.path.is_dir() else found.path.parent
-    if stated_method(load_json(folder / "config.json")) and weight_files(folder):
-        return _of_folder(folder)
+    has_weights = found.remote is not None or weight_files(folder)
+    if stated_method(load_json(folder / "config.json")) and has_weights:
+        return _of_folder(folder, found.remote)
     if weight_files(folder):
         checkpoint = open_checkpoint(model)
         config, shapes = checkpoint.config, checkpoint.shapes()
@@ -180,7 +183,7 @@ def _of_gguf(path: Path) -> Sized:
     return Sized(str(path), path, decoder_of(config), count, (made,))
 
 
-def _of_folder(folder: Path) -> Sized:
+def _of_folder(folder: Path, remote: RemoteModel | None) -> Sized:
     """An output in a folder: what its files hold, by the names of its decoder's tensors."""
     raw = load_json(folder / "config.json")
     config = normalise(raw, folder / "config.json")
@@ -189,11 +192,11 @@ def _of_folder(folder: Path) -> Sized:
         raise UsageError(
             f"is quantized by a method whose memory is not computed here, {method[:40]!r}", where=folder
         )
-    specs = stored_specs(_untied(config))
+    specs, elsewhere = stored_specs(_untied(config)), remote.weights if remote is not None else None
     stems = {name.removesuffix(".weight") for spec in specs for name in spec.names}
     head = next((spec.hf for spec in specs if spec.role == "head"), HEAD_WEIGHT).removesuffix("weight")
     embed = next(spec.hf for spec in specs if spec.role == "embed").removesuffix("weight")
-    sizes = {name: tensor.nbytes for name, tensor in open_weights(folder).tensors.items()}
+    sizes = {name: tensor.nbytes for name, tensor in open_weights(folder, elsewhere).tensors.items()}
     weights = _by_place(
         sizes, embed, head, lambda name: name.rpartition(".")[0] in stems or name.startswith(head)
     )

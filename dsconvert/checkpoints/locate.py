@@ -134,6 +134,15 @@ def _on_this_disk(model: str) -> Found | Repository:
     )
 
 
+def unfetched(model: str) -> ModelPath:
+    """MODEL_PATH for who reads no weights: of a model on the hub they stay there, but for who is offline."""
+    if not isinstance(_on_this_disk(model), Repository):
+        return ModelPath(model)
+    from huggingface_hub import constants
+
+    return ModelPath(model, remote=not constants.HF_HUB_OFFLINE)
+
+
 def locate(model: Model) -> Path:
     """What `find` returns, without its notes.
 

@@ -25,6 +25,7 @@ from dsconvert.checkpoints.safetensors_reader import Stored, fetched_safetensors
 from dsconvert.checkpoints.source_files import SourceFile
 from dsconvert.checkpoints.weight_files import SAFETENSORS, TORCH, Read
 from dsconvert.errors import CheckpointError
+from dsconvert.network import host
 from dsconvert.reading import TOKENIZER
 
 HEAD = 256 << 10  # bytes that are read of a weight file first: most headers are in it
@@ -65,12 +66,14 @@ def open_remote(repository: Repository) -> RemoteModel:
     """Ask the hub for a model's files and fetch the small ones; raises CheckpointError, UsageError."""
     hub, ahead = the_hub(), ReadAhead()
     listing = list_files(hub, repository)
-    files = {name: remote_file(hub, listing, name) for name in listing.sizes}
+    files = {
+        name: remote_file(hub, listing, name) for name in listing.sizes if is_small(name) or is_weight(name)
+    }
     top = Path(tempfile.mkdtemp(prefix="dsconvert-"))
     tidy = weakref.finalize(ahead, shutil.rmtree, top, ignore_errors=True)
     # Named as in the cache: an output's keys are taken from it.
     folder = top / f"models--{repository.name.replace('/', '--')}" / "snapshots" / listing.commit
-    inside = [name for name in files if "/" not in name and name.endswith((SAFETENSORS.suffix, TORCH.suffix))]
+    inside = [name for name in files if is_weight(name)]
     weights = {name: partial(read_weights, files[name], ahead) for name in inside}
     digests = {folder / name: _digest(listing, name) for name in inside}
     model = RemoteModel(repository, folder, weights, digests, _state(hub, listing), hub, ahead, tidy)
@@ -79,8 +82,18 @@ def open_remote(repository: Repository) -> RemoteModel:
     return model
 
 
+def is_weight(name: str) -> bool:
+    """Whether a file of a repository may hold weights of its model."""
+    return "/" not in name and name.endswith((SAFETENSORS.suffix, TORCH.suffix))
+
+
 def remote_file(hub: Hub, listing: Listing, name: str) -> RemoteFile:
-    """One file of a repository at the commit of the list."""
+    """One file of a repository at the commit of the list; CheckpointError where its size is not stated."""
+    if listing.sizes[name] < 0:
+        why = f"{host(hub.endpoint)} does not say how big it is"
+        raise CheckpointError(
+            "cannot be read by ranges", where=f"{listing.repository}/{name}", why=why, hint=DOWNLOAD
+        )
     url = f"{hub.endpoint}/{listing.repository.name}/resolve/{listing.commit}/{quote(name)}"
     return RemoteFile(
         f"{listing.repository}/{name}", url, listing.commit, listing.sizes[name],

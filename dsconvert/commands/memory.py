@@ -98,7 +98,7 @@ def memory(
 
     if not measure:
         refuse("device", where="without --measure", hint="Computed figures are of no device")
-    sized = sizes_of(model_path)
+    sized = sizes_of(model_path, fetched=measure)
     if measure and not runtimes:
         runtimes = ("llama.cpp-cpu",) if sized.path.suffix == ".gguf" else ("transformers", "eager")
     asked = Question(batches, lengths, gpus, cache.lower() if cache else None, types, runtimes, vram)

@@ -51,7 +51,8 @@ def publish_options(command: Command) -> Callable[..., Any]:
             refuse("card", "push_to", where="with --dry-run", hint="Leave one of them out")
         if push_to is None:
             refuse("private", where="without --push-to", hint="Leave it out")
-        return command(publish=Publish(card, push_to, private, typed()), effort=effort, **others)
+        publish = Publish(card, push_to, private, typed(), others["out"])
+        return command(publish=publish, effort=effort, **others)
 
     return apply(with_publish, OPTIONS)
 
@@ -85,12 +86,13 @@ class Made:
 
 @dataclass(frozen=True)
 class Publish:
-    """Whether to write a card, and where to upload to; `command` is what was typed."""
+    """Whether to write a card, and where to upload to; `command` is what was typed, `out` its --out."""
 
     card: bool
     push_to: str | None
     private: bool
     command: str
+    out: Path | None = None
 
     def after(self, events: Iterator[Event]) -> Iterator[Event]:
         """The events of a conversion, and then those of its publication.
@@ -101,6 +103,8 @@ class Publish:
         if not self.card and self.push_to is None:
             yield from events
             return
+        if self.out is not None:
+            self._check_card(self.out)  # measuring comes before a plan, and takes hours
         if self.push_to is not None:
             yield Step(f"asking the hub whether {self.push_to} may be written")
             theirs = self._before_pushing(self.push_to)

@@ -140,8 +140,11 @@ OPEN = """
 import sys
 from dsconvert.checkpoints.checkpoint import open_checkpoint
 from dsconvert.errors import ConversionError
+from pathlib import Path
+from dsconvert.checkpoints.locate import ModelPath
+revision, cache = (sys.argv + [None, None])[2:4]
 try:
-    folder = open_checkpoint(sys.argv[1]).folder
+    folder = open_checkpoint(ModelPath(sys.argv[1], revision, cache and Path(cache))).folder
     print(*sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()))
 except ConversionError as error:
     print(error)
@@ -154,14 +157,18 @@ UNNEEDED = (
     "original/params.json",
     "original/w.safetensors",
     "pytorch_model.bin",
+    "model.fp16.safetensors",
+    "model-00001-of-00002.safetensors",
+    "consolidated.safetensors",
     "optimizer.bin",
     "image.png",
 )
 
 
-def opened(hub: hub_server.Hub, home: Path, model: str, **environment: Any) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **hub_server.client_environment(hub.url, home)}
-    command = [sys.executable, "-c", OPEN, model]
+def opened(hub: hub_server.Hub, home: Path, *model: str, **environment: Any) -> str:
+    client = hub_server.client_environment(hub.url, home)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **client, **environment}
+    command = [sys.executable, "-c", OPEN, *model]
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout.strip()
 
 
@@ -174,6 +181,55 @@ def test_a_hub_id_brings_what_outputs_are_made_of(tmp_path: Path) -> None:
             assert opened(hub, tmp_path / "home", model_path).split() == sorted(NEEDED)
         asked = {path for _, path, _ in hub.asked if path.startswith("api/models/owner/name/revision/")}
         assert "api/models/owner/name/revision/v1" in asked
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_of_shards_those_of_the_index_are_fetched_once(tmp_path: Path, form: str) -> None:
+    changes = {"shards": 2, "format": form}
+    model = tiny.tiny_checkpoint(tmp_path / "model", tiny.Tiny(**{**vars(SMALL), **changes}))
+    files = {path.name: path.read_bytes() for path in model.iterdir()}
+    wanted = sorted(files)
+    files["other-00001-of-00001.safetensors" if form == "bin" else "pytorch_model.bin"] = b"x"
+    if form == "bin":  # an index that is older than the repository's weights
+        files["model.safetensors.index.json"] = b'{"weight_map": {"x": "gone.safetensors"}}'
+        del files["other-00001-of-00001.safetensors"]
+        wanted = sorted(files)
+    with hub_server.serving(hub_server.Hub({"owner/name": files})) as hub:
+        cache = tmp_path / "cache"
+        for revision in ("main", "main"):
+            assert opened(hub, tmp_path / "home", "owner/name", revision, str(cache)).split() == wanted
+        gets = [path for method, path, _ in hub.asked if method == "GET" and "/resolve/" in path]
+        assert len(gets) == len(set(gets)) == len(wanted)
+        assert (cache / "models--owner--name").is_dir()
+        assert not (tmp_path / "home" / "hub" / "models--owner--name").exists()
+        asked = len(hub.asked)
+        offline = opened(hub, tmp_path / "home", "owner/name", "main", str(cache), HF_HUB_OFFLINE="1")
+        assert offline.split() == wanted
+        next(cache.rglob(f"snapshots/*/*-00002-of-00002.{form}")).unlink()
+        gone = opened(hub, tmp_path / "home", "owner/name", "main", str(cache), HF_HUB_OFFLINE="1")
+        assert "owner/name@main: is not in the local cache" in gone
+        assert len(hub.asked) == asked
+
+
+def test_a_download_that_broke_off_is_made_whole(tmp_path: Path) -> None:
+    model = tiny.tiny_checkpoint(tmp_path / "model", SMALL)
+    files = {path.name: path.read_bytes() for path in model.iterdir()}
+    with hub_server.serving(hub_server.Hub({"owner/name": files})) as hub:
+        hub.cut["model.safetensors"] = 5000
+        assert "model.safetensors" in opened(hub, tmp_path / "home", "owner/name").split()
+        asked = [
+            path for method, path, _ in hub.asked if method == "GET" and path.endswith("model.safetensors")
+        ]
+    assert len(asked) == 2
+    (kept,) = (tmp_path / "home").rglob("snapshots/*/model.safetensors")
+    assert kept.read_bytes() == files["model.safetensors"]
+
+
+def test_a_repository_without_weights_says_what_it_has(tmp_path: Path) -> None:
+    files = {"config.json": b"{}", "model-q4_0.gguf": b"x"}
+    with hub_server.serving(hub_server.Hub({"owner/name": files})) as hub:
+        text = opened(hub, tmp_path / "home", "owner/name")
+    assert "owner/name: holds no weights. Found only 'model-q4_0.gguf'" in text
 
 
 def test_every_companion_of_an_output_is_fetched() -> None:

@@ -144,7 +144,7 @@ def test_an_address_that_never_holds_is_given_up(stack: ExitStack) -> None:
     assert "answers with status 403; tried 3 times" in refusal(file_of(hub))
 
 
-@pytest.mark.parametrize("target", ["file:///etc/passwd", "ftp://127.0.0.1/x", "gopher:x"])
+@pytest.mark.parametrize("target", ["file:///etc/passwd", "ftp://127.0.0.1/x"])
 def test_a_redirect_leads_to_http_alone(stack: ExitStack, target: str) -> None:
     hub, _ = stored_apart(stack, faults={f"{NAME}:hub": [Fault(headers={"Location": target})]})
     assert "does not serve the bytes" in refusal(file_of(hub))

@@ -108,6 +108,21 @@ def in_float64(folder: Path) -> None:
     save_file(exact, folder / WEIGHTS)
 
 
+def in_fp8(folder: Path) -> None:
+    """A matrix in fp8 with its scales, as DeepSeek-V3 has them."""
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_file as save_torch
+
+    small(folder)
+    tensors = {name: torch.from_numpy(value) for name, value in tiny.tiny_tensors(SMALL).items()}
+    name = "model.layers.0.mlp.up_proj.weight"  # [160, 64]
+    tensors[name] = (tensors[name] * 100).to(torch.float8_e4m3fn)
+    tensors[f"{name}_scale_inv"] = torch.tensor([[0.01], [0.012]])
+    save_torch(tensors, folder / WEIGHTS)
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    tiny.write_json(folder / "config.json", {**config, "quantization_config": {"quant_method": "fp8"}})
+
+
 @pytest.fixture
 def place(serve: Callable[[Make], Place]) -> Place:
     return serve(small)
@@ -131,6 +146,7 @@ FORMS: dict[str, Make] = {
     "f16": partial(small, dtype="f16"),
     "f32": partial(small, dtype="f32", tied=True),
     "f64": in_float64,
+    "fp8": in_fp8,
     "shards": partial(small, shards=3, bias=True),
 }
 
@@ -302,6 +318,19 @@ def test_a_dry_run_reads_headers_only(place: Place) -> None:
     assert all(end - first <= remote_model.HEAD for _, first, end in place.ranges())
 
 
+def test_memory_reads_no_weights_of_a_model_on_the_hub(place: Place) -> None:
+    result = place.run("memory", NAME, "--types", "q8_0", "--seq", "256", "--json")
+    assert result.exit_code == 0, result.output
+    here = place.run("memory", place.folder, "--types", "q8_0", "--seq", "256", "--json")
+    remote, local = (json.loads(r.stdout.splitlines()[0]) for r in (result, here))
+    for found in (remote, local):
+        for row in found["rows"]:
+            del row["command"]  # it names the model
+    assert remote["rows"] == local["rows"]
+    assert not place.storage.asked
+    assert not place.left()
+
+
 def test_a_revision_is_named_in_either_way(place: Place) -> None:
     for model in ((f"{NAME}@v1",), (NAME, "--revision", "v1"), (f"{place.hub.url}/{NAME}/tree/v1",)):
         assert place.run("gguf", *model, "--remote", "--dry-run").exit_code == 0
@@ -343,6 +372,15 @@ def test_the_room_that_is_asked_for_is_the_outputs(place: Place, monkeypatch: py
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
         result = place.run("gguf", *REMOTE, "--effort", "off", "--force", "-o", out)
         assert result.exit_code == code, result.output
+
+
+def test_a_mirror_that_states_no_sizes_is_for_downloads(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hub_server._Handler.siblings", lambda self, files: [{"rfilename": n} for n in files])
+    text = said(place.run("gguf", *REMOTE, "--dry-run"))
+    assert "127.0.0.1" in text
+    assert "does not say how big it is. Leave --remote out" in text
 
 
 def test_a_file_of_a_strange_name_is_not_written(place: Place) -> None:

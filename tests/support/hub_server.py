@@ -65,6 +65,8 @@ class Hub:
     tokens: list[str] = field(default_factory=list)  # Authorization of each request
     peers: set[int] = field(default_factory=set)  # the client's ports: one a connection
     sent: int = 0  # bytes of bodies of GET
+    delay: float = 0.0  # seconds before each answer
+    rate: int = 0  # bytes a second of each body
     uploads: Uploads = field(default_factory=Uploads)
     url: str = ""
 
@@ -148,6 +150,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         path = self.path.partition("?")[0].lstrip("/")
+        time.sleep(self.state.delay)
         self.state.asked.append((self.command, path, self.headers.get("Range", "")))
         self.state.tokens.append(self.headers.get("Authorization", ""))
         self.state.peers.add(self.client_address[1])
@@ -220,13 +223,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def send_part(self, part: bytes, cut: int | None, fault: Fault) -> None:
         """The body, or what a fault leaves of it."""
-        step = max(fault.rate // 20, 1) if fault.rate else len(part) or 1
+        rate = fault.rate or self.state.rate
+        step = max(rate // 20, 1) if rate else len(part) or 1
         cut = len(part) if cut is None else cut
         try:
             for at in range(0, cut, step):
                 self.state.sent += min(at + step, cut) - at
                 self.wfile.write(part[at : min(at + step, cut)])
-                time.sleep(step / fault.rate if fault.rate else 0)
+                time.sleep(min(step, cut - at) / rate if rate else 0)
             time.sleep(fault.pause)
         except OSError:  # the client has had enough
             self.close_connection = True
