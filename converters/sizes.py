@@ -42,6 +42,8 @@ GPTQ_BITS = (2, 3, 4, 8)
 EXL2_RATES = (2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0)
 EXL2_HEAD = 6
 OF_OTHERS = ("f32", "tq1_0", "tq2_0", "mxfp4_moe", "nvfp4")  # for models that were trained for them
+# What runs a folder, by its quant_method.
+RUN_BY = {"gptq": "transformers", "exl2": "exllamav2", "compressed-tensors": "transformers"}
 LLAMA_CPP = ("llama.cpp", "llama.cpp-cpu")
 NUMBERED = re.compile(r"(?:^|\.)(?:layers|blk)\.(\d+)\.")
 
@@ -188,7 +190,7 @@ def _of_folder(folder: Path, remote: RemoteModel | None) -> Sized:
     raw = load_json(folder / "config.json")
     config = normalise(raw, folder / "config.json")
     method = stated_method(raw)
-    if method not in ("gptq", "exl2"):
+    if method not in RUN_BY:
         raise UsageError(
             f"is quantized by a method whose memory is not computed here, {method[:40]!r}", where=folder
         )
@@ -200,10 +202,9 @@ def _of_folder(folder: Path, remote: RemoteModel | None) -> Sized:
     weights = _by_place(
         sizes, embed, head, lambda name: name.rpartition(".")[0] in stems or name.startswith(head)
     )
-    runtime = {"gptq": "transformers", "exl2": "exllamav2"}[method]
     return Sized(
         str(folder), folder, decoder_of(config), sum(spec.values for spec in specs),
-        (Made(method, (runtime,), weights, ""),),
+        (Made(method, (RUN_BY[method],), weights, ""),),
     )  # fmt: skip
 
 

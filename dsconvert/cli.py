@@ -15,6 +15,7 @@ from dsconvert import __version__
 COMMANDS = (
     "gguf",
     "gptq",
+    "compressed",
     "exl2",
     "chat",
     "imatrix",

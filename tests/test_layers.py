@@ -67,11 +67,9 @@ FACE = ("dsconvert.cli", "dsconvert.__main__", "dsconvert.commands", "dsconvert.
 NOT_BELOW = ("dsconvert.report", "dsconvert.chat", "dsconvert.streams")
 BEFORE_REPORT = tuple(name for name in TABLE if name not in NOT_BELOW)
 TABLE |= dict.fromkeys(FACE, ALL)
-TABLE |= dict.fromkeys(("converters.gguf", "converters.gptq", "converters.exl2"), BEFORE_REPORT)
-TABLE |= dict.fromkeys(
-    ("converters.outputs", "converters.sizes"),
-    (*BEFORE_REPORT, "converters.gguf", "converters.gptq", "converters.exl2"),
-)
+FORMATS = ("converters.gguf", "converters.gptq", "converters.compressed", "converters.exl2")
+TABLE |= dict.fromkeys(FORMATS, BEFORE_REPORT)
+TABLE |= dict.fromkeys(("converters.outputs", "converters.sizes"), (*BEFORE_REPORT, *FORMATS))
 # What does not keep the table yet: (module, what it imports) -> why.
 EXCEPTIONS: dict[tuple[str, str], str] = {}
 
@@ -187,7 +185,7 @@ def test_the_page_on_the_architecture_prints_the_imports() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     found = {line.split()[0]: set(line.split()[1:]) for line in done.stdout.splitlines()}
     assert set(TABLE) - {"dsconvert.__version__"} <= {*found, "dsconvert.__main__"}
-    assert found["converters.outputs"] >= {"converters.gguf", "converters.gptq", "converters.exl2"}
+    assert found["converters.outputs"] >= set(FORMATS)
     excepted = {imported for _, imported in EXCEPTIONS}
     for name, imported in found.items():
         for other in imported:
@@ -200,6 +198,8 @@ STORAGE = (
     "dsconvert.models.weights",
     "converters.gguf.kernels",
     "converters.gptq.pack",
+    "converters.compressed.pack",
+    "converters.compressed.unpack",
     "converters.exl2.pack",
 )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from converters.gptq import pack as packing
@@ -12,15 +12,14 @@ from converters.gptq.plan import Job, Options, prepare
 from converters.gptq.settings import quantization_settings
 from converters.gptq.shapes import HEAD_RULE, refusing_runtimes
 from dsconvert.calibration.record import Calibration
-from dsconvert.checkpoints.output_folder import write_folder
 from dsconvert.checkpoints.safetensors_reader import Stored, values
-from dsconvert.checkpoints.safetensors_writer import Piece, from_stored
-from dsconvert.events import Event, Planned, Step, TensorPlan, Warn
-from dsconvert.proof.sources import StoredTensors
+from dsconvert.checkpoints.safetensors_writer import Piece
+from dsconvert.events import Event, Planned, Step, Warn
+from dsconvert.quantization.folder import write_quantized
 from dsconvert.quantization.gptq_solver import Solved, solve
-from dsconvert.quantization.plan import notes
+from dsconvert.quantization.plan import notes, rows_of, stored_tensors
 from dsconvert.quantization.ranks import ALONE, Ranks
-from dsconvert.quantization.run import Coded, Format, Run, Solving, run
+from dsconvert.quantization.run import Coded, Format, Solving, fixed, run
 
 if TYPE_CHECKING:
     import torch
@@ -50,11 +49,7 @@ def convert(options: Options, ranks: Ranks = ALONE) -> Iterator[Event]:
         job = prepare(options)
     yield from describe(job)
 
-    def choose(begun: Run) -> Generator[Event, None, Format]:
-        yield from ()  # nothing is left to choose
-        return format_of(job, begun.calibration)
-
-    yield from run(job, choose, ranks, started)
+    yield from run(job, fixed(lambda calibration: format_of(job, calibration)), ranks, started)
 
 
 def describe(job: Job) -> Iterator[Event]:
@@ -63,19 +58,14 @@ def describe(job: Job) -> Iterator[Event]:
     if job.model.vision is not None:
         yield Step("written in transformers' layout; what no forward pass uses is left out")
     model, bits = job.model, job.options.bits
-    rows = [
-        TensorPlan(linear.out, name, linear.shape, model.source.dtype(name), f"gptq{bits}", job.nbytes(name))
-        for name, linear in model.linears.items()
-    ]
-    for out, name in model.kept.items():
-        tensor = model.checkpoint.tensors[name]
-        rows.append(
-            TensorPlan(out, name, tensor.shape, tensor.dtype, tensor.dtype, from_stored(tensor).nbytes)
-        )
+    rows = rows_of(model, f"gptq{bits}", job.nbytes)
     quant = f"gptq {bits} bits, group {job.options.group_size}"
     yield Planned((str(job.out),), quant, tuple(rows), (job.total,), model.checkpoint.nbytes, "as it is")
     for runtime, rule in refusing_runtimes(model.shapes, job.layout).items():
         yield Warn(f"{runtime} will not read this: {rule.partition(': ')[2]}")
+    if bits in (2, 3) or not job.options.sym:
+        asym = "" if job.options.sym else " --asym"
+        yield Warn(f"for vLLM: dsconvert compressed MODEL_PATH --scheme w{bits}a16{asym}")
     if job.options.lm_head:
         yield Warn(f"transformers will not read this: {HEAD_RULE}")
 
@@ -106,16 +96,8 @@ def format_of(job: Job, calibration: Calibration) -> Format:
         solving,
         write=lambda pieces, fell_back: write(job, calibration, pieces, fell_back),
         opened=lambda: open_folder(job.out),
-        planned=planned(job),
+        planned=stored_tensors(model, f"gptq{options.bits}"),
     )
-
-
-def planned(job: Job) -> StoredTensors:
-    """Name, shape and type of every tensor of the folder."""
-    bits, stored = job.options.bits, job.model.checkpoint.tensors
-    linears = ((linear.out, linear.shape, f"gptq{bits}") for linear in job.model.linears.values())
-    kept = ((out, stored[name].shape, stored[name].dtype) for out, name in job.model.kept.items())
-    return frozenset((*linears, *kept))
 
 
 def packed_of(solved: Solved, bits: int) -> packing.Packed:
@@ -129,22 +111,10 @@ def write(
     job: Job, calibration: Calibration, solved: Mapping[str, Piece], fell_back: Mapping[str, str]
 ) -> int:
     """The folder, of what is kept and of the `solved` linears' tensors; returns the bytes of its weights."""
-    model = job.model
-    pieces = {out: from_stored(model.checkpoint.tensors[name]) for out, name in model.kept.items()}
     settings = quantization_settings(job.layout, job.options.damp, job.options.lm_head)
     settings["meta"] = {**settings["meta"], **provenance(job, calibration, fell_back)}
-    extra = {**model.files, "quantize_config.json": settings}  # where old readers look
-    return write_folder(
-        job.out,
-        model.checkpoint.folder,
-        model.raw,
-        {**pieces, **solved},
-        settings,
-        extra=extra,
-        force=job.run.force,
-        inputs=job.inputs,
-        seen=model.checkpoint.seen,
-    )
+    extra = {**job.model.files, "quantize_config.json": settings}  # where old readers look
+    return write_quantized(job, solved, settings, extra)
 
 
 def provenance(job: Job, calibration: Calibration, fell_back: Mapping[str, str]) -> Mapping[str, Any]:

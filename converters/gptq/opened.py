@@ -7,17 +7,10 @@ from typing import Any
 
 from converters.gptq.claims import check_settings
 from converters.gptq.pack import PARTS
-from converters.gptq.reader import GPTQModel, open_model
-from dsconvert.events import Check
-from dsconvert.models.architectures import find_architecture
-from dsconvert.models.config import ModelConfig
+from converters.gptq.reader import open_model
 from dsconvert.models.language_model import language_model
-from dsconvert.proof.output_folder import check_companions, is_ours
-from dsconvert.proof.sources import Opened, Reference, folder_text, stored_sizes
-from dsconvert.vision.processor import PREPROCESSOR, PROCESSOR
-from dsconvert.vision.transformers_layout import TOKENIZER, has_original_layout
-
-MADE = (PREPROCESSOR, PROCESSOR, TOKENIZER, "chat_template.jinja")  # see plan.with_files
+from dsconvert.proof.sources import Opened, folder_text, stored_sizes
+from dsconvert.quantization.tower_files import check_copies
 
 
 def open_folder(path: Path, stated: dict[str, Any] | None = None) -> Opened:
@@ -36,13 +29,5 @@ def open_folder(path: Path, stated: dict[str, Any] | None = None) -> Opened:
     return Opened(
         path, "GPTQ", quant, f"gptq{model.bits}", source, decoder, text, sizes, model.checkpoint.nbytes,
         stored, f"{len(model.linears)} linears of {model.bits} bits, {kept} tensors kept",
-        own=lambda reference: [check_settings(model), *check_copies(model, config, reference)],
+        own=lambda reference: [check_settings(model), *check_copies(model.checkpoint, config, reference)],
     )  # fmt: skip
-
-
-def check_copies(model: GPTQModel, config: ModelConfig, reference: Reference) -> list[Check]:
-    """The files that dsconvert copies; of a model in another layout some are made for that."""
-    if not is_ours(model.checkpoint.stated):
-        return []
-    moved = has_original_layout(reference.whole) and find_architecture(config.architecture).mount is not None
-    return [check_companions(reference.folder, model.folder, MADE if moved else ())]

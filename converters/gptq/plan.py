@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
 
 from converters.gptq.pack import stored_shapes
 from converters.gptq.shapes import Layout, check_shapes
@@ -16,13 +15,10 @@ from dsconvert.libraries import TORCH, need
 from dsconvert.models.provenance import origin
 from dsconvert.quantization.gptq_grid import Scheme
 from dsconvert.quantization.gptq_solver import SolverOptions
-from dsconvert.quantization.linears import Selection, plain_config, select
+from dsconvert.quantization.linears import Selection, select
 from dsconvert.quantization.plan import RunOptions, check_output, input_files, output_folder
-from dsconvert.vision.config import VisionConfig
-from dsconvert.vision.transformers_layout import TOKENIZER, model_config, processor_files
-from tokenizer_tools.library import read_object
+from dsconvert.quantization.tower_files import with_files
 from tokenizer_tools.load import TokenizerData, load_tokenizer
-from tokenizer_tools.vision_template import image_token, vision_template
 
 STORED = {"I32": 4, "F16": 2}
 
@@ -104,27 +100,12 @@ def prepare(options: Options) -> Job:
     folder = model.checkpoint.folder
     check_companions(folder)
     tokenizer = load_tokenizer(folder, model.config.vocab_size, run.add_bos)
-    if model.vision is not None:
-        model = with_files(model, model.vision, tokenizer)
+    model = with_files(model, tokenizer)
     out = output_folder(run, default_name(options, origin(folder, model.config)[1]))
     job = Job(options, model, tokenizer, out)
     check_shapes(model.shapes, job.layout)
     check_output(job, job.total)
     return job
-
-
-def with_files(model: Selection, vision: VisionConfig, tokenizer: TokenizerData) -> Selection:
-    """The selection with the configs and processor files of transformers' layout, made of the original's."""
-    folder, raw = model.checkpoint.folder, model.raw
-    token, token_id = image_token(tokenizer, vision.processor.token, raw.get("image_token_id"), folder)
-    special = {f"{name}_token_id": tokenizer.special.get(name) for name in ("bos", "eos", "pad")}
-    text = plain_config(model.config) | {key: value for key, value in special.items() if value is not None}
-    files: dict[str, dict[str, Any] | str] = {
-        **processor_files(vision, token, read_object(folder / TOKENIZER))
-    }
-    if not tokenizer.chat_template:  # the original keeps its prompt's format in code
-        files["chat_template.jinja"] = vision_template(token)
-    return replace(model, raw=model_config(raw, text, vision, token_id, model.config.tied), files=files)
 
 
 def _check(options: Options) -> None:

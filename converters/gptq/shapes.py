@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from dsconvert.errors import QuantizationError, UsageError
+from dsconvert.quantization import shape_rules
 from dsconvert.quantization.gptq_grid import Scheme
+from dsconvert.quantization.shape_rules import Broken, Rule
 
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (32, 64, 128, -1)
@@ -24,29 +26,6 @@ class Layout:
     scheme: Scheme
     desc_act: bool = False
     checkpoint_format: str = "gptq"
-
-
-@dataclass(frozen=True)
-class Rule:
-    """`holds(outputs, inputs, layout)` must be true for `runtime` to read a linear; `text` says it."""
-
-    runtime: str
-    text: str
-    holds: Callable[[int, int, Layout], bool]
-
-
-@dataclass(frozen=True)
-class Broken:
-    """A rule that the linear called `tensor` breaks."""
-
-    rule: Rule
-    tensor: str
-    shape: tuple[int, ...]
-
-    @property
-    def text(self) -> str:
-        """One line that names rule, tensor and shape."""
-        return f"{self.rule.runtime}: {self.rule.text}; {self.tensor} is {list(self.shape)}"
 
 
 def _whole_groups(inputs: int, layout: Layout) -> bool:
@@ -91,37 +70,19 @@ def check_shapes(
     and the tensor: a shape rule of "format" or of one of `runtimes`, or a fused group quantized in part.
     """
     _check_settings(layout, runtimes)
-    for name, shape in linears.items():
-        if len(shape) != 2 or not name.endswith(".weight"):
-            raise QuantizationError(
-                f"is not the weight of a linear: shape {list(shape)}", where=name, hint="Leave it in 16 bits"
-            )
+    shape_rules.check_linears(linears)
     _check_fused(linears, others)
-    for broken in broken_rules(linears, layout):
-        if broken.rule.runtime == "format" or broken.rule.runtime in runtimes:
-            outputs, inputs = broken.shape
-            raise QuantizationError(
-                f"breaks a rule of {broken.rule.runtime}: {broken.rule.text}",
-                where=broken.tensor,
-                why=f"It has {outputs} outputs and {inputs} inputs, {_named(layout)}",
-                hint="Leave this linear in 16 bits, or choose other settings",
-            )
+    shape_rules.check_rules(RULES, linears, layout, ("format", *runtimes), _named(layout))
 
 
 def broken_rules(linears: Mapping[str, tuple[int, ...]], layout: Layout) -> Iterator[Broken]:
     """Every rule that a linear breaks, by rule; what is not refused can become a warning."""
-    for rule in RULES:
-        for name, (outputs, inputs) in linears.items():
-            if not rule.holds(outputs, inputs, layout):
-                yield Broken(rule, name, (outputs, inputs))
+    return shape_rules.broken_rules(RULES, linears, layout)
 
 
 def refusing_runtimes(linears: Mapping[str, tuple[int, ...]], layout: Layout) -> dict[str, str]:
     """The runtimes that will not read these linears, each with the first rule and tensor in its way."""
-    first: dict[str, str] = {}
-    for broken in broken_rules(linears, layout):
-        first.setdefault(broken.rule.runtime, broken.text)
-    return first
+    return shape_rules.refusing_runtimes(RULES, linears, layout)
 
 
 def _check_settings(layout: Layout, runtimes: Collection[str]) -> None:

@@ -43,7 +43,9 @@ def decoded(tensors: Mapping[str, Stored], config: Mapping[str, Any], where: obj
     if not pairs:
         return dict(tensors)
     block = _block(config, where)
-    scales = lru_cache(KEPT)(lambda name: _scales(pairs[name]))  # chunks of a matrix come one after the other
+    scales = lru_cache(KEPT)(
+        lambda name: scale_values(pairs[name])
+    )  # chunks of a matrix come one after the other
     found = {}
     for name, stored in tensors.items():
         if name in pairs:
@@ -95,7 +97,16 @@ def _joined(
         return values
 
     nbytes = stored.nbytes + scales.nbytes
-    return replace(stored, dtype=NAME, nbytes=nbytes, offset=None, data=None, fetch=None, decode=decode)
+    return replace(
+        stored,
+        dtype=NAME,
+        nbytes=nbytes,
+        offset=None,
+        data=None,
+        fetch=None,
+        decode=decode,
+        parts=(stored, scales),
+    )
 
 
 def _codes(stored: Stored, start: int, stop: int) -> Bytes:
@@ -104,7 +115,7 @@ def _codes(stored: Stored, start: int, stop: int) -> Bytes:
     return np.frombuffer(stored.raw(start * columns, stop * columns), np.uint8).reshape(-1, columns)
 
 
-def _scales(scales: Stored) -> Floats:
+def scale_values(scales: Stored) -> Floats:
     """All scales of a matrix in float32."""
     if scales.dtype != "f8_e8m0":
         return widened(scales.rows(0, scales.shape[0]))

@@ -23,7 +23,8 @@ READABLE: dict[str, np.dtype[Any]] = {"bf16": np.dtype("<u2"), "f16": np.dtype("
 READABLE["f64"] = np.dtype("<f8")
 
 # The types of packed tensors.
-INTEGERS: dict[str, np.dtype[Any]] = {"i16": np.dtype("<i2"), "i32": np.dtype("<i4")}
+INTEGERS: dict[str, np.dtype[Any]] = {"i16": np.dtype("<i2"), "i32": np.dtype("<i4"), "i64": np.dtype("<i8")}
+INTEGERS |= dict.fromkeys(("u8", "f8_e4m3", "f8_e8m0"), np.dtype("u1"))  # small floats as their bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +36,8 @@ class Stored:
     `offset` is the first byte in the file, None where the bytes are not in one piece. `decode` reads what no
     view can show, scaled bytes for example: it takes the first of some rows and the end of them, and returns
     them as `rows` does. Of a file that is not on this disk there is no view: `fetch` gives bytes of the
-    tensor, from the first of some to the end of them. A type without any of these is not read.
+    tensor, from the first of some to the end of them. A type without any of these is not read. `parts` are
+    the tensors that `decode` reads, codes and scales.
     """
 
     path: Path
@@ -46,6 +48,7 @@ class Stored:
     data: Array | None = field(repr=False)
     decode: Callable[[int, int], Array] | None = field(repr=False, default=None)
     fetch: Fetch | None = field(repr=False, default=None)
+    parts: tuple[Stored, ...] = field(repr=False, default=())
 
     @property
     def readable(self) -> bool:
@@ -122,7 +125,7 @@ def fetched_safetensors(
 
 
 def values(stored: Stored) -> Array:
-    """A copy of a tensor's values in their stored type, for the types in READABLE and "i32", "i16"."""
+    """A copy of a tensor's values in their stored type, for the types in READABLE and INTEGERS."""
     assert stored.offset is not None  # safetensors tensors are in one piece
     kind = READABLE.get(stored.dtype) or INTEGERS[stored.dtype]
     count = stored.nbytes // kind.itemsize

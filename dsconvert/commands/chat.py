@@ -89,7 +89,7 @@ def chat(
     threads: int | None,
     display: Display,
 ) -> int:
-    """Talk to a GGUF file in llama.cpp, or to a GPTQ, EXL2 or 16-bit folder in torch.
+    """Talk to a GGUF file in llama.cpp, or to a folder, quantized or not, in torch.
 
     With --prompt, or where standard input is no terminal, one answer goes to standard output and everything
     else to standard error. The prompt is written in the model's own chat template, and an answer ends at the

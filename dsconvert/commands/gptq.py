@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dsconvert.commands import shared_options as shared
+from dsconvert.commands import solver_options as solver
 from dsconvert.commands.calibration_options import calibration_options
 from dsconvert.commands.publish import Publish, publish_options
 from dsconvert.commands.run import command, on_each_rank
@@ -29,34 +30,14 @@ if TYPE_CHECKING:
     callback=shared.integer,
     help="Bits per weight.",
 )
-@click.option(
-    "-g",
-    "--group-size",
-    type=click.Choice(["32", "64", "128", "-1"]),
-    default="128",
-    show_default=True,
-    callback=shared.integer,
-    help="Inputs that share a scale; -1: all of a row.",
-)
-@click.option(
-    "--act-order/--no-act-order",
-    default=True,
-    show_default=True,
-    help="Solve the inputs of largest activation first; the groups stay where they are.",
-)
+@solver.group_size_option
+@solver.act_order_option
 @click.option(
     "--dynamic-groups", is_flag=True, help="Groups in activation order (desc_act), as old files have."
 )
-@click.option(
-    "--sym/--asym", default=True, show_default=True, help="One zero point for all, or one per group."
-)
+@solver.sym_option
 @shared.damp_option
-@click.option(
-    "--mse/--no-mse",
-    default=True,
-    show_default=True,
-    help="Search each scale for the least squared error, weighted by what it costs; or min-max.",
-)
+@solver.mse_option
 @calibration_options("c4", 2048)
 @shared.bos_option
 @shared.out_option()
@@ -65,12 +46,8 @@ if TYPE_CHECKING:
 @publish_options
 @shared.force_option
 @shared.device_option
-@click.option(
-    "--language-only",
-    is_flag=True,
-    help="Of a model with a vision tower, a plain folder of its language model.",
-)
-@click.option("--lm-head", is_flag=True, help="Quantize the output layer too, which not every runtime reads.")
+@solver.language_option
+@solver.head_option
 @shared.conversion_effort
 def gptq(
     model_path: ModelPath,

@@ -64,6 +64,14 @@ LIMITS: dict[str, Thresholds] = {
     # Two bits in groups of 128 may leave nothing of a small model: SmolLM2-135M 13.4 nats, rounded to nearest
     # 14.8. As above.
     "gptq2": Thresholds(math.inf, math.inf, 1.0),
+    # The same solver and grid as GPTQ's: of compressed-tensors.
+    "w8a16": Thresholds(0.005, 1.01, 0.04),
+    "w6a16": Thresholds(0.05, 1.05, 0.1),
+    "w5a16": Thresholds(0.20, 1.25, 0.25),
+    "w4a16": Thresholds(0.70, 1.80, 0.4),
+    "w3a16": Thresholds(1.50, 3.00, 0.7),
+    "w2a16": Thresholds(math.inf, math.inf, 1.0),
+    "fp8": Thresholds(0.05, 1.05, 0.1),
     "exl2_8": Thresholds(0.005, 1.01, 0.04),
     "exl2_6": Thresholds(0.05, 1.05, 0.1),
     "exl2_5": Thresholds(0.20, 1.25, 0.25),
@@ -118,6 +126,13 @@ SNR_FLOOR: dict[str, float] = {
     "gptq4": 8.5,
     "gptq3": 3.5,
     "gptq2": 0.5,
+    "w8a16": 30.0,
+    "w6a16": 19.0,
+    "w5a16": 13.5,
+    "w4a16": 8.5,
+    "w3a16": 3.5,
+    "w2a16": 0.5,
+    "fp8": 24.0,  # e4m3, a scale for 128 by 128: 31 and more
     # As GPTQ, by the average width of a tensor's codes; 5 and 6 bits between, 6 dB a bit.
     "exl2_8": 30.0,
     "exl2_6": 19.0,

@@ -21,6 +21,8 @@ from dsconvert.models.weights import WeightSource
 from dsconvert.vision.config import VisionConfig
 from dsconvert.vision.transformers_layout import has_original_layout, in_transformers_layout
 
+LINEARS = (*SOLVE_ORDER, "latent")  # the roles of matrices that linears multiply by
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -72,12 +74,16 @@ class Selection:
         return {name: linear.shape for name, linear in self.linears.items()}
 
 
-def select(model: str | ModelPath, language_only: bool, head: bool = False) -> Selection:
+def select(
+    model: str | ModelPath, language_only: bool, head: bool = False, calibrated: bool = True
+) -> Selection:
     """Open a checkpoint and match it with its table both ways; reads no weights.
 
     With `language_only` the language model of a bigger model is taken out of it; else DeepSeek-VL comes out
     in transformers' layout, whatever layout it has. With `head` the head is among the linears, the last of
-    them. Raises what `open_checkpoint` and `plan` raise, UsageError for a head that is the embedding.
+    them. Without `calibrated` experts and the inner matrices of latent attention are linears too. Raises what
+    `open_checkpoint` and `plan` raise, UsageError for a head that is the embedding, CheckpointError where a
+    model with experts is to be `calibrated`.
     """
     checkpoint, vision = open_checkpoint(model), None
     outer = checkpoint.config
@@ -87,7 +93,8 @@ def select(model: str | ModelPath, language_only: bool, head: bool = False) -> S
     specs = plan(architecture.table, outer, checkpoint.shapes())
     checkpoint.check_readable(name for spec in specs for name in spec.names)
     source, config = language_model(checkpoint, outer)
-    linear_inputs.check_dense(config, checkpoint.folder)
+    if calibrated:
+        linear_inputs.check_dense(config, checkpoint.folder)
     own = {spec.gguf: spec.names for spec in plan(architecture.decoder.table, config, source.shapes())}
     inside = {name: n for spec in specs for name, n in zip(spec.names, own[spec.gguf], strict=True)}
     whole = architecture.mount is None or not language_only
@@ -117,7 +124,7 @@ def select(model: str | ModelPath, language_only: bool, head: bool = False) -> S
 
 
 def _is_linear(spec: Spec) -> bool:
-    return spec.role in SOLVE_ORDER and spec.hf.endswith(".weight")
+    return spec.role in LINEARS and spec.hf.endswith(".weight")
 
 
 def _kept(

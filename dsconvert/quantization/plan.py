@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -11,7 +11,9 @@ from dsconvert.calibration.request import CalibrationRequest
 from dsconvert.checkpoints.locate import ModelPath
 from dsconvert.checkpoints.marked_folders import check_folder
 from dsconvert.checkpoints.output_plan import REPLACED, check_place
-from dsconvert.events import Event, Warn
+from dsconvert.checkpoints.safetensors_writer import from_stored
+from dsconvert.events import Event, TensorPlan, Warn
+from dsconvert.proof.sources import StoredTensors
 from dsconvert.quantization.linears import Selection
 from dsconvert.quantization.run_state import check_state, state_folder
 from tokenizer_tools.load import TokenizerData
@@ -94,3 +96,25 @@ def notes(job: Job) -> Iterator[Event]:
     """What the user should know of the checkpoint."""
     for note in (*job.model.checkpoint.notes, *job.model.config.notes, *job.tokenizer.notes):
         yield Warn(note)
+
+
+def rows_of(model: Selection, kind: str, nbytes: Callable[[str], int]) -> list[TensorPlan]:
+    """A row of the plan for each tensor: linears of so many bytes that become `kind`, and what is kept."""
+    rows = [
+        TensorPlan(linear.out, name, linear.shape, model.source.dtype(name), kind, nbytes(name))
+        for name, linear in model.linears.items()
+    ]
+    for out, name in model.kept.items():
+        tensor = model.checkpoint.tensors[name]
+        rows.append(
+            TensorPlan(out, name, tensor.shape, tensor.dtype, tensor.dtype, from_stored(tensor).nbytes)
+        )
+    return rows
+
+
+def stored_tensors(model: Selection, kind: str) -> StoredTensors:
+    """Name, shape and type of every tensor of a folder whose linears are of the type `kind`."""
+    stored = model.checkpoint.tensors
+    linears = ((linear.out, linear.shape, kind) for linear in model.linears.values())
+    kept = ((out, stored[name].shape, stored[name].dtype) for out, name in model.kept.items())
+    return frozenset((*linears, *kept))

@@ -118,9 +118,22 @@ class Run:
     ranks: Ranks
 
 
+Choose = Callable[[Run], Generator[Event, None, Format]]
+
+
+def fixed(format_of: Callable[[Calibration], Format]) -> Choose:
+    """What chooses the format where a run has nothing left to choose."""
+
+    def choose(begun: Run) -> Generator[Event, None, Format]:
+        yield from ()
+        return format_of(begun.calibration)
+
+    return choose
+
+
 def run(
     job: Job,
-    choose: Callable[[Run], Generator[Event, None, Format]],
+    choose: Choose,
     ranks: Ranks,
     started: float,
 ) -> Iterator[Event]:

@@ -37,7 +37,8 @@ OWN = {
     "--out": (("default", "help"), "imatrix has a fixed name, the others are named after model and settings"),
     "--effort": (("default", "type"), "a conversion may leave the proof out, and verify proves all there is"),
 }
-CONVERSIONS, PROVING = ("gguf", "gptq", "exl2", "imatrix"), ("gguf", "gptq", "exl2", "verify", "compare")
+CONVERSIONS = ("gguf", "gptq", "compressed", "exl2", "imatrix")
+PROVING = ("gguf", "gptq", "compressed", "exl2", "verify", "compare")
 OUT, EFFORT = ["-o", "--out", "--outfile"], ["--effort", "--verify"]
 
 

@@ -18,6 +18,7 @@ from dsconvert.commands.shared_options import DISPLAY_OPTIONS
 STARTED = {
     "gguf": "converters.gguf.convert.convert",
     "gptq": "converters.gptq.convert.convert",
+    "compressed": "converters.compressed.convert.convert",
     "exl2": "converters.exl2.convert.convert",
     "imatrix": "converters.gguf.importance_file.make",
     "verify": "dsconvert.proof.prove.prove",
@@ -26,6 +27,7 @@ STARTED = {
 ARGUMENTS: dict[str, tuple[str, ...]] = {
     "gguf": ("model", "--calib", "builtin"),
     "gptq": ("model",),
+    "compressed": ("model",),
     "exl2": ("model",),
     "imatrix": ("model",),
     "verify": ("x.gguf", "--against", "model"),

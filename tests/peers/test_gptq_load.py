@@ -141,8 +141,8 @@ def test_whole_rows_as_groups(tmp_path: Path, source: Path) -> None:
 
 def test_the_sample_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A trained model of DeepSeek's layout, its output cut into shards."""
-    from converters.gptq import convert as flow
     from dsconvert.checkpoints.checkpoint import open_checkpoint
+    from dsconvert.quantization import folder as flow
 
     whole = flow.write_folder
     monkeypatch.setattr(flow, "write_folder", lambda *args, **more: whole(*args, shard_bytes=1 << 20, **more))
@@ -155,21 +155,10 @@ def test_the_sample_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("hybrid", [False, True], ids=["deepseek_vl", "deepseek_vl_hybrid"])
 def test_a_model_with_a_tower_loads_whole(tmp_path: Path, hybrid: bool) -> None:
     """The language model quantized, the tower and the aligner as they were; a text with a picture in it."""
-    import torch
-
     sizes = tiny_vl.VL(hybrid=hybrid, d=128, ff=256)
     source = tiny_vl.vl_checkpoint(tmp_path / "source", sizes)
     out = quantized(source, tmp_path / "out", "--group-size", "32")
-    text = ids(400)
-    text[0, 5 : 5 + sizes.tokens] = load_json(source / "config.json")["image_token_id"]
-    generator = torch.Generator().manual_seed(0)
-    inputs = {
-        "input_ids": text,
-        "pixel_values": torch.randn(1, 3, sizes.image, sizes.image, generator=generator),
-    }
-    if hybrid:
-        side = sizes.sam_image
-        inputs["high_res_pixel_values"] = torch.randn(1, 3, side, side, generator=generator)
+    inputs = tiny_vl.pictured(ids(400), sizes, load_json(source / "config.json")["image_token_id"])
     held(apart("AutoModelForImageTextToText", source, out, inputs))
 
 

@@ -30,9 +30,7 @@ def main(kind: str, model: str, folder: Path, kills: int, settings: dict[str, An
     convert = import_module(f"converters.{kind}.convert").convert
     out = folder / ("out.gguf" if kind == "gguf" else "out")
     state = out.with_name(out.name + ".state")
-    make: Any = {
-        "gptq": calibrated.gptq_options, "exl2": calibrated.exl2_options, "gguf": calibrated.gguf_options,
-    }[kind]  # fmt: skip
+    make = getattr(calibrated, f"{kind}_options")
     text = {"calib": "builtin", "calib_samples": 4, "calib_len": 128}
     options = make(model, out=out, resume=True, effort="off", **text, **settings)
 

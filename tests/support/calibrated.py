@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from converters.compressed import plan as compressed_plan
 from converters.exl2 import plan as exl2_plan
 from converters.gguf import output
 from converters.gptq import plan as gptq_plan
@@ -44,6 +45,12 @@ def exl2_options(model: Path | str, **asked: Any) -> exl2_plan.Options:
     """The options of `dsconvert exl2 MODEL`, each by its option's name."""
     run, rest = _split(model, asked)
     return exl2_plan.Options(run, **rest)
+
+
+def compressed_options(model: Path | str, **asked: Any) -> compressed_plan.Options:
+    """The options of `dsconvert compressed MODEL`, each by its option's name."""
+    run, rest = _split(model, asked)
+    return compressed_plan.Options(run, **rest)
 
 
 def gguf_options(model: Path | str, *quants: str, **asked: Any) -> output.Options:

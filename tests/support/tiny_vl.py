@@ -440,3 +440,15 @@ def _tokenizer(vocab: int) -> str:
     tokenizer = Tokenizer.from_str(tiny.tokenizer_json(vocab - 1))
     tokenizer.add_special_tokens([AddedToken(IMAGE, special=True, normalized=False)])
     return str(tokenizer.to_str())
+
+
+def pictured(text: Any, sizes: VL, token: int) -> dict[str, Any]:
+    """What transformers' model takes: token ids [1, n] with a random picture behind the first five."""
+    import torch
+
+    text[0, 5 : 5 + sizes.tokens] = token
+    generator, sides = torch.Generator().manual_seed(0), {"pixel_values": sizes.image}
+    if sizes.hybrid:
+        sides["high_res_pixel_values"] = sizes.sam_image
+    pictures = {name: torch.randn(1, 3, side, side, generator=generator) for name, side in sides.items()}
+    return {"input_ids": text, **pictures}

@@ -1,0 +1,1 @@
+"""compressed-tensors folders, for vLLM, SGLang and transformers."""

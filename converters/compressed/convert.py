@@ -1,0 +1,152 @@
+"""The flow of `dsconvert compressed`: plan, calibrate, solve block by block, write the folder, prove it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from converters.compressed.nearest import rounded_pieces
+from converters.compressed.opened import open_folder
+from converters.compressed.pack import pack
+from converters.compressed.plan import Job, Options, prepare
+from converters.compressed.schemes import integer_weights
+from converters.compressed.settings import ignored_linears, quantization_settings
+from converters.compressed.shapes import refusing_runtimes
+from converters.compressed.unpack import fields, integers
+from dsconvert.calibration.record import Calibration
+from dsconvert.checkpoints.safetensors_reader import Stored, values
+from dsconvert.checkpoints.safetensors_writer import Piece
+from dsconvert.checkpoints.source_files import check_unchanged
+from dsconvert.events import Event, Finished, Planned, Step, Warn
+from dsconvert.quantization.folder import write_quantized
+from dsconvert.quantization.gptq_solver import Solved, solve
+from dsconvert.quantization.plan import notes, rows_of, stored_tensors
+from dsconvert.quantization.proof import prove_folder
+from dsconvert.quantization.ranks import ALONE, Ranks
+from dsconvert.quantization.run import Coded, Format, Solving, fixed, run
+
+if TYPE_CHECKING:
+    import torch
+
+
+def convert(options: Options, ranks: Ranks = ALONE) -> Iterator[Event]:
+    """Quantize a checkpoint to a compressed-tensors folder as `options` say, yielding what happens.
+
+    Of several `ranks`, processes that all call this, the first draws the text, writes and proves.
+    Raises ConversionError before any work for everything that can be known by then. A run that is stopped
+    leaves the blocks that it finished beside the output, for `resume`, and nothing under the final name.
+
+    >>> from pathlib import Path
+    >>> from converters.compressed.plan import Options
+    >>> from converters.outputs import open_output
+    >>> from dsconvert.calibration.request import CalibrationRequest
+    >>> from dsconvert.quantization.plan import RunOptions
+    >>> few = CalibrationRequest("builtin", samples=2, length=32)
+    >>> run = RunOptions("sample:", few, out=Path("sample-w4a16"), effort="off")
+    >>> events = list(convert(Options(run, scheme="w4a16", group_size=32)))
+    >>> opened = open_output(Path("sample-w4a16"))
+    >>> opened.kind, opened.quant
+    ('compressed-tensors', 'w4a16-32g')
+    """
+    started = time.monotonic()
+    with ranks.together():
+        job = prepare(options)
+    yield from describe(job)
+    if not options.row.calibrated:
+        yield from convert_rounded(job, started)
+        return
+    yield from run(job, fixed(lambda calibration: format_of(job, calibration)), ranks, started)
+
+
+def convert_rounded(job: Job, started: float) -> Iterator[Event]:
+    """Write a folder whose weights are rounded to nearest, in a stream, and prove it."""
+    yield Step(f"rounding to {job.options.scheme}, and writing")
+    nbytes = write(job, {}, rounded_pieces(job))
+    yield Finished(str(job.out), nbytes, time.monotonic() - started)
+    planned = stored_tensors(job.model, job.options.row.type)
+    yield from prove_folder(job, lambda: open_folder(job.out), planned)
+    check_unchanged(job.model.checkpoint.seen)  # else something else was proven
+
+
+def describe(job: Job) -> Iterator[Event]:
+    """What will be written, to the byte, and which runtimes will not take it."""
+    yield from notes(job)
+    if job.model.vision is not None:
+        yield Step("written in transformers' layout; what no forward pass uses is left out")
+    model, options = job.model, job.options
+    rows = tuple(rows_of(model, options.row.type, job.nbytes))
+    quant = options.scheme
+    if options.row.calibrated:
+        quant += f", group {options.group_size}" + ("" if options.sym else ", asymmetric")
+    yield Planned((str(job.out),), quant, rows, (job.total,), model.checkpoint.nbytes, "as it is")
+    if not options.row.calibrated:
+        if model.config.experts:
+            yield Warn("transformers will not read this: it fuses experts, and cannot fuse compressed ones")
+        return
+    for runtime, rule in refusing_runtimes(model.shapes, options.grid).items():
+        yield Warn(f"{runtime} will not read this: {rule.partition(': ')[2]}")
+    if not options.sym:
+        yield Warn("transformers reads this with CompressedTensorsConfig(dequantize=True) only: asymmetric")
+
+
+def format_of(job: Job, calibration: Calibration) -> Format:
+    """What a compressed-tensors folder adds to the run."""
+    model, options = job.model, job.options
+    bits, sym = options.grid.bits, options.sym
+
+    def solved(name: str, W: torch.Tensor, H: torch.Tensor) -> Coded:
+        found = solve(W, H, options.solver)
+        stem = model.linears[name].stem
+        tensors = {f"{stem}.{part}": array for part, array in packed_of(found, bits, sym).items()}
+        return found, tensors, found.dequantized()
+
+    def restored(name: str, stored: Mapping[str, Stored]) -> torch.Tensor:
+        import torch
+
+        linear = model.linears[name]
+        outputs, inputs = linear.shape
+        parts = {key.removeprefix(f"{linear.stem}."): one for key, one in stored.items()}
+        codes = fields(values(parts["weight_packed"]), bits, inputs)
+        zeros = None if sym else fields(values(parts["weight_zero_point"]).T, bits, outputs).T
+        scales = parts["weight_scale"].rows(0, outputs)
+        group = np.arange(inputs) // options.grid.width(inputs)
+        return torch.from_numpy(integers(codes, scales, zeros, group, bits))
+
+    solving = Solving(
+        settings=dict.fromkeys(model.linears, options.scheme),
+        nbytes={name: job.nbytes(name) for name in model.linears},
+        solve=solved,
+        restore=restored,
+        head=options.lm_head,
+    )
+    return Format(
+        solving,
+        write=lambda pieces, fell_back: write(job, provenance(job, calibration, fell_back), pieces),
+        opened=lambda: open_folder(job.out),
+        planned=stored_tensors(model, options.row.type),
+    )
+
+
+def packed_of(solved: Solved, bits: int, sym: bool) -> dict[str, Any]:
+    """The tensors of the file, by the last part of their names."""
+    codes, scales, zeros = (part.cpu().numpy() for part in (solved.codes, solved.scales, solved.zeros))
+    return pack(codes, scales, zeros, bits, sym)
+
+
+def provenance(job: Job, calibration: Calibration, fell_back: Mapping[str, str]) -> Mapping[str, Any]:
+    """What the weights depend on besides the checkpoint, and which linears fell back."""
+    options = job.options
+    found: dict[str, Any] = {"damp": options.damp, "act_order": options.act_order, "mse": options.mse}
+    found["calibration"] = calibration.report.as_dict()
+    return found | ({"round_to_nearest": fell_back} if fell_back else {})
+
+
+def write(job: Job, provenance: Mapping[str, Any], pieces: Mapping[str, Piece]) -> int:
+    """The folder, of what is kept and of the linears' `pieces`; returns the bytes of its weights."""
+    row, model = job.options.row, job.model
+    weights = integer_weights(job.options.grid) if row.calibrated else row.weights
+    settings = quantization_settings(row, weights, ignored_linears(model), provenance)
+    return write_quantized(job, pieces, settings, model.files)

@@ -1,0 +1,99 @@
+"""`dsconvert compressed`: a checkpoint to a compressed-tensors folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from dsconvert.commands import shared_options as shared
+from dsconvert.commands import solver_options as solver
+from dsconvert.commands.calibration_options import calibration_options
+from dsconvert.commands.given import refuse
+from dsconvert.commands.run import command, on_each_rank
+
+if TYPE_CHECKING:
+    from dsconvert.calibration.request import CalibrationRequest
+    from dsconvert.checkpoints.locate import ModelPath
+    from dsconvert.commands.display import Display
+
+
+INTEGERS = ("w2a16", "w3a16", "w4a16", "w5a16", "w6a16", "w8a16")
+FLOATS = ("fp8-block", "nvfp4a16", "mxfp4a16")
+# What has no effect where weights are rounded to nearest.
+SOLVER = ("group_size", "act_order", "sym", "damp", "mse", "resume")
+TEXT = ("calib", "calib_chat", "calib_column", "calib_samples", "calib_len", "seed")
+
+
+@command
+@shared.model_argument
+@click.option(
+    "-s",
+    "--scheme",
+    type=click.Choice([*INTEGERS, *FLOATS]),
+    default="w4a16",
+    show_default=True,
+    help="Bits of weights (w) and of activations (a), or a format of small floats.",
+)
+@solver.group_size_option
+@solver.act_order_option
+@solver.sym_option
+@shared.damp_option
+@solver.mse_option
+@calibration_options("c4", 2048)
+@shared.bos_option
+@shared.out_option()
+@shared.hub_options
+@shared.resume_option
+@shared.force_option
+@shared.device_option
+@solver.language_option
+@solver.head_option
+@shared.conversion_effort
+def compressed(
+    model_path: ModelPath,
+    scheme: str,
+    group_size: int,
+    act_order: bool,
+    sym: bool,
+    damp: float,
+    mse: bool,
+    calibration: CalibrationRequest,
+    add_bos: bool | None,
+    out: Path | None,
+    resume: bool,
+    force: bool,
+    device: str,
+    language_only: bool,
+    lm_head: bool,
+    effort: str,
+    display: Display,
+) -> int:
+    """Quantize a checkpoint for vLLM, SGLang and transformers (compressed-tensors), and prove the result.
+
+    MODEL_PATH is a Hugging Face folder, a .safetensors file, a hub id, or `sample:` (the embedded sample);
+    default: the current folder. Integers are solved by GPTQ with calibration, block by block; fp8-block,
+    nvfp4a16 and mxfp4a16 are rounded to nearest, without. Several GPUs: torchrun --nproc-per-node N -m
+    dsconvert compressed ... Exit code 0: quantized and proven, 2: stopped, 3: a check failed.
+
+    \b
+    Example:
+      dsconvert compressed sample: --scheme w4a16 --calib builtin --calib-samples 32
+    """  # fmt: skip
+    if scheme in FLOATS:
+        where = f"with {scheme}, which is rounded to nearest"
+        refuse(*SOLVER, *TEXT, where=where, hint="Leave it out, or choose a scheme of integers")
+    from converters.compressed.convert import convert
+    from converters.compressed.plan import Options
+    from dsconvert.quantization.plan import RunOptions
+
+    run = RunOptions(
+        model=model_path, calibration=calibration, add_bos=add_bos, out=out, resume=resume, force=force,
+        device=device, effort=effort,
+    )  # fmt: skip
+    options = Options(
+        run=run, scheme=scheme, group_size=group_size, act_order=act_order, sym=sym, damp=damp, mse=mse,
+        language_only=language_only, lm_head=lm_head,
+    )  # fmt: skip
+    return on_each_rank(lambda ranks: convert(options, ranks), display.events)

@@ -1,0 +1,88 @@
+"""Models with experts and latent attention, and fp8 checkpoints, whose codes pass through as they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import calibrated
+import numpy as np
+import pytest
+import tiny_experts
+from click.testing import CliRunner
+
+from converters.compressed.convert import convert
+from converters.compressed.reader import open_model
+from dsconvert.checkpoints.checkpoint import open_checkpoint
+from dsconvert.checkpoints.safetensors_reader import Stored, read_safetensors
+from dsconvert.cli import cli
+from dsconvert.errors import CheckpointError
+from dsconvert.events import Check, Event, Warn
+from dsconvert.models.config import load_json
+
+
+@pytest.fixture(scope="module")
+def v3(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """V3 of two layers, one with experts: as it is, in fp8, with scales that are powers of two."""
+    folder = tmp_path_factory.mktemp("experts")
+    model = tiny_experts.checkpoint(folder / "v3", "v3", num_hidden_layers=2, first_k_dense_replace=1)
+    fp8, plain = tiny_experts.to_fp8(model)
+    plain.rename(folder / "before")  # the other kind makes one of this name
+    powers, plain = tiny_experts.to_fp8(model, "f8_e8m0")
+    return {"f32": fp8, "powers": powers, "powers in float32": plain}
+
+
+def run(model: Path, out: Path, **more: Any) -> list[Event]:
+    return list(convert(calibrated.compressed_options(model, out=out, **{"effort": "off", **more})))
+
+
+def data(stored: Stored) -> bytes:
+    return bytes(stored.raw(0, stored.nbytes))
+
+
+def test_fp8_passes_through_without_a_second_rounding(tmp_path: Path, v3: dict[str, Path]) -> None:
+    events = run(v3["f32"], tmp_path / "out", scheme="fp8-block", effort="full")
+    checks = {e.name: e for e in events if isinstance(e, Check)}
+    assert [check.detail for check in checks.values() if not check.passed] == []
+    assert checks["mean KLD"].value == 0
+    folders = (v3["f32"], tmp_path / "out")
+    theirs, ours = (read_safetensors(folder / "model.safetensors") for folder in folders)
+    linears = [name for name, stored in theirs.items() if stored.dtype == "f8_e4m3"]
+    assert len(linears) > 60
+    for name in linears:
+        assert data(ours[name]) == data(theirs[name])
+        assert data(ours[f"{name.removesuffix('weight')}weight_scale"]) == data(theirs[f"{name}_scale_inv"])
+    settings = load_json(tmp_path / "out" / "config.json")["quantization_config"]
+    assert settings["quant_method"] == "compressed-tensors"
+    assert settings["ignore"] == ["lm_head", "model.layers.1.mlp.gate"]
+
+
+def test_scales_that_are_powers_of_two_become_float32(tmp_path: Path, v3: dict[str, Path]) -> None:
+    run(v3["powers"], tmp_path / "out", scheme="fp8-block")
+    read, source = open_model(tmp_path / "out"), open_checkpoint(v3["powers in float32"])
+    for name in (f"{linear}.weight" for linear in read.linears):
+        np.testing.assert_array_equal(read.float32(name), source.float32(name), err_msg=name)
+
+
+def test_experts_in_four_bits_are_proven(tmp_path: Path, v3: dict[str, Path]) -> None:
+    events = run(v3["f32"], tmp_path / "out", scheme="nvfp4a16", effort="full")
+    checks = {e.name: e for e in events if isinstance(e, Check)}
+    assert [check.detail for check in checks.values() if not check.passed] == []
+    assert "experts" in checks
+    assert any(isinstance(e, Warn) and "transformers will not read this" in e.text for e in events)
+    read = open_model(tmp_path / "out")
+    assert {read.dtype(f"model.layers.1.{name}.weight") for name in (
+        "self_attn.q_a_proj", "self_attn.q_b_proj", "self_attn.kv_b_proj", "mlp.experts.15.down_proj",
+        "mlp.shared_experts.up_proj")} == {"nvfp4"}  # fmt: skip
+    assert read.dtype("model.layers.1.mlp.gate.weight") == "bf16"
+    fused = [read.linears[f"model.layers.1.self_attn.{x}"] for x in ("q_a_proj", "kv_a_proj_with_mqa")]
+    first, second = (one.parts["weight_global_scale"].rows(0, 1).tolist() for one in fused)
+    assert first == second
+
+
+def test_integers_are_for_dense_models_and_refused_by_name(tmp_path: Path, v3: dict[str, Path]) -> None:
+    with pytest.raises(CheckpointError, match="experts, whose linears are not calibrated"):
+        run(v3["f32"], tmp_path / "out", scheme="w4a16")
+    done = CliRunner().invoke(cli, ["compressed", str(v3["f32"]), "-o", str(tmp_path / "out")])
+    assert done.exit_code == 2
+    assert not list(tmp_path.iterdir())
