@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from dsconvert.chat.answer import Answer, Reader, answer
-from dsconvert.chat.model import Model, Stopped
+from dsconvert.chat.model import Model, Part, Stopped
 from dsconvert.chat.prompt import ASSISTANT, SYSTEM, USER, Message, fitting
 from dsconvert.chat.sampling import Sampling, draw
 from dsconvert.errors import UsageError
@@ -38,6 +39,7 @@ class Session:
         self._sampling, self._limit = sampling, limit
         self._random = np.random.default_rng(seed)
         self._reader = Reader(model)
+        self._embedding = 0.0  # seconds that this prompt's pictures took
         self._system = (Message(SYSTEM, system),) if system else ()
         if system and not model.text.template:
             raise UsageError(
@@ -63,13 +65,23 @@ class Session:
         """
         asked = (*self.messages, Message(USER, text, tuple(pictures)))
         room = min(self._limit or ROOM, ROOM, self.model.context // 4)
-        prompt = fitting(self.model.text, self.model.embed, (*self._system, *asked), self.model.context, room)
+        self._embedding = 0.0
+        messages = (*self._system, *asked)
+        prompt = fitting(self.model.text, self._embed, messages, self.model.context, room)
         pieces = answer(self._reader, prompt.parts, self._draw, self._limit, stopped)
         said = yield from (pieces if not self.model.text.template else stripped(pieces))
         if said.text or said.ended != "interrupted":
             self.messages = (*prompt.messages[len(self._system) :], Message(ASSISTANT, said.text))
         cut = (CUT.format(said.context),) if said.ended == "context" else ()
-        return replace(said, notes=(*prompt.notes, *cut))
+        seconds = said.prompt_seconds + self._embedding
+        return replace(said, prompt_seconds=seconds, notes=(*prompt.notes, *cut))
+
+    def _embed(self, prompt: str, pictures: Sequence[Path]) -> list[Part]:
+        """As the model's; the towers' time is a part of the prompt's."""
+        began = time.perf_counter()
+        parts = self.model.embed(prompt, pictures)
+        self._embedding += time.perf_counter() - began
+        return parts
 
     def _draw(self, logits: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> int:
         return draw(logits, self._sampling, self._random)
