@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from converters.gguf.convert import convert
 from converters.gguf.importance import REPORT
 from converters.gguf.opened import open_file
+from converters.gguf.output import Options
 from converters.gguf.parse import GGUFFile, open_gguf
 from converters.outputs import open_reference
 from dsconvert.cli import cli
@@ -193,3 +194,22 @@ def test_weights_that_no_type_holds_are_refused_by_name(value: float, said: str,
         run("q4_0", out=tmp_path / "out.gguf", model=model, calib_samples=2, calib_len=32)
     assert name in str(raised.value)
     assert not (tmp_path / "out.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "length"),
+    [([], 512), (["--solver", "gptq"], 2048), (["--solver", "gptq", "--calib-len", "64"], 64)],
+)
+def test_error_feedback_takes_longer_windows(
+    words: list[str], length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Options] = []
+    monkeypatch.setattr("converters.gguf.convert.convert", lambda options, *ranks: seen.append(options) or [])
+    CliRunner().invoke(cli, ["gguf", "sample:", "--calib", "builtin", *words], catch_exceptions=False)
+    assert seen[0].calibration is not None
+    assert seen[0].calibration.length == length
+
+
+def test_few_tokens_are_told(tmp_path: Path) -> None:
+    said = run("q4_0", out=tmp_path / "out.gguf", calib_samples=2, calib_len=64)
+    assert any("128 calibration tokens are few" in str(event) for event in said if isinstance(event, Warn))
