@@ -193,7 +193,7 @@ class Run:
 
     def share(self, error: TensorError) -> float:
         """How much of the error of a matrix is foretold."""
-        return share(error.type, error.snr, error.lost, self.losses.ratio(error.name))
+        return share(error.type, error.snr, error.lost, self.losses.ratio(error.name), error.fed)
 
     def foretold(self, both: tuple[torch.Tensor, torch.Tensor], error: TensorError) -> torch.Tensor:
         """What the foretold model has of a tensor of both; the candidate's itself where they are the same."""

@@ -220,7 +220,7 @@ class _Run:
     def share(self, name: str, other: str) -> float:
         """How much of the error of the candidate's tensor `other` is foretold."""
         error = self.tensors[name, other]
-        return share(error.type, error.snr, error.lost, self.losses.ratio(name))
+        return share(error.type, error.snr, error.lost, self.losses.ratio(name), error.fed)
 
     def product(self, name: str, states: list[Floats]) -> list[Floats]:
         """Every model's states times its matrix `name`, whose error is noted.
