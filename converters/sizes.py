@@ -89,10 +89,16 @@ def _of_config(
         table, vision = towers_alone(folder, config)
         beside = sum(spec.values for spec in expand(table, vision) if not spec.row.optional)
     name = shlex.quote(model or ".")
-    types = (*_plain(specs, beside), *_exl2(name, specs, beside), *_gptq(name, specs, beside),
-             *_gguf(name, config, specs, beside))  # fmt: skip
+    types = [*_plain(specs, beside), *_gguf(name, config, specs, beside)]
+    if calibrated(config):
+        types[1:1] = [*_exl2(name, specs, beside), *_gptq(name, specs, beside)]
     count = sum(spec.values for spec in specs) + beside
-    return Sized(model or folder.name, folder, decoder_of(config), count, types, notes)
+    return Sized(model or folder.name, folder, decoder_of(config), count, tuple(types), notes)
+
+
+def calibrated(config: ModelConfig) -> bool:
+    """Whether a model is one of those that are run on calibration text: all linears see every token."""
+    return config.experts is None and config.latent is None
 
 
 def _plain(specs: list[Spec], beside: int) -> Iterator[Made]:
@@ -159,6 +165,8 @@ def _gguf(model: str, config: ModelConfig, specs: list[Spec], beside: int) -> It
         if quant in OF_OTHERS:
             continue
         weighed = mixtures.needs_importance(quant)
+        if weighed and not calibrated(config):
+            continue
         choices = mixtures.choose_for(config, quant, shapes, imatrix=weighed)
         weights = weights_of(specs, partial(_gguf_size, choices), 2 * beside)
         command = f"dsconvert gguf {model} --quant {quant}" + " --calib c4" * weighed

@@ -24,6 +24,7 @@ from converters.gguf.plan import Job, with_keys
 from converters.gguf.qtypes import QTYPES
 from dsconvert.calibration.record import Calibration
 from dsconvert.checkpoints.output_plan import look
+from dsconvert.decoder.linear_inputs import check_dense
 from dsconvert.errors import UsageError
 from dsconvert.events import Event, Step, TypesChosen
 from dsconvert.models.architectures import find_architecture
@@ -63,6 +64,7 @@ def typed(job: Job) -> Generator[Event, None, Job]:
     asked, solver = job.options.budget, job.options.solver
     if asked is None:
         return job
+    check_dense(job.config, job.checkpoint.folder)
     types = budgets.candidates(asked, job.specs, job.options.overrides)
     known = None
     if asked.measurement is not None and look(asked.measurement) is not None:

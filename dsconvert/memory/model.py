@@ -15,15 +15,16 @@ from dsconvert.models.tensor_table import Spec, expand, plan
 class Decoder:
     """The sizes of a decoder.
 
-    `cached` is how many values a token leaves in the cache of each layer, `fresh` how many its keys and
-    values have in all before they are cached.
+    `inner` is the width of the widest MLP that a token goes through, of all its experts together.
+    `cached` is how many values its keys and values have in each layer, which is what a cache keeps of it; of
+    latent attention a runtime may keep the `latent` vector that they are made of, 0 where there is none.
     """
 
     hidden: int
     inner: int
     heads: int
     cached: int
-    fresh: int
+    latent: int
     vocab: int
     context: int
 
@@ -71,11 +72,18 @@ class Sized:
 
 def decoder_of(config: ModelConfig) -> Decoder:
     """The sizes that a config states: keys and values are cached for each head that has its own."""
+    experts, latent = config.experts, config.latent
+    inner = config.intermediate_size
+    if experts is not None:
+        routed = max(experts.used, experts.shared) * experts.size
+        inner = routed if experts.first == 0 else max(inner, routed)
     cached = 2 * config.kv_heads * config.head_dim
+    if latent is not None:
+        cached = config.heads * (latent.nope + latent.rope + latent.value)
+    small = latent.kv_rank + latent.rope if latent is not None else 0
     return Decoder(
-        config.hidden_size, config.intermediate_size, config.heads, cached, cached, config.vocab_size,
-        config.context_length,
-    )  # fmt: skip
+        config.hidden_size, inner, config.heads, cached, small, config.vocab_size, config.context_length
+    )
 
 
 def stored_specs(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]] | None = None) -> list[Spec]:

@@ -94,12 +94,15 @@ def peak(
 def _on_card(decoder: Decoder, card: Card, runtime: Runtime, bits: float, batch: int, length: int) -> Peak:
     tokens = batch * length
     running = min(tokens, runtime.at_once or tokens)
-    cache = ceil(card.blocks * decoder.cached * tokens * bits / 8)
+    latent = decoder.latent if runtime.latent else 0
+    cache = ceil(card.blocks * (latent or decoder.cached) * tokens * bits / 8)
+    # Attention in the latent vectors themselves makes queries and outputs of their width for every head.
+    fresh = 2 * decoder.heads * latent or decoder.cached
     pairs = running * length
     moments = [0]
     if card.blocks:
         moments += [
-            running * runtime.keys * decoder.fresh + runtime.scores * decoder.heads * pairs,
+            running * runtime.keys * fresh + runtime.scores * decoder.heads * pairs,
             running * runtime.inner * decoder.inner,
         ]
     if card.head:

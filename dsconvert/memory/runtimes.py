@@ -24,7 +24,8 @@ class Runtime:
     for a logit, of `every_logit` position that runs or of the last of each sequence. `mask` bytes go to each
     pair of a running token and one that it may see. `fixed` bytes are the program's own on each card.
     `embedding` says whether cards hold the embedding; else host memory does. `caches` are the types that
-    the cache may have, the usual one first. One that is not `on_card` has all of it in host memory.
+    the cache may have, the usual one first. With `latent` the cache holds latent attention's own vectors, and
+    not the keys and values that are made of them. One that is not `on_card` has all of it in host memory.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Runtime:
     fixed: int
     caches: tuple[str, ...]
     embedding: bool = True
+    latent: bool = False
     on_card: bool = True
 
 
@@ -64,8 +66,8 @@ RUNTIMES = {
         Runtime("eager", 0, 8, 2, 14, 6, 10, True, 0, _TORCH, _HALF),
         Runtime("transformers", 0, 8, 2, 0, 6, 6, False, 0, _TORCH, _HALF),
         Runtime("exllamav2", 2048, 8, 2, 0, 6, 6, False, 0, _TORCH, _HALF),
-        Runtime("llama.cpp", 512, 20, 4, 0, 12, 4, True, 2, _TORCH, _GGML, embedding=False),
-        Runtime("llama.cpp-cpu", 512, 20, 4, 0, 12, 4, True, 2, 0, _GGML, on_card=False),
+        Runtime("llama.cpp", 512, 20, 4, 0, 12, 4, True, 2, _TORCH, _GGML, embedding=False, latent=True),
+        Runtime("llama.cpp-cpu", 512, 20, 4, 0, 12, 4, True, 2, 0, _GGML, latent=True, on_card=False),
     )
 }
 

@@ -36,6 +36,7 @@ from dsconvert.proof.sources import Opened, Reference, StoredTensors, limits_nam
 from dsconvert.proof.structure import check_structure, structure_faults
 from dsconvert.proof.text import Text, check_text, choose_text, handling
 from dsconvert.proof.thresholds import Thresholds, thresholds_for
+from dsconvert.proof.types_by_cost import types_by_cost
 from dsconvert.texts.defaults import LENGTH
 from dsconvert.texts.windows import Windows
 from tokenizer_tools import identity
@@ -305,4 +306,4 @@ def provenance(
         f"{scored} predictions scored",
         "arithmetic": arithmetic,
         "versions": ", ".join([f"dsconvert {dsconvert.__version__}", *versions]),
-    }
+    } | types_by_cost(opened)

@@ -16,6 +16,7 @@ from converters.gguf import budget as budgets
 from converters.gguf.budget import USUAL, Budget
 from converters.gguf.convert import convert
 from converters.gguf.cost_file import Known, load, save
+from converters.gguf.opened import open_file
 from converters.gguf.output import Options
 from converters.gguf.parse import open_gguf
 from converters.gguf.plan import prepare
@@ -28,6 +29,7 @@ from dsconvert.events import Check, Foretold, Planned, TypesChosen
 from dsconvert.memory.model import decoder_of
 from dsconvert.memory.peak import Card, peak
 from dsconvert.memory.runtimes import MIB, RUNTIMES
+from dsconvert.proof.types_by_cost import types_by_cost
 from dsconvert.quantization.allocate import Option, curve
 
 WEIGHTS = 2_622_720  # of the embedded sample
@@ -219,5 +221,8 @@ def test_a_file_is_closer_than_the_rule_of_its_size_and_the_same_twice(tmp_path:
     assert keys["dsconvert.types.foretold_kl"] == pytest.approx(foretold.nats)
     assert list(keys["dsconvert.types.candidates"]) == list(USUAL)
     assert len(keys["dsconvert.types.curve_bytes"]) == len(keys["dsconvert.types.curve_kl"])
+    said = types_by_cost(open_file(out))
+    assert said["types"] == f"by cost for {size:,} bytes, foretold KL {foretold.nats:.3g}"
+    assert len(said["other sizes' foretold KL"].split("; ")) > 10
     made(tmp_path / "again.gguf", budget=asked, effort="off")  # with the costs that are kept
     assert (tmp_path / "again.gguf").read_bytes() == out.read_bytes()

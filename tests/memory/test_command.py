@@ -21,7 +21,7 @@ from converters.sizes import sizes_of
 from dsconvert.cli import cli
 from dsconvert.memory.runtimes import GIB
 from tests.support import tiny, tiny_vl
-from tests.support.published_memory import CONFIG_7B, LENGTHS, PUBLISHED_7B
+from tests.support.published_memory import CONFIG_7B, CONFIG_V2_LITE, LENGTHS, PUBLISHED_7B
 
 
 def run(*words: object, code: int = 0) -> str:
@@ -111,6 +111,13 @@ def test_towers_count_with_weights_and_without(hybrid: bool, tmp_path: Path) -> 
     assert whole.types[0].weights == alone.types[0].weights
     assert whole.types[0].weights.beside > 0
     assert whole.parameters == alone.parameters
+
+
+def test_types_that_cannot_be_made_of_experts_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG_V2_LITE), encoding="utf-8")
+    types = {made.type for made in sizes_of(str(tmp_path)).types}
+    assert {"bf16", "q8_0", "q4_k_m", "q2_k", "iq4_xs"} <= types
+    assert not {kind for kind in types if kind.startswith(("gptq", "exl2", "iq2"))}
 
 
 def test_a_tied_head_costs_a_card_of_its_own_once(tmp_path: Path) -> None:

@@ -12,7 +12,15 @@ from dsconvert.memory.model import Decoder, Weights, decoder_of, stored_specs, w
 from dsconvert.memory.peak import Peak, longest, peak, share_out
 from dsconvert.memory.runtimes import GIB, RUNTIMES
 from dsconvert.models.config import normalise
-from tests.support.published_memory import CONFIG_7B, CONFIG_67B, LENGTHS, OOM, PUBLISHED_7B, PUBLISHED_67B
+from tests.support.published_memory import (
+    CONFIG_7B,
+    CONFIG_67B,
+    CONFIG_V2_LITE,
+    LENGTHS,
+    OOM,
+    PUBLISHED_7B,
+    PUBLISHED_67B,
+)
 
 
 def in_16_bits(raw: dict[str, Any]) -> tuple[Decoder, Weights]:
@@ -42,7 +50,7 @@ def test_the_published_table_holds(
 
 
 def test_a_peak_is_the_sum_that_the_page_tells() -> None:
-    decoder = Decoder(hidden=64, inner=160, heads=4, cached=64, fresh=64, vocab=512, context=512)
+    decoder = Decoder(hidden=64, inner=160, heads=4, cached=64, latent=0, vocab=512, context=512)
     weights = Weights(1000, (200, 300), 500)
     one = peak(decoder, share_out(weights, 1), RUNTIMES["eager"], 16, 3, 32)
     tokens = 3 * 32
@@ -88,3 +96,14 @@ def test_the_longest_length_fits_and_the_next_does_not() -> None:
         assert peak(decoder, cards, runtime, 16, 4, found + 1).total > 18 * GIB
     assert longest(decoder, share_out(weights, 1), RUNTIMES["eager"], 16, 1, 12 * GIB) == 0
     assert longest(decoder, share_out(weights, 1), RUNTIMES["eager"], 16, 1, 400 * GIB) == 4096
+
+
+def test_latent_attention_is_cached_as_a_runtime_keeps_it() -> None:
+    """DeepSeek-V2-Lite's numbers: 512 + 64 values a token and layer in llama.cpp, all heads' elsewhere."""
+    decoder, weights = in_16_bits(CONFIG_V2_LITE)
+    assert (decoder.latent, decoder.cached) == (576, 16 * (192 + 128))
+    assert decoder.inner == 10944
+    assert weights.total == 2 * 15_706_484_224  # as the published checkpoint has them
+    for name, values in (("llama.cpp", 576), ("transformers", 5120)):
+        cards = share_out(weights, 1, RUNTIMES[name].embedding)
+        assert peak(decoder, cards, RUNTIMES[name], 16, 2, 100).cache == 2 * 27 * values * 200

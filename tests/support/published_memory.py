@@ -38,3 +38,11 @@ CONFIG_67B = CONFIG_7B | {
     "num_attention_heads": 64,
     "num_key_value_heads": 8,
 }
+# DeepSeek-V2-Lite's config.json, as far as sizes go.
+CONFIG_V2_LITE = CONFIG_7B | {
+    "architectures": ["DeepseekV2ForCausalLM"], "hidden_size": 2048, "intermediate_size": 10944,
+    "num_hidden_layers": 27, "num_attention_heads": 16, "num_key_value_heads": 16, "kv_lora_rank": 512,
+    "q_lora_rank": None, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+    "n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1,
+    "moe_intermediate_size": 1408, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
