@@ -13,6 +13,7 @@ import tiny
 from calibrated import Stop, gguf_options, stopper
 from click.testing import CliRunner
 
+from converters.gguf.budget import Budget
 from converters.gguf.convert import convert
 from converters.gguf.importance import REPORT
 from converters.gguf.opened import open_file
@@ -213,3 +214,18 @@ def test_error_feedback_takes_longer_windows(
 def test_few_tokens_are_told(tmp_path: Path) -> None:
     said = run("q4_0", out=tmp_path / "out.gguf", calib_samples=2, calib_len=64)
     assert any("128 calibration tokens are few" in str(event) for event in said if isinstance(event, Warn))
+
+
+def test_types_by_cost_have_codes_by_error_feedback(tmp_path: Path) -> None:
+    model = tiny.tiny_checkpoint(tmp_path / "model", layers=2, d=128, ff=352)
+    whole, out = tmp_path / "whole.gguf", tmp_path / "out.gguf"
+    few: dict[str, Any] = {"model": model, "calib_samples": 8, "calib_len": 128}
+    run("q4_1", out=whole, **few)
+    size = whole.stat().st_size
+    said = run(out=out, budget=Budget(size=size), **few)
+    file = open_gguf(out)
+    assert out.stat().st_size <= size
+    assert file.keys["dsconvert.solver"] == "gptq"
+    assert file.keys["dsconvert.types.asked"] == f"{size:,} bytes"
+    assert len({tensor.qtype.name for tensor in file.tensors.values()}) > 2
+    assert all(event.loss <= event.rtn_loss for event in said if isinstance(event, LinearSolved))
