@@ -18,13 +18,13 @@ from converters.gguf import feedback
 from converters.gguf.block_fields import Bytes
 from converters.gguf.calibrate import check_measurable, linears, measured_keys
 from converters.gguf.feedback import Inputs, solvable, solve
-from converters.gguf.layout import KeyValues, is_gguf
+from converters.gguf.layout import KeyValues
 from converters.gguf.plan import Job, with_keys
 from converters.gguf.qtypes import QType
 from converters.gguf.write import refuse, targets
 from dsconvert.calibration.request import CalibrationRequest
 from dsconvert.checkpoints.output_files import PartFile
-from dsconvert.checkpoints.output_plan import check_files
+from dsconvert.checkpoints.output_plan import check_room
 from dsconvert.checkpoints.safetensors_writer import Piece
 from dsconvert.decoder import linear_inputs
 from dsconvert.decoder import torch_decoder as st
@@ -163,8 +163,9 @@ def check(job: Job) -> None:
         )
     check_measurable(job)
     check_state(feeding.out, job.options.resume, job.options.force)
-    sizes = [2 * layout.nbytes for layout in job.layouts]  # the state lies beside the files
-    check_files(job.paths, sizes, force=job.options.force, inputs=job.inputs, ours=is_gguf)
+    if not job.options.resume:  # the state, as large as the linears, lies beside the files
+        files = sum(layout.nbytes for layout in job.layouts)
+        check_room(feeding.out.parent, files + sum(map(feeding.nbytes, feeding.model.linears)))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import calibrated
@@ -21,7 +22,7 @@ from converters.gguf.output import Options
 from converters.gguf.parse import GGUFFile, open_gguf
 from converters.outputs import open_reference
 from dsconvert.cli import cli
-from dsconvert.errors import QuantizationError
+from dsconvert.errors import OutputError, QuantizationError
 from dsconvert.events import Check, Event, Warn
 from dsconvert.proof import compare
 from dsconvert.proof.text import default_windows
@@ -229,3 +230,14 @@ def test_types_by_cost_have_codes_by_error_feedback(tmp_path: Path) -> None:
     assert file.keys["dsconvert.types.asked"] == f"{size:,} bytes"
     assert len({tensor.qtype.name for tensor in file.tensors.values()}) > 2
     assert all(event.loss <= event.rtn_loss for event in said if isinstance(event, LinearSolved))
+
+
+def test_room_for_the_state_is_asked_for_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files alone would fit."""
+    nbytes = 2_000_000
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=nbytes))
+    with pytest.raises(OutputError, match="are free"):
+        run("q4_k_m", out=tmp_path / "out.gguf")
+    assert not list(tmp_path.iterdir())
