@@ -40,14 +40,12 @@ def measure_inputs(
 ) -> Generator[Event, None, dict[str, Floats]]:
     """The tensors of an imatrix file: `source` is a decoder that runs over the windows drawn."""
     from dsconvert.decoder import importance as input_importance
-    from dsconvert.decoder import linear_inputs
     from dsconvert.decoder import torch_decoder as st
 
-    linear_inputs.check_dense(config)
     place = st.pick_device(device)
     decoder = st.open_decoder(source, config, place, st.pick_dtype(None, place))
     found = yield from input_importance.measure_importance(decoder, drawn.tokens)
-    return input_importance.tensors(found, decoder)
+    return input_importance.tensors(found)
 
 
 def file_keys(report: CalibrationReport) -> KeyValues:
@@ -88,7 +86,8 @@ def plan_measured(job: Job) -> Generator[Event, None, tuple[Job, Calibration | N
 
 def linears(job: Job) -> list[str]:
     """The tensors that a measurement has entries for, by GGUF name."""
-    return [spec.gguf for spec in job.specs if spec.role in SOLVE_ORDER and spec.gguf.endswith(".weight")]
+    roles = (*SOLVE_ORDER, "latent")
+    return [spec.gguf for spec in job.specs if spec.role in roles and spec.gguf.endswith(".weight")]
 
 
 def check_measurable(job: Job) -> None:
@@ -101,7 +100,7 @@ def check_measurable(job: Job) -> None:
 
 def measured_keys(drawn: Calibration, entries: Sequence[str]) -> KeyValues:
     """The keys of a file that tell of a measurement with these entries, known before it is made."""
-    return _matrix(drawn, {}, dict.fromkeys(entries, "")).keys
+    return _matrix(drawn, {}, dict.fromkeys(entries, ""), {}).keys
 
 
 def weighed(job: Job, drawn: Calibration | None) -> Generator[Event, None, Job]:
@@ -111,16 +110,22 @@ def weighed(job: Job, drawn: Calibration | None) -> Generator[Event, None, Job]:
     yield Step(f"measuring on {drawn.report.tokens:,} tokens of {drawn.report.text}")
     source, config = language_model(job.checkpoint, job.config)
     tensors = yield from measure_inputs(source, config, drawn, job.options.device)
-    values, unusable = importance.quotients(tensors)
+    values, unusable, untouched = importance.quotients(tensors)
     values |= job.importance  # of embedding and head, where types are chosen by cost
-    weights, unweighted = importance.weigh(_matrix(drawn, values, unusable), job.outputs)
+    matrix = _matrix(drawn, values, unusable, untouched)
+    weights, unweighted = importance.weigh(matrix, job.outputs)
     for note in unweighted:
         yield Warn(note)
     return replace(job, importance=weights)
 
 
-def _matrix(drawn: Calibration, values: dict[str, Floats], unusable: Mapping[str, str]) -> ImportanceMatrix:
+def _matrix(
+    drawn: Calibration,
+    values: dict[str, Floats],
+    unusable: Mapping[str, str],
+    untouched: Mapping[str, tuple[int, ...]],
+) -> ImportanceMatrix:
     report = drawn.report
     return ImportanceMatrix(
-        None, values, (dataset(report),), report.samples, dict(unusable), report_text(report)
+        None, values, (dataset(report),), report.samples, dict(unusable), report_text(report), untouched
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,10 +37,11 @@ NO_DATA = "has no data"
 
 @dataclass(frozen=True)
 class ImportanceMatrix:
-    """Importance, float32 [n_cols], by GGUF name; where it came from; what could not be used.
+    """Importance by GGUF name, float32 [n_cols], of a stack of matrices [matrices, n_cols].
 
-    `path` is None when it was measured on the way. `unusable` has the reason for each entry left out.
-    `report` is our own report on the calibration text, JSON, "" in other tools' files.
+    `path` is None when it was measured on the way. `unusable` has the reason for each entry left out,
+    `untouched` the matrices of a stack that no token came to: theirs is 1. `report` is our own report on the
+    calibration text, JSON, "" in other tools' files.
     """
 
     path: Path | None
@@ -49,6 +50,7 @@ class ImportanceMatrix:
     chunks: int
     unusable: dict[str, str]
     report: str = ""
+    untouched: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def keys(self) -> dict[str, tuple[str, str | int]]:
@@ -91,14 +93,15 @@ def select(
     chosen: dict[str, Floats] = {}
     left: dict[str, list[str]] = {}
     for name in wanted:
-        values, columns = matrix.values.get(name), shapes[name][-1]
-        if values is not None and values.size == columns:
+        values, wide = matrix.values.get(name), row_shape(shapes[name])
+        if values is not None and values.shape == wide:
             chosen[name] = values
         elif values is not None:
-            left.setdefault(f"has {values.size} values for {columns} columns", []).append(name)
+            told = f"has {_times(values.shape)} values for {_times(wide)} columns"
+            left.setdefault(told, []).append(name)
         else:
             left.setdefault(matrix.unusable.get(name, NO_DATA), []).append(name)
-    ours = any(n in shapes and shapes[n][-1] == values.size for n, values in matrix.values.items())
+    ours = any(n in shapes and row_shape(shapes[n]) == v.shape for n, v in matrix.values.items())
     if left and not ours:
         known = ", ".join([*matrix.values, *matrix.unusable][:2])
         raise UsageError(
@@ -108,6 +111,15 @@ def select(
             hint="Make one from this model: dsconvert imatrix MODEL --outfile imatrix.gguf",
         )
     return chosen, left
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return " times ".join(map(str, shape))
+
+
+def row_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the importance of a tensor: a row for each matrix that is stacked in it."""
+    return (shape[0], shape[-1]) if len(shape) > 2 else shape[-1:]
 
 
 def weigh(matrix: ImportanceMatrix | None, outputs: Sequence[Output]) -> tuple[dict[str, Floats], list[str]]:
@@ -129,6 +141,12 @@ def weigh(matrix: ImportanceMatrix | None, outputs: Sequence[Output]) -> tuple[d
         f"quantized without importance, for which the matrix {why}: {', '.join(names)}"
         for why, names in left.items()
     ]
+    notes += [
+        f"{name}: no token came to {len(numbers)} of {weights[name].shape[0]} matrices, number "
+        f"{', '.join(map(str, numbers[:8]))}{' and more' * (len(numbers) > 8)}: their columns count alike"
+        for name, numbers in matrix.untouched.items()
+        if name in weights
+    ]
     return weights, notes
 
 
@@ -146,7 +164,7 @@ def _from_gguf(file: GGUFFile) -> ImportanceMatrix:
     if kind != "imatrix" or not names:
         why = f"its general.type is {str(kind)[:40]!r}, it has {len(names)} entries"
         raise CheckpointError("is not an importance matrix", where=file.path, why=why)
-    values, unusable = quotients(
+    values, unusable, untouched = quotients(
         {name + end: _flat(file, name + end) for name in names for end in (SUMS, COUNTS)}
     )
     datasets = file.keys.get("imatrix.datasets", [])
@@ -159,16 +177,26 @@ def _from_gguf(file: GGUFFile) -> ImportanceMatrix:
         chunks if isinstance(chunks, int) else 0,
         unusable,
         report if isinstance(report, str) else "",
+        untouched,
     )
 
 
-def quotients(tensors: Mapping[str, Floats]) -> tuple[dict[str, Floats], dict[str, str]]:
-    """The importance in the tensors of a GGUF matrix, NAME.in_sum2 and NAME.counts, and what is unusable."""
+def quotients(
+    tensors: Mapping[str, Floats],
+) -> tuple[dict[str, Floats], dict[str, str], dict[str, tuple[int, ...]]]:
+    """The importance in the tensors of a GGUF matrix, NAME.in_sum2 and NAME.counts.
+
+    Beside it what is unusable, with the reason, and which matrices of a stack no token came to.
+    """
     values: dict[str, Floats] = {}
     unusable: dict[str, str] = {}
+    untouched: dict[str, tuple[int, ...]] = {}
     for name in (n.removesuffix(SUMS) for n in tensors if n.endswith(SUMS)):
-        _keep(name, tensors[name + SUMS].reshape(-1), tensors[name + COUNTS].reshape(-1), values, unusable)
-    return values, unusable
+        counts = tensors[name + COUNTS].reshape(-1)
+        _keep(name, tensors[name + SUMS].reshape(-1), counts, values, unusable)
+        if name in values and not (counts > 0).all():
+            untouched[name] = tuple(np.flatnonzero(~(counts > 0)).tolist())
+    return values, unusable, untouched
 
 
 def _flat(file: GGUFFile, name: str) -> Floats:
@@ -189,13 +217,15 @@ def _keep(
     """Put sums / count into `values`, or the reason why not into `unusable`."""
     # A count is rounded and the quotient taken in float32, as llama.cpp does: the bytes depend on it.
     count = np.floor(counts.astype(np.float64) + 0.5).astype(np.float32)
-    if counts.size != 1:
-        unusable[name] = f"is {counts.size} matrices in one, which no tensor here is"
-    elif not count[0] > 0:
+    if not counts.size or sums.size % counts.size:
+        unusable[name] = f"has {sums.size} values for {counts.size} matrices"
+    elif not (count > 0).any():
         unusable[name] = "has a count of 0: its input was never seen"
     else:
-        with np.errstate(over="ignore"):
-            quotient = (sums / count[0]).astype(np.float32)
+        rows = sums.reshape(counts.size, -1)
+        with np.errstate(all="ignore"):  # of a matrix that no token came to all columns count alike
+            quotient = np.where(count[:, None] > 0, rows / count[:, None], 1).astype(np.float32)
+        quotient = quotient if counts.size > 1 else quotient[0]
         if not np.isfinite(quotient).all() or (quotient < 0).any():
             unusable[name] = "has values that are negative, NaN or infinite"
         else:

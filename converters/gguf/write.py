@@ -23,6 +23,7 @@ from dsconvert.models.stored_rows import chunks, stored_rows
 from dsconvert.models.weights import Array
 
 CHUNK = 1 << 20  # values: 2 MB of bf16 in, well under 4 MB out for every type
+Importance = npt.NDArray[np.float32]
 PROJECTOR = ("v.", "mm.")  # how the tensors of a projector file begin
 
 
@@ -40,7 +41,7 @@ class Chunk:
     """Some rows of one tensor, and its targets.
 
     `read` returns them, [rows, columns]; `start` is the place of the first value, `nbytes` what
-    they take in the checkpoint.
+    they take in the checkpoint. Of a stack each matrix has `height` rows and an `importance` of its own.
     """
 
     name: str
@@ -50,7 +51,8 @@ class Chunk:
     nbytes: int
     targets: tuple[Target, ...]
     last: bool
-    importance: npt.NDArray[np.float32] | None = None
+    importance: Importance | None = None
+    height: int = 0
 
 
 def write_tensors(job: Job, parts: list[PartFile]) -> Iterator[Event]:
@@ -114,7 +116,17 @@ def _chunks(job: Job, parts: list[PartFile]) -> Iterator[Chunk]:
             share = nbytes * stop // spec.rows - nbytes * start // spec.rows
             last = stop == spec.rows
             source = spec.names[start * spec.many // spec.rows]
-            yield Chunk(spec.gguf, source, read, start * columns, share, places, last, importance)
+            yield Chunk(
+                spec.gguf,
+                source,
+                read,
+                start * columns,
+                share,
+                places,
+                last,
+                importance,
+                spec.rows // spec.shape[0],
+            )
     for name, values in job.derived.items():
         yield Chunk(name, name, partial(np.reshape, values, (-1, 1)), 0, 0, targets(job, parts, name), True)
 
@@ -133,11 +145,24 @@ def targets(job: Job, parts: list[PartFile], name: str) -> tuple[Target, ...]:
 def _run(chunk: Chunk) -> int:
     """Quantize and write one chunk; runs on a worker thread."""
     rows, flags = chunk.read(), 0
+    parts = list(_by_matrix(chunk, len(rows), rows.shape[1]))
     for target in chunk.targets:
         out = np.empty((len(rows), target.qtype.nbytes(rows.shape[1])), np.uint8)
-        flags |= kernels.quantize(target.qtype, rows, out, chunk.importance)
+        for part, importance in parts:
+            flags |= kernels.quantize(target.qtype, rows[part], out[part], importance)
         target.part.write(out.data, target.offset + target.qtype.nbytes(chunk.start))
     return flags
+
+
+def _by_matrix(chunk: Chunk, count: int, columns: int) -> Iterator[tuple[slice, Importance | None]]:
+    """The rows of a chunk by the matrices of a stack that they are of, each with its own importance."""
+    if chunk.importance is None or chunk.importance.ndim == 1:
+        yield slice(0, count), chunk.importance
+        return
+    first = chunk.start // columns
+    for number in range(first // chunk.height, -(-(first + count) // chunk.height)):
+        start, stop = max(number * chunk.height - first, 0), min((number + 1) * chunk.height - first, count)
+        yield slice(start, stop), chunk.importance[number]
 
 
 def refuse(flags: int, source: str, name: str, kinds: str, allow_nonfinite: bool = False) -> None:

@@ -51,8 +51,8 @@ def check_dense(config: ModelConfig, where: object = None) -> None:
         raise CheckpointError(
             f"{config.architecture} has {found}, whose linears are not calibrated",
             where=where,
-            why="An importance matrix, GPTQ and EXL2 are made of dense models only",
-            hint="dsconvert gguf MODEL -q q4_k_m, or any type that needs no importance matrix, converts it",
+            why="GPTQ and EXL2 are made of dense models only",
+            hint="dsconvert gguf MODEL -q q4_k_m converts it, also with an importance matrix (--calib c4)",
         )
 
 
@@ -75,7 +75,11 @@ def embed(decoder: st.Decoder, windows: st.IntArray) -> torch.Tensor:
 
 
 def groups(decoder: st.Decoder, index: int) -> list[tuple[str, ...]]:
-    """The weights of a block's linears in solve order, those with the same input together."""
+    """The weights of a block's linears in solve order, those with the same input together.
+
+    Raises CheckpointError for a model that is not dense.
+    """
+    check_dense(decoder.config)
     here = set(decoder.blocks[index].values())
     architecture = find_architecture(decoder.config.architecture)
     specs = expand(architecture.table, decoder.config)

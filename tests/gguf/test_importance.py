@@ -111,12 +111,20 @@ def test_entries_that_say_nothing_are_left_out_and_named(tmp_path: Path) -> None
         name: np.ones(32, np.float32) for name in ("good", "unseen", "nan", "infinite", "negative", "two")
     }
     sums["nan"][3], sums["infinite"][3], sums["negative"][3] = np.nan, np.inf, -1
-    matrix = importance.read(write_gguf(tmp_path / "m.gguf", sums, {"unseen": 0, "two": [5, 5]}))
+    matrix = importance.read(write_gguf(tmp_path / "m.gguf", sums, {"unseen": 0, "two": [5, 5, 5]}))
     assert list(matrix.values) == ["good"]
+    assert "32 values for 3 matrices" in matrix.unusable["two"]
     assert matrix.unusable.keys() == {"unseen", "nan", "infinite", "negative", "two"}
     assert "count of 0" in matrix.unusable["unseen"]
     assert "NaN" in matrix.unusable["nan"] == matrix.unusable["infinite"] == matrix.unusable["negative"]
     assert matrix.keys["quantize.imatrix.entries_count"] == ("uint32", 6)
+
+
+def test_a_stack_has_a_row_for_each_matrix(tmp_path: Path) -> None:
+    sums = {"a": np.arange(32, dtype=np.float32)}
+    matrix = importance.read(write_gguf(tmp_path / "m.gguf", sums, {"a": [4, 0]}))
+    assert matrix.values["a"].tolist() == [[i / 4 for i in range(16)], [1.0] * 16]
+    assert matrix.untouched == {"a": (1,)}
 
 
 def test_a_zero_among_the_values_is_data(tmp_path: Path) -> None:

@@ -265,11 +265,11 @@ def test_groups_count_only_where_the_method_goes_by_them() -> None:
     assert config("v3").experts.gating == "sigmoid"  # config.json need not say it
 
 
-@pytest.mark.parametrize("words", [("imatrix",), ("gptq", "--bits", "4"), ("exl2", "--bpw", "4")])
+@pytest.mark.parametrize("words", [("gptq", "--bits", "4"), ("exl2", "--bpw", "4")])
 def test_what_is_made_of_dense_models_only_says_so(
     words: tuple[str, ...], models: dict[str, Path], tmp_path: Path
 ) -> None:
-    out = ("--outfile", tmp_path / "i.gguf") if words[0] == "imatrix" else ("--out", tmp_path / "out")
+    out = ("--out", tmp_path / "out")
     code, told = command(
         *words, models["v3"], *out, "--calib", "builtin", "--calib-samples", "4", "--calib-len", "64"
     )
