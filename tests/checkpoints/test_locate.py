@@ -17,6 +17,7 @@ from dsconvert.checkpoints.checkpoint import open_checkpoint
 from dsconvert.checkpoints.hub_model import FILES, TEMPLATES, Repository, parse
 from dsconvert.checkpoints.locate import find
 from dsconvert.checkpoints.source_files import COMPANIONS
+from dsconvert.checkpoints.weight_files import Shelf, choose
 from dsconvert.errors import CheckpointError, ConversionError, UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -183,32 +184,35 @@ def test_a_hub_id_brings_what_outputs_are_made_of(tmp_path: Path) -> None:
         assert "api/models/owner/name/revision/v1" in asked
 
 
-@pytest.mark.parametrize("form", ["safetensors", "bin"])
-def test_of_shards_those_of_the_index_are_fetched_once(tmp_path: Path, form: str) -> None:
-    changes = {"shards": 2, "format": form}
-    model = tiny.tiny_checkpoint(tmp_path / "model", tiny.Tiny(**{**vars(SMALL), **changes}))
+def test_of_shards_those_of_the_index_are_fetched_once(tmp_path: Path) -> None:
+    model = tiny.tiny_checkpoint(tmp_path / "model", tiny.Tiny(**{**vars(SMALL), "shards": 2}))
     files = {path.name: path.read_bytes() for path in model.iterdir()}
     wanted = sorted(files)
-    files["other-00001-of-00001.safetensors" if form == "bin" else "pytorch_model.bin"] = b"x"
-    if form == "bin":  # an index that is older than the repository's weights
-        files["model.safetensors.index.json"] = b'{"weight_map": {"x": "gone.safetensors"}}'
-        del files["other-00001-of-00001.safetensors"]
-        wanted = sorted(files)
+    files |= {"pytorch_model.bin": b"x", "model-00001-of-00003.safetensors": b"x"}
+    cache, home = tmp_path / "cache", tmp_path / "home"
     with hub_server.serving(hub_server.Hub({"owner/name": files})) as hub:
-        cache = tmp_path / "cache"
-        for revision in ("main", "main"):
-            assert opened(hub, tmp_path / "home", "owner/name", revision, str(cache)).split() == wanted
+        for _ in range(2):
+            assert opened(hub, home, "owner/name", "main", str(cache)).split() == wanted
         gets = [path for method, path, _ in hub.asked if method == "GET" and "/resolve/" in path]
         assert len(gets) == len(set(gets)) == len(wanted)
         assert (cache / "models--owner--name").is_dir()
-        assert not (tmp_path / "home" / "hub" / "models--owner--name").exists()
+        assert not (home / "hub" / "models--owner--name").exists()
         asked = len(hub.asked)
-        offline = opened(hub, tmp_path / "home", "owner/name", "main", str(cache), HF_HUB_OFFLINE="1")
+        offline = opened(hub, home, "owner/name", "main", str(cache), HF_HUB_OFFLINE="1")
         assert offline.split() == wanted
-        next(cache.rglob(f"snapshots/*/*-00002-of-00002.{form}")).unlink()
-        gone = opened(hub, tmp_path / "home", "owner/name", "main", str(cache), HF_HUB_OFFLINE="1")
+        next(cache.rglob("snapshots/*/*-00002-of-00002.safetensors")).unlink()
+        gone = opened(hub, home, "owner/name", "main", str(cache), HF_HUB_OFFLINE="1")
         assert "owner/name@main: is not in the local cache" in gone
         assert len(hub.asked) == asked
+
+
+def test_an_index_without_its_weights_is_passed_over_on_the_hub(tmp_path: Path) -> None:
+    tiny.write_json(tmp_path / "model.safetensors.index.json", {"weight_map": {"x": "gone.safetensors"}})
+    names = ["pytorch_model-00001-of-00001.bin", "pytorch_model-00001-of-00002.bin", "other.bin"]
+    tiny.write_json(tmp_path / "pytorch_model.bin.index.json", {"weight_map": {"x": names[0]}})
+    choice = choose(Shelf(tmp_path, dict.fromkeys(names, lambda path: {})))
+    assert choice.names == (names[0],)
+    assert [path.name for path in choice.stale] == ["model.safetensors.index.json"]
 
 
 def test_a_download_that_broke_off_is_made_whole(tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ VALUES = {"quants": "q8_0", "overrides": "x=q8_0", "split_max_size": "7M", "max_
 # What of gguf's options has a meaning only beside another, or in place of it.
 BESIDE = dict.fromkeys(("rounds", "resume"), ("--solver", "gptq"))
 BESIDE |= dict.fromkeys(("bpw", "types", "floor", "measurement"), ("--bpw", "9"))
+BESIDE["solver"] = ("--calib-len", "9")  # error feedback has a default of its own
 BESIDE |= {"size": ("--size", "1M"), "vram": ("--vram", "1GB"), "context": ("--vram", "1GB")}
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -278,5 +279,6 @@ class _Handler(BaseHTTPRequestHandler):
         return listed
 
 
+@lru_cache(64)
 def sha256(body: bytes) -> str:
     return hashlib.sha256(body).hexdigest()
