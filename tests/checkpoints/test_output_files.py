@@ -684,6 +684,8 @@ from dsconvert.checkpoints.output_files import part_files
 from dsconvert.quantization.run_state import open_state
 number, inside = getattr(signal, sys.argv[1]), sys.argv[2] == "inside"
 folder, begun = Path(sys.argv[3]), sys.argv[4] == "begun"
+if number == signal.SIGINT:  # which the jobs that a shell runs in the background ignore
+    signal.signal(number, signal.default_int_handler)
 
 class Interrupts:
     def write(self, text):
