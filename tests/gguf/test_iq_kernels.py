@@ -195,7 +195,6 @@ print(vectors.WIDTH, grid_vectors.PICK or "by hand", out.tobytes().hex())
 """
 
 
-@pytest.mark.slow
 @needs_ggml
 @pytest.mark.parametrize("name", ["iq4_xs", "iq3_s", "iq2_xs"])
 def test_other_processors_give_the_same_bytes(name: str, tmp_path: Path) -> None:
