@@ -114,13 +114,19 @@ class Matrix:
             None if x is None else x.reshape(-1, x.shape[-1]) for x in (base, candidate, nearest)
         )
         numbers = np.asarray(labels, np.int64) if len(labels) else np.arange(len(base))
+        found: list[Doubles] = []
+        columns, energies = np.zeros((3, base.shape[1])), (0.0, 0.0)
         for rows in _cut(base.shape[0], base.shape[1], width):
             across, down = sums(base[rows], candidate[rows])
-            energies = _energies(across, base[rows], candidate[rows])
-            self.parts.append(_Part(numbers[rows], across, down, energies))
+            signal, noise = _energies(across, base[rows], candidate[rows])
+            found.append(across)
+            columns += down  # one for each chunk would take more than the rows themselves
+            energies = energies[0] + signal, energies[1] + noise
             if nearest is not None and rows.start < len(nearest):
                 some = slice(rows.start, min(rows.stop, len(nearest)))
                 self.rounded.append((numbers[some], nearest_sums(base[some], candidate[some], nearest[some])))
+        if found:
+            self.parts.append(_Part(numbers, np.concatenate(found, 1), columns, energies))
         return self
 
     def extend(self, other: Matrix) -> None:
