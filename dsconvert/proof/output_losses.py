@@ -46,13 +46,6 @@ def _host(values: Any) -> Floats:
     return found
 
 
-def _error(base: Any, other: Any) -> Any:
-    """What `other`, of the same library or of numpy, has more than `base`; float32."""
-    if isinstance(base, np.ndarray):
-        return other - base
-    return (base.new_tensor(other) if isinstance(other, np.ndarray) else other).float() - base.float()
-
-
 @dataclass
 class Losses:
     """Sums of |(Q - W) x|^2 and |(N - W) x|^2 over inputs x, of the rounded rows of each linear, by name.
@@ -64,29 +57,22 @@ class Losses:
     observers: dict[str, Observer] = field(default_factory=dict)
 
     def watch(self, name: str, base: Any, candidate: Any, made: Floats) -> None:
-        """Count the inputs [..., K] that the linear `name` will be given, up to ENOUGH of them.
-
-        Errors are made when inputs come, some rows at a time: a wide block's take as much as its weights.
-        """
+        """Count the inputs [..., K] that the linear `name` will be given, up to ENOUGH of them."""
         base, candidate = base[: len(made)], candidate[: len(made)]
-        same = np.array_equal(made, _host(candidate))
-        others = [candidate] if same else [candidate, made]
-        seen, step = 0, max(1, AT_FIRST // base.shape[-1])
+        plain = made if isinstance(base, np.ndarray) else base.new_tensor(made).float()
+        if not isinstance(base, np.ndarray):
+            base, candidate = base.float(), candidate.float()
+        errors = [x - base for x in (candidate, plain)]
+        seen = 0
 
         def count(x: Any) -> None:
             nonlocal seen
+            total = self.sums.setdefault(name, [0.0, 0.0])  # of a linear that is run: the head is not
             inputs = x.reshape(-1, x.shape[-1])[: ENOUGH - seen]
             inputs = inputs if isinstance(inputs, np.ndarray) else inputs.float()
             seen += len(inputs)
-            losses = [0.0] * len(others)
-            for start in range(0, len(base), step):
-                rows = slice(start, start + step)
-                for i, other in enumerate(others):
-                    lost = inputs @ _error(base[rows], other[rows]).T
-                    losses[i] += float(np.square(_host(lost), dtype=np.float64).sum())
-            total = self.sums.setdefault(name, [0.0, 0.0])  # of a linear that is run: the head is not
-            for i, loss in enumerate((losses[0], losses[-1])):
-                total[i] += loss
+            for i, error in enumerate(errors):
+                total[i] += float(np.square(_host(inputs @ error.T), dtype=np.float64).sum())
 
         self.observers[name] = count
 
