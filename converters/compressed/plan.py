@@ -11,15 +11,13 @@ from converters.compressed.schemes import Row, scheme_of
 from converters.compressed.shapes import check_floats, check_shapes
 from dsconvert.calibration.request import check_chat
 from dsconvert.checkpoints.safetensors_header import BITS
-from dsconvert.checkpoints.source_files import check_companions
 from dsconvert.libraries import TORCH, need
 from dsconvert.models.provenance import origin
 from dsconvert.quantization.gptq_grid import Scheme
 from dsconvert.quantization.gptq_solver import SolverOptions
-from dsconvert.quantization.linears import Selection, select
-from dsconvert.quantization.plan import RunOptions, check_output, input_files, output_folder
-from dsconvert.quantization.tower_files import with_files
-from tokenizer_tools.load import TokenizerData, load_tokenizer
+from dsconvert.quantization.linears import Selection
+from dsconvert.quantization.plan import RunOptions, check_output, input_files, open_model, output_folder
+from tokenizer_tools.load import TokenizerData
 
 
 @dataclass(frozen=True)
@@ -101,12 +99,8 @@ def prepare(options: Options) -> Job:
     if row.calibrated:
         need(*TORCH, what="calibration")
     check_chat(run.calibration.chat)
-    model = select(run.model, options.language_only, options.lm_head, row.calibrated)
-    folder = model.checkpoint.folder
-    check_companions(folder)
-    tokenizer = load_tokenizer(folder, model.config.vocab_size, run.add_bos)
-    model = with_files(model, tokenizer)
-    out = output_folder(run, default_name(options, origin(folder, model.config)[1]))
+    model, tokenizer = open_model(run, options.language_only, options.lm_head, row.calibrated)
+    out = output_folder(run, default_name(options, origin(model.checkpoint.folder, model.config)[1]))
     job = Job(options, model, tokenizer, out)
     if row.calibrated:
         check_shapes(model.shapes, options.grid)

@@ -13,14 +13,13 @@ from converters.exl2.settings import HEADS, Group, bits_of, groups_for, settings
 from converters.exl2.shapes import HEAD_WEIGHT, check_shapes
 from dsconvert.calibration.request import check_chat
 from dsconvert.checkpoints.output_plan import check_distinct, check_files, look
-from dsconvert.checkpoints.source_files import check_companions
 from dsconvert.errors import UsageError
 from dsconvert.libraries import TORCH, need
 from dsconvert.models.language_model import Inner
 from dsconvert.models.provenance import origin
-from dsconvert.quantization.linears import Selection, select
-from dsconvert.quantization.plan import RunOptions, check_output, input_files, output_folder
-from tokenizer_tools.load import TokenizerData, load_tokenizer
+from dsconvert.quantization.linears import Selection
+from dsconvert.quantization.plan import RunOptions, check_output, input_files, open_model, output_folder
+from tokenizer_tools.load import TokenizerData
 
 PLAIN = 16  # bits of a head that is not quantized
 
@@ -140,11 +139,8 @@ def prepare(options: Options) -> Job:
     check_chat(run.calibration.chat)
     if options.head_bits not in (*HEADS, PLAIN):
         raise UsageError(f"{options.head_bits} bits are not a setting of the head", hint="Use --head-bits 6")
-    model = select(run.model, language_only=True)
-    folder = model.checkpoint.folder
-    check_companions(folder)
-    tokenizer = load_tokenizer(folder, model.config.vocab_size, run.add_bos)
-    out = output_folder(run, default_name(options, origin(folder, model.config)[1]))
+    model, tokenizer = open_model(run, language_only=True)
+    out = output_folder(run, default_name(options, origin(model.checkpoint.folder, model.config)[1]))
     known = None
     if options.measurement is not None and look(options.measurement) is not None:
         known = measure.load(options.measurement, model.shapes)

@@ -9,16 +9,14 @@ from pathlib import Path
 from converters.gptq.pack import stored_shapes
 from converters.gptq.shapes import Layout, check_shapes
 from dsconvert.calibration.request import check_chat
-from dsconvert.checkpoints.source_files import check_companions
 from dsconvert.errors import UsageError
 from dsconvert.libraries import TORCH, need
 from dsconvert.models.provenance import origin
 from dsconvert.quantization.gptq_grid import Scheme
 from dsconvert.quantization.gptq_solver import SolverOptions
-from dsconvert.quantization.linears import Selection, select
-from dsconvert.quantization.plan import RunOptions, check_output, input_files, output_folder
-from dsconvert.quantization.tower_files import with_files
-from tokenizer_tools.load import TokenizerData, load_tokenizer
+from dsconvert.quantization.linears import Selection
+from dsconvert.quantization.plan import RunOptions, check_output, input_files, open_model, output_folder
+from tokenizer_tools.load import TokenizerData
 
 STORED = {"I32": 4, "F16": 2}
 
@@ -96,12 +94,8 @@ def prepare(options: Options) -> Job:
     need(*TORCH, what="calibration")
     _check(options)
     run = options.run
-    model = select(run.model, options.language_only, options.lm_head)
-    folder = model.checkpoint.folder
-    check_companions(folder)
-    tokenizer = load_tokenizer(folder, model.config.vocab_size, run.add_bos)
-    model = with_files(model, tokenizer)
-    out = output_folder(run, default_name(options, origin(folder, model.config)[1]))
+    model, tokenizer = open_model(run, options.language_only, options.lm_head)
+    out = output_folder(run, default_name(options, origin(model.checkpoint.folder, model.config)[1]))
     job = Job(options, model, tokenizer, out)
     check_shapes(model.shapes, job.layout)
     check_output(job, job.total)

@@ -12,11 +12,13 @@ from dsconvert.checkpoints.locate import ModelPath
 from dsconvert.checkpoints.marked_folders import check_folder
 from dsconvert.checkpoints.output_plan import REPLACED, check_place
 from dsconvert.checkpoints.safetensors_writer import from_stored
+from dsconvert.checkpoints.source_files import check_companions
 from dsconvert.events import Event, TensorPlan, Warn
 from dsconvert.proof.sources import StoredTensors
-from dsconvert.quantization.linears import Selection
+from dsconvert.quantization.linears import Selection, select
 from dsconvert.quantization.run_state import check_state, state_folder
-from tokenizer_tools.load import TokenizerData
+from dsconvert.quantization.tower_files import with_files
+from tokenizer_tools.load import TokenizerData, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,20 @@ class Job(Protocol):
     def settings(self) -> str:
         """What of the format's own options the bytes of a block depend on, as --resume compares it."""
         ...
+
+
+def open_model(
+    run: RunOptions, language_only: bool, head: bool = False, calibrated: bool = True
+) -> tuple[Selection, TokenizerData]:
+    """What is quantized and what is kept, with the configs of its layout, and the model's tokenizer.
+
+    The options are those of `select`. Raises what opening a checkpoint and its tokenizer raises.
+    """
+    model = select(run.model, language_only, head, calibrated)
+    folder = model.checkpoint.folder
+    check_companions(folder)
+    tokenizer = load_tokenizer(folder, model.config.vocab_size, run.add_bos)
+    return with_files(model, tokenizer), tokenizer
 
 
 def output_folder(run: RunOptions, default: str) -> Path:
