@@ -1,9 +1,13 @@
-"""Runs the parts of a block: its attention, and its experts one after the other, each read and dropped."""
+"""Runs the parts of a block: its attention, and its experts one after the other, each read and dropped.
+
+A dense MLP too large to be held is run as the only expert of a layer without a router: matrix by matrix.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from dsconvert.models.architectures import find_architecture
@@ -16,9 +20,12 @@ if TYPE_CHECKING:
     from dsconvert.decoder.torch_decoder import Block, Decoder
 
 Names = tuple[str, str, str]  # of an expert's matrices: gate, up, down
-Load = Callable[[Names], "tuple[torch.Tensor, ...]"]
+Load = Callable[[str], "torch.Tensor"]
 Observer = Callable[["torch.Tensor"], "torch.Tensor | None"]
 PARTS = ("_gate_exps", "_up_exps", "_down_exps")  # of the stacks' names in a GGUF file
+DENSE = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")  # module attributes
+LARGE = 1 << 28  # values of an MLP that is not held whole: 1 GB in float32
+TOKENS_AT_ONCE = 1024
 
 
 def expert_names(config: ModelConfig) -> tuple[tuple[Names, ...], ...]:
@@ -33,13 +40,33 @@ def expert_names(config: ModelConfig) -> tuple[tuple[Names, ...], ...]:
     )
 
 
+def large_mlp(names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> Names | None:
+    """The matrices of a dense MLP that is not held whole, from a block's `names` by module attribute."""
+    if any(part not in names or part.replace(".weight", ".bias") in names for part in DENSE):
+        return None
+    gate, up, down = (names[part] for part in DENSE)
+    values = sum(math.prod(shapes[name]) for name in (gate, up, down))
+    return (gate, up, down) if values > LARGE else None
+
+
+def streamed(decoder: Decoder) -> Decoder:
+    """The same with dense MLPs that are too large to be held as lone experts, which are read as they run."""
+    shapes = decoder.source.shapes()
+    blocks, experts = [], []
+    for names, own in zip(decoder.blocks, decoder.experts, strict=True):
+        lone = large_mlp(names, shapes)
+        blocks.append({key: name for key, name in names.items() if name not in (lone or ())})
+        experts.append((lone,) if lone else own)
+    return replace(decoder, blocks=tuple(blocks), experts=tuple(experts))
+
+
 @dataclass
 class StreamedExperts:
-    """Stands in for transformers' fused experts of a block: the same sum, one expert in memory at a time.
+    """Stands in for transformers' fused experts of a block: the same sum, one matrix in memory at a time.
 
-    `load` gives the matrices of one in the decoder's dtype; `observers` are called with the input of a matrix
+    `load` gives a matrix in the decoder's dtype; `observers` are called with the input of a matrix
     by its name, and what they return, if anything, is the input in its stead. `chosen` [tokens, used] are the
-    experts that the tokens of the last run went to, in ascending order.
+    experts that the tokens of the last run went to, in ascending order; None where all went to the only one.
     """
 
     names: tuple[Names, ...]
@@ -59,15 +86,25 @@ class StreamedExperts:
             total.index_add_(0, token, part.to(total.dtype))
         return total
 
+    def alone(self, hidden: torch.Tensor) -> torch.Tensor:
+        """States [..., d] through the only expert, which stands in for a dense MLP."""
+        (names,) = self.names
+        return self._through(names, hidden.reshape(-1, hidden.shape[-1])).view(hidden.shape)
+
     def _through(self, names: Names, x: torch.Tensor) -> torch.Tensor:
         """States [tokens, d] through one expert."""
         import torch
 
-        gate, up, down = self.load(names)
-        scores, values = (
-            self._seen(name, x) @ matrix.T for name, matrix in zip(names[:2], (gate, up), strict=True)
-        )
-        return self._seen(names[2], torch.nn.functional.silu(scores) * values) @ down.T
+        gate = self.load(names[0])
+        inner = torch.nn.functional.silu(self._seen(names[0], x) @ gate.T, inplace=True)
+        del gate
+        up = self.load(names[1])
+        for start in range(0, len(x), TOKENS_AT_ONCE):
+            rows = slice(start, start + TOKENS_AT_ONCE)
+            inner[rows] *= self._seen(names[1], x[rows]) @ up.T
+        del up
+        down = self.load(names[2])
+        return self._seen(names[2], inner) @ down.T
 
     def _seen(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """The input of a matrix, as its observer leaves it."""

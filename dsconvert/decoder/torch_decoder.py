@@ -33,6 +33,7 @@ CHOICE = ".e_score_correction_bias"  # the end of its name
 EMBED, NORM, HEAD = numpy_decoder.EMBED, numpy_decoder.NORM, numpy_decoder.HEAD
 LOGITS_AT_ONCE = 1 << 23  # one float64 array of them is 64 MB
 ROWS_AT_ONCE = 1 << 23  # values of embedding or head that are read together: 32 MB in float32
+READ_WHOLE = 1 << 26  # values of a matrix that are read at once, though there are two copies for a moment
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Decoder:
     dtype: torch.dtype
     blocks: tuple[dict[str, str], ...]  # per layer: module attribute -> tensor name
     head: str  # the tensor of the output head; the embedding when tied
-    experts: tuple[tuple[Names, ...], ...]  # per layer: the tensors of each expert
+    experts: tuple[tuple[Names, ...], ...]  # per layer: the tensors of each expert; see `experts.streamed`
     library: Any = field(repr=False)  # transformers' config
     rotary: Any = field(repr=False)
 
@@ -123,6 +124,12 @@ def read(decoder: Decoder, name: str, rows: slice | None = None) -> torch.Tensor
     import torch
 
     source = decoder.source
+    shape = source.shapes()[name]
+    if rows is None and len(shape) == 2 and math.prod(shape) > READ_WHOLE:
+        tensor = torch.empty(shape, dtype=torch.float32)
+        for part in slices(*shape):
+            np.copyto(tensor.numpy()[part], widened(source.rows(name, part.start, part.stop)))
+        return tensor.to(decoder.device)
     array = source.float32(name) if rows is None else widened(source.rows(name, rows.start, rows.stop))
     # A copy in torch's own alignment: equal weights then give bit-equal products, wherever they came from.
     tensor = torch.empty(array.shape, dtype=torch.float32)
@@ -153,7 +160,7 @@ def check_ids(windows: IntArray, vocab: int) -> None:
 
 def load_block(decoder: Decoder, index: int) -> Block:
     """Read and assemble one decoder layer."""
-    weights = {name: as_run(decoder, name, read(decoder, name)) for name in decoder.blocks[index].values()}
+    weights = {name: read_as_run(decoder, name) for name in decoder.blocks[index].values()}
     return assemble_block(decoder, index, weights)
 
 
@@ -167,7 +174,7 @@ def assemble_block(
 ) -> Block:
     """One decoder layer of the weights given by tensor name; they are used, not copied.
 
-    `load` reads an expert, by default from the decoder's source.
+    `load` reads a matrix of an expert, by default from the decoder's source.
     """
     import torch
 
@@ -175,9 +182,13 @@ def assemble_block(
     with torch.device("meta"):
         module = torch_classes(decoder.config).layer(decoder.library, index)
     if decoder.experts[index]:
-        experts = StreamedExperts(decoder.experts[index], load or (lambda names: read_expert(decoder, names)))
-        del module.mlp.experts
-        module.mlp.experts = experts
+        experts = StreamedExperts(decoder.experts[index], load or (lambda name: read_as_run(decoder, name)))
+        if hasattr(module.mlp, "experts"):
+            del module.mlp.experts
+            module.mlp.experts = experts
+        else:
+            del module.mlp
+            module.mlp = experts.alone
     state = {attribute: weights[name] for attribute, name in names.items()}
     for attribute, parameter in module.named_parameters():
         if attribute.endswith(".bias") and attribute not in state:  # as transformers starts it
@@ -192,9 +203,9 @@ def assemble_block(
     return Block(index, module, linears, experts)
 
 
-def read_expert(decoder: Decoder, names: Names) -> tuple[torch.Tensor, ...]:
-    """The matrices of one expert in the decoder's dtype."""
-    return tuple(read(decoder, name).to(decoder.dtype) for name in names)
+def read_as_run(decoder: Decoder, name: str) -> torch.Tensor:
+    """A tensor in the type in which the decoder runs it."""
+    return as_run(decoder, name, read(decoder, name))
 
 
 def run_block(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dsconvert.decoder import torch_decoder as st
+from dsconvert.decoder.experts import streamed
 from dsconvert.decoder.numpy_decoder import EMBED, HEAD
 from dsconvert.events import BlockCompared, Event
 from dsconvert.machine import usable_cores
@@ -49,10 +50,8 @@ def compare_blocks(
     check_sizes(config, other)
     place = st.pick_device(device)
     kind = st.pick_dtype(dtype, place)
-    decoders = (
-        st.open_decoder(reference, config, place, kind),
-        st.open_decoder(candidate, other, place, kind),
-    )
+    sides = (reference, config), (candidate, other)
+    decoders = tuple(streamed(st.open_decoder(*side, place, kind)) for side in sides)
     run = Run(decoders, windows, differences(*map(st.numbers, decoders)), [], [])
     hidden = _embedded(run)
     for index in sorted({0, *blocks}):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from dsconvert.decoder import torch_decoder as st
+from dsconvert.decoder.experts import streamed
 from dsconvert.decoder.torch_config import same_arithmetic
 from dsconvert.events import BlockCompared, Event, Step
 from dsconvert.models.config import ModelConfig
@@ -99,7 +100,8 @@ def compare(
     check_sizes(config, other)
     place = st.pick_device(device)
     kind = st.pick_dtype(dtype, place)
-    pair = (st.open_decoder(reference, config, place, kind), st.open_decoder(candidate, other, place, kind))
+    sides = (reference, config), (candidate, other)
+    pair = tuple(streamed(st.open_decoder(*side, place, kind)) for side in sides)
     run = Run(pair, windows, differences(*map(st.numbers, pair)), [], [])
     name = str(kind).removeprefix("torch.")
     yield Step(f"comparing {config.layers} blocks over {windows.tokens.size} tokens on {place} in {name}")
@@ -129,13 +131,13 @@ class Run:
     candidate's own where it is that model.
     """
 
-    pair: tuple[st.Decoder, st.Decoder]
+    pair: tuple[st.Decoder, ...]
     windows: Windows
     config: tuple[str, ...]
     blocks: list[BlockError]
     tensors: list[TensorError]
     losses: Losses = field(default_factory=Losses)
-    watched: list[str] = field(default_factory=list)  # the matrices of the expert at hand
+    watched: list[str] = field(default_factory=list)  # the matrix of an expert at hand
     routed: list[tuple[int, int]] = field(default_factory=list)  # see Comparison
 
     def ended(self, broken: str) -> Comparison:
@@ -176,7 +178,7 @@ class Run:
         out, chosen = [], []
         for side, decoder in enumerate(self.pair):
             weights = {name: pair[side] for name, pair in both.items()}
-            block = st.assemble_block(decoder, index, weights, None if side else self.read_expert)
+            block = st.assemble_block(decoder, index, weights, None if side else self.read_of_expert)
             out.append(st.run_block(decoder, block, hidden[side], {} if side else self.losses.observers))
             chosen += [block.experts.chosen] if block.experts and block.experts.chosen is not None else []
         self.compare_routes(index, chosen)
@@ -186,9 +188,7 @@ class Run:
         same = all(made[name] is both[name][1] for name in made) and all(self.share(e) == 1 for e in experts)
         if hidden[2] is hidden[1] and self.alike and same:
             return [*out, out[1]]
-        block = st.assemble_block(
-            self.pair[0], index, made, lambda names: tuple(self.foretold_expert(errors[n]) for n in names)
-        )
+        block = st.assemble_block(self.pair[0], index, made, lambda name: self.foretold_expert(errors[name]))
         return [*out, st.run_block(self.pair[0], block, hidden[2])]
 
     def share(self, error: TensorError) -> float:
@@ -203,7 +203,7 @@ class Run:
 
     def foretold_expert(self, error: TensorError) -> torch.Tensor:
         """What the foretold model has of an expert's matrix, whose error is known."""
-        base, candidate = (st.as_run(d, error.name, st.read(d, error.name)) for d in self.pair)
+        base, candidate = (st.read_as_run(decoder, error.name) for decoder in self.pair)
         return self.foretold((base, candidate), error)
 
     def compare_routes(self, index: int, chosen: list[torch.Tensor]) -> None:
@@ -216,16 +216,17 @@ class Run:
         known = {tensor.name for tensor in self.tensors}
         for names in self.pair[0].experts[index]:
             if names[0] not in known:
-                self.read_expert(names)
+                for name in names:
+                    self.read_of_expert(name)
 
-    def read_expert(self, names: tuple[str, ...]) -> tuple[torch.Tensor, ...]:
-        """The reference's matrices of an expert; both models' are compared, and what was kept of the last one
+    def read_of_expert(self, name: str) -> torch.Tensor:
+        """The reference's matrix of an expert; both models' are compared, and what was kept of the last one
         for its inputs is dropped.
         """
-        for name in self.watched:
-            self.losses.observers.pop(name, None)
-        self.watched[:] = names
-        return tuple(self.read(name, name)[0] for name in names)
+        for watched in self.watched:
+            self.losses.observers.pop(watched, None)
+        self.watched[:] = [name]
+        return self.read(name, name)[0]
 
     def compare_hidden(self, index: int, hidden: list[torch.Tensor]) -> BlockError:
         """The error of the states after block `index`, noted too."""

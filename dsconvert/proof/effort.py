@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 
+from dsconvert.decoder.experts import LARGE
 from dsconvert.models.architectures import find_architecture
 from dsconvert.models.config import ModelConfig
 from dsconvert.models.tensor_table import expand
@@ -106,8 +107,13 @@ def weights(config: ModelConfig) -> int:
 
 
 def block_weights(config: ModelConfig) -> int:
-    """How many weights of a decoder layer are in memory at once, at most: of experts those of one."""
-    return max(b.plain + b.expert for b in blocks(config))
+    """How many weights of a decoder layer are in memory at once, at most.
+
+    Of experts those of one, and of a large dense MLP one matrix, see `decoder.experts`.
+    """
+    mlp = config.dims["d"] * config.dims["ff"]
+    dense = [b.plain - (2 * mlp if not b.expert and 3 * mlp > LARGE else 0) for b in blocks(config)]
+    return max(held + b.expert for held, b in zip(dense, blocks(config), strict=True))
 
 
 @dataclass(frozen=True)

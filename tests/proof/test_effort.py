@@ -11,6 +11,7 @@ import pytest
 from defects import L, interleaved, noisy, zeroed
 from random_llama import Memory, make, stored, tokens
 
+from dsconvert.decoder import experts, torch_decoder
 from dsconvert.errors import ConversionError
 from dsconvert.models.config import ModelConfig, normalise
 from dsconvert.proof import checks, compare, effort
@@ -56,6 +57,12 @@ def test_no_block_is_run_where_two_do_not_fit() -> None:
     assert effort.choose(config, many(8), "full", 4e9).blocks is None
 
 
+def test_of_a_large_mlp_one_matrix_is_held() -> None:
+    wide = {**SEVEN_B, "hidden_size": 8192, "intermediate_size": 22016, "num_attention_heads": 64}
+    grouped = normalise({**wide, "num_key_value_heads": 8}, "test")
+    assert effort.block_weights(grouped) == 8192 * (8192 + 2 * 1024 + 8192 + 22016)
+
+
 def test_full_runs_everything_whatever_it_costs() -> None:
     chosen = effort.choose(normalise(SEVEN_B, "test"), many(20), "full")
     assert chosen.blocks is None
@@ -97,6 +104,29 @@ def test_a_sample_says_what_it_ran_and_passes_a_fair_candidate() -> None:
     assert [block.index for block in comparison.blocks] == [0, 1]
     assert all(0 < block.update < 0.04 for block in comparison.blocks)
     assert comparison.figures is None
+
+
+def test_a_large_mlp_is_run_matrix_by_matrix_to_the_same_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, source, config = make()
+    candidate, text = noisy(zeroed(source), 0.01), windows.whole(tokens(config, 2, 40))
+
+    def found(large: int, whole: int) -> list[compare.Comparison]:
+        monkeypatch.setattr(experts, "LARGE", large)
+        monkeypatch.setattr(experts, "TOKENS_AT_ONCE", 32)
+        monkeypatch.setattr(torch_decoder, "READ_WHOLE", whole)
+        runs = (
+            compare.compare(source, candidate, config, text, device="cpu"),
+            compare_blocks(source, candidate, config, text, (0, 1), device="cpu"),
+        )
+        return [compare.result(run) for run in runs]
+
+    for one, other in zip(found(1 << 28, 1 << 26), found(0, 0), strict=True):
+        losses = [{tensor.name: tensor.loss or 0.0 for tensor in run.tensors} for run in (one, other)]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+        kept = [{t.name: dataclasses.replace(t, loss=None) for t in run.tensors} for run in (one, other)]
+        assert kept[0] == kept[1]
+        errors = [[(block.relative, block.foretold) for block in run.blocks] for run in (one, other)]
+        np.testing.assert_allclose(np.array(errors[1], float), np.array(errors[0], float), rtol=1e-4)
 
 
 @pytest.mark.parametrize("plant", [interleaved, zeroed])
