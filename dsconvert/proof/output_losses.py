@@ -18,6 +18,7 @@ from dsconvert.proof.figures import TensorError
 
 Observer = Callable[[Any], None]
 AT_FIRST = 1 << 20  # values of a matrix that are rounded at first
+AT_ONCE = 1 << 24  # values that are rounded together then
 LEAST_ROWS = 64
 ENOUGH = 512  # tokens: the ratio of two losses does not change with more
 
@@ -36,8 +37,15 @@ def rounded(source: WeightSource, name: str, start: int, base: Any, candidate: A
         return found
     if not np.array_equal(found, _host(candidate.reshape(rows.shape)[:count])):
         return found
-    others = source.nearest(name, start + count, _host(rows[count:]))
-    return None if others is None else np.concatenate([found, others])
+    made = np.empty(rows.shape, np.float32)
+    made[:count] = found
+    step = max(LEAST_ROWS, AT_ONCE // rows.shape[1])
+    for first in range(count, len(rows), step):
+        others = source.nearest(name, start + first, _host(rows[first : first + step]))
+        if others is None:
+            return None
+        made[first : first + step] = others
+    return made
 
 
 def _host(values: Any) -> Floats:

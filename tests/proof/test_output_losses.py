@@ -92,6 +92,7 @@ def test_all_rows_are_rounded_only_where_the_first_are_the_candidates(
     monkeypatch: pytest.MonkeyPatch, same: bool, count: int
 ) -> None:
     monkeypatch.setattr(output_losses, "AT_FIRST", 64)
+    monkeypatch.setattr(output_losses, "AT_ONCE", 70 * 32)
     W = torch.from_numpy(np.random.default_rng(1).standard_normal((300, 32)).astype(np.float32))
     source = Memory({"w": W.numpy()}, "q4_0")
     whole = nearest(W.numpy(), QTYPES["q4_0"])
