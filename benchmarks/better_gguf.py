@@ -176,7 +176,7 @@ def draw(given: Given, quants: tuple[str, ...], seed: int, knapsack: bool) -> Fi
         "feedback": made(given, folder / f"feedback-{seed}.gguf", quants, seed, rounds=given.rounds),
     }
     if knapsack:
-        from converters.gguf.budget import Budget
+        from dsconvert.quantization.budget import Budget
 
         measurement = folder / f"measurement-{seed}"
         for column, solver in (("knapsack", "imatrix"), ("both", "gptq")):

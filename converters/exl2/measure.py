@@ -23,11 +23,11 @@ from converters.exl2.solver import Problem, prepare
 from dsconvert.checkpoints.output_files import write_file
 from dsconvert.decoder import linear_inputs
 from dsconvert.decoder import torch_decoder as st
-from dsconvert.decoder.sensitivity import sensitivities
 from dsconvert.errors import CheckpointError, ConversionError
-from dsconvert.events import Event, Step
+from dsconvert.events import Event
 from dsconvert.models.tensor_table import SOLVE_ORDER
 from dsconvert.quantization import error_feedback
+from dsconvert.quantization.costs import measure_blocks, sensitivities_on_some, some_outputs
 from dsconvert.quantization.run_state import State
 from dsconvert.reading import RECORD, read_object
 
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 OUTPUTS = 128  # of a linear's outputs as many are rounded, evenly spread
 TRIED = MULTIPLIERS[::4]
 WINDOWS = 16  # of the calibration windows as many are measured on
-SENSITIVITY_TOKENS = 4096
 REMAKE = "Leave --measurement out, or name a new file, and it is made anew"
 Key = tuple[int, int]  # bits, group size
 
@@ -65,29 +64,22 @@ def measure(
     layers = decoder.config.layers
     tokens = tokens[:WINDOWS]
     known = known_options(state, layers)
-    measured: Measured = {}
-    for found in known:
-        measured |= found
     if len(known) == layers:
-        return measured
-    some = max(1, SENSITIVITY_TOKENS // tokens.shape[1])
-    weights = yield from sensitivities(decoder, tokens[:some], seed)
-    hidden = linear_inputs.embed(decoder, tokens)
-    for index in range(layers):
-        block = st.load_block(decoder, index)
-        if index < len(known):
-            linear_inputs.advance(decoder, block, hidden)
-            continue
+        return {name: options for found in known for name, options in found.items()}
+    weights = yield from sensitivities_on_some(decoder, tokens, seed)
+
+    def cost_of(place: int, group: linear_inputs.Group) -> Measured:
         options: Measured = {}
-        for role, group in zip(SOLVE_ORDER, linear_inputs.walk(decoder, block, hidden), strict=True):
-            for name in group.names:
-                W = st.read(decoder, name)
-                s = weights[name].to(W.device)
-                options[name] = measure_linear(name, W, group.moment, s, role, damp, kinds[name])
+        for name in group.names:
+            W = st.read(decoder, name)
+            s, role = weights[name].to(W.device), SOLVE_ORDER[place]
+            options[name] = measure_linear(name, W, group.moment, s, role, damp, kinds[name])
+        return options
+
+    def keep(index: int, options: Mapping[str, list[Option]]) -> None:
         state.keep(_key(index), as_dict(options))
-        measured |= options
-        yield Step(f"measured block {index + 1} of {layers}")
-    return measured
+
+    return (yield from measure_blocks(decoder, linear_inputs.embed(decoder, tokens), cost_of, known, keep))
 
 
 def known_options(state: State, layers: int) -> list[Measured]:
@@ -140,10 +132,8 @@ def _summed(problem: Problem, L: torch.Tensor, s: torch.Tensor, key: Key) -> lis
     import torch
 
     (bits, size), cost = key, problem.cost
-    outputs = problem.Wt.shape[1]
-    step = max(1, outputs // OUTPUTS)
-    W, weight = problem.Wt[:, ::step].contiguous(), s[::step]
-    weight = weight * (s.sum() / weight.sum().clamp(min=1e-30))
+    at, weight = some_outputs(s, OUTPUTS)
+    W = problem.Wt[:, at].contiguous()
     rows = []
     for start in range(0, len(W), size):
         part = W[start : start + size]
@@ -164,7 +154,7 @@ def _error(sums: Mapping[Key, list[float]], setting: Setting, groups: Iterable[G
     return total
 
 
-def as_dict(measured: Measured) -> dict[str, Any]:
+def as_dict(measured: Mapping[str, list[Option]]) -> dict[str, Any]:
     """The measurement as JSON has it: per linear a list of [setting, bits, error]."""
     return {name: [[o.setting, o.bits, o.error] for o in options] for name, options in measured.items()}
 

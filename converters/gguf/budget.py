@@ -1,11 +1,10 @@
-"""How big a file of types chosen by cost may be, which types each tensor may have, and the choice itself."""
+"""Which types each tensor of a GGUF file may have, what they take, and how much fits a card."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 
 from converters.gguf import mixtures
 from converters.gguf.layout import padded
@@ -18,44 +17,12 @@ from dsconvert.memory.peak import Card, peak
 from dsconvert.memory.runtimes import RUNTIMES
 from dsconvert.models.config import ModelConfig
 from dsconvert.models.tensor_table import HEADS_TURNED, SOLVE_ORDER, Spec
-from dsconvert.quantization.allocate import Allocation, Option, allocate, curve
+from dsconvert.quantization.allocate import Option
+from dsconvert.quantization.budget import Budget, Nats
 
 # What a tensor may get where nothing else is asked: fast everywhere, and no type needs an importance matrix.
 USUAL = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1")
 Types = Mapping[str, tuple[str, ...]]  # what each tensor may get, by GGUF name
-Nats = Mapping[str, Mapping[str, float]]  # what that costs
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What was asked for: bits per weight of the file, bytes of it, or of a card's memory at a context.
-
-    `types` are what a tensor may get, none below `floor`; `measurement` keeps the costs for other sizes.
-    `chosen` are the types by GGUF name, the smallest until they are chosen.
-    """
-
-    bpw: float | None = None
-    size: int | None = None
-    vram: int | None = None
-    context: int | None = None
-    types: tuple[str, ...] = USUAL
-    floor: str | None = None
-    measurement: Path | None = None
-    chosen: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """It as a part of a file's name."""
-        if self.bpw is not None:
-            return f"{self.bpw:g}bpw"
-        if self.size is not None:
-            return _named(self.size, 1000)
-        return f"{_named(self.vram or 0, 1024)}-card"
-
-
-def _named(nbytes: int, unit: int) -> str:
-    power = 3 if nbytes >= unit**3 else 2
-    return f"{nbytes / unit**power:.4g}{ {2: 'MB', 3: 'GB'}[power] }"
 
 
 def candidates(budget: Budget, specs: Iterable[Spec], overrides: Sequence[tuple[str, str]]) -> Types:
@@ -65,15 +32,16 @@ def candidates(budget: Budget, specs: Iterable[Spec], overrides: Sequence[tuple[
     whose blocks a row does not fill stands for the one that llama-quantize takes instead. Raises UsageError
     for an unknown type and for a floor above all types.
     """
-    unknown = [name for name in (*budget.types, budget.floor or "f32") if name not in QTYPES]
+    usual = budget.types or USUAL
+    unknown = [name for name in (*usual, budget.floor or "f32") if name not in QTYPES]
     if unknown:
         raise UsageError(f"type {unknown[0][:40]!r} is unknown", hint=f"Take some of {', '.join(QTYPES)}")
     least = QTYPES[budget.floor].bits if budget.floor else 0.0
-    allowed = [name for name in budget.types if QTYPES[name].bits >= least]
+    allowed = [name for name in usual if QTYPES[name].bits >= least]
     if not allowed:
         raise UsageError(
             f"--floor {budget.floor} leaves none of the types",
-            why=f"they are {', '.join(budget.types)}",
+            why=f"they are {', '.join(usual)}",
             hint="Give a lower --floor, or wider --types",
         )
     matrices = [spec for spec in specs if mixtures.is_quantized(spec.gguf, spec.shape)]
@@ -107,36 +75,14 @@ def typed(
     return {name: Choice(chosen[name], chosen[name]) if name in chosen else usual[name] for name in shapes}
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """Types by GGUF name, the bits of their tensors, the nats they are foretold to cost, and the curve.
-
-    `curve` are pairs of bits and nats: what other numbers of bits would buy.
-    """
-
-    types: dict[str, str]
-    bits: int
-    nats: float
-    curve: tuple[tuple[int, float], ...]
-
-
-def choose(types: Types, shapes: Mapping[str, tuple[int, ...]], nats: Nats, bits: int, asked: str) -> Chosen:
-    """The types of least cost within `bits`; raises UsageError, which names what was `asked`, for too few."""
-    slots = [
-        [Option(tensor_bits(shapes[name], kind), nats[name][kind]) for kind in kinds]
+def options_of(
+    types: Types, shapes: Mapping[str, tuple[int, ...]], nats: Nats
+) -> dict[str, dict[str, Option]]:
+    """The options of each tensor by type: the bits that it takes and the nats that it costs."""
+    return {
+        name: {kind: Option(tensor_bits(shapes[name], kind), nats[name][kind]) for kind in kinds}
         for name, kinds in types.items()
-    ]
-    least = sum(min(option.bits for option in slot) for slot in slots)
-    if least > bits:
-        short = math.ceil((least - bits) / 8)
-        raise UsageError(
-            f"no choice of types is as small as {asked}",
-            why=f"The smallest of each tensor takes {short:,} bytes more",
-            hint="Ask for more, or for more types with --types, smaller ones",
-        )
-    found: Allocation = allocate(slots, bits, sum(math.prod(shapes[name]) for name in types))
-    picked = {name: kinds[at] for (name, kinds), at in zip(types.items(), found.choice, strict=True)}
-    return Chosen(picked, found.bits, found.error, tuple(curve(slots)))
+    }
 
 
 def tensor_bits(shape: tuple[int, ...], kind: str) -> int:

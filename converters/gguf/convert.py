@@ -15,8 +15,9 @@ from converters.gguf.projector.keys import CANNOT
 from converters.gguf.write import write_tensors
 from dsconvert.checkpoints.output_files import PartFile, part_files
 from dsconvert.checkpoints.source_files import check_unchanged
-from dsconvert.events import Check, Event, Finished, Foretold, Planned, Step, TensorPlan, Warn, phase
+from dsconvert.events import Event, Finished, Planned, Step, TensorPlan, Warn, phase
 from dsconvert.libraries import TORCH, lacking
+from dsconvert.quantization.budget import beside_foretold
 from dsconvert.quantization.ranks import ALONE, Ranks
 
 
@@ -64,7 +65,7 @@ def convert(options: Options, ranks: Ranks = ALONE) -> Iterator[Event]:
         yield from write_modelfiles(job)
     from converters.gguf.proof import prove  # not loaded for --dry-run, and not before the work
 
-    yield from prove(job) if options.budget is None else beside_foretold(job, prove(job))
+    yield from beside_foretold(prove(job), job.foretold)
     check_unchanged(job.checkpoint.seen)  # else something else was proven
     if job.projector is not None and job.towers is not None and job.towers.vision.sam is not None:
         yield Warn(CANNOT)
@@ -100,18 +101,6 @@ def solve_and_write(job: Job, ranks: Ranks) -> Generator[Event, None, Job | None
 
         yield from write_files(job, write)
     return job
-
-
-def beside_foretold(job: Job, events: Iterator[Event]) -> Iterator[Event]:
-    """The events of a proof, and after its mean KL divergence what was foretold of it."""
-    _, nats = job.keys["dsconvert.types.foretold_kl"]
-    for event in events:
-        yield event
-        if isinstance(event, Check) and event.name == "mean KLD" and event.value is not None and nats > 0:
-            yield Foretold(nats, event.value)
-            yield Step(
-                f"foretold KL {nats:.3g}, measured {event.value:.3g}, {event.value / nats:.2f} times it"
-            )
 
 
 def measure_weights(job: Job) -> Generator[Event, None, Job]:

@@ -1,9 +1,6 @@
 """What each tensor of a model would cost in each type: nats of KL divergence, foretold without solving.
 
-A linear's outputs y = W x change by d = R x when rounding leaves R of W, and the prediction then moves by
-1/2 sum_n s_n E[d_n^2] nats, s the outputs' sensitivities (dsconvert.decoder.sensitivity). With H = 2 E[x x^T]
-that is 1/4 sum_n s_n R_n H R_n^T, or, where error feedback follows, 1/4 sum_i L_i sum_n s_n R_ni^2, L what an
-input's rounding error costs after it (error_feedback.row_losses). A row of the embedding is looked up and not
+Of linears see dsconvert.quantization.costs. A row of the embedding is looked up and not
 multiplied: 1/2 sum_t p_t sum_d s_d R_td^2, p the tokens' frequencies. A table that is both pays both.
 """
 
@@ -22,9 +19,15 @@ from converters.gguf.qtypes import QType
 from converters.gguf.rounding import dequantize
 from dsconvert.decoder import linear_inputs
 from dsconvert.decoder import torch_decoder as st
-from dsconvert.decoder.sensitivity import sensitivities
-from dsconvert.events import Event, Step
-from dsconvert.quantization import error_feedback
+from dsconvert.events import Event
+from dsconvert.quantization.costs import (
+    Fed,
+    after_feedback,
+    linear_nats,
+    measure_blocks,
+    sensitivities_on_some,
+    some_outputs,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +35,6 @@ if TYPE_CHECKING:
 OUTPUTS = 256  # of a linear's outputs as many are rounded, evenly spread
 ROWS = 4096  # of the embedding's and the head's rows, the tokens' commonest first
 WINDOWS = 32  # of the calibration windows as many are measured on
-SENSITIVITY_TOKENS = 4096
 DAMP = 0.05  # of error feedback
 Nats = dict[str, float]
 Candidates = Mapping[str, Sequence[QType]]  # by a tensor's own name
@@ -58,59 +60,35 @@ def measure(
     `feedback` says that error feedback will choose the codes of linears. Raises QuantizationError that names
     a linear whose inputs or gradients are not finite.
     """
-    tokens, layers = tokens[:WINDOWS], decoder.config.layers
-    some = max(1, SENSITIVITY_TOKENS // tokens.shape[1])
-    s = yield from sensitivities(decoder, tokens[:some], seed)
+    tokens = tokens[:WINDOWS]
+    s = yield from sensitivities_on_some(decoder, tokens, seed)
     hidden = linear_inputs.embed(decoder, tokens)
-    nats: dict[str, Nats] = {}
-    for index in range(layers):
-        block = st.load_block(decoder, index)
-        for group in linear_inputs.walk(decoder, block, hidden):
-            L = after_feedback(group.moment) if feedback else None
+
+    def cost_of(place: int, group: linear_inputs.Group) -> dict[str, Nats]:
+        fed = after_feedback(group.moment, DAMP) if feedback else None
+        found: dict[str, Nats] = {}
+        for name in (name for name in group.names if name in types):
+            W = st.read(decoder, name)
+            nats = linear_costs(W, group.moment, s[name].to(W.device), types[name], fed)
             share = group.rows / tokens.size  # of the tokens, for an expert
-            for name in (name for name in group.names if name in types):
-                W = st.read(decoder, name)
-                found = linear_costs(W, group.moment, s[name].to(W.device), types[name], L)
-                nats[name] = {kind: share * cost for kind, cost in found.items()}
-        yield Step(f"measured block {index + 1} of {layers}")
+            found[name] = {kind: share * cost for kind, cost in nats.items()}
+        return found
+
+    nats = yield from measure_blocks(decoder, hidden, cost_of)
     ends = _ends(decoder, hidden, tokens, s, types, feedback)
     return Costs(nats | ends.nats, ends.importance)
 
 
-def after_feedback(H: torch.Tensor) -> torch.Tensor | None:
-    """What a squared rounding error of each input [K] adds to the loss where error feedback makes up for it.
-
-    None where H [K, K] cannot be factored: nothing is fed back then.
-    """
-    import torch
-
-    columns = torch.argsort(H.diagonal(), descending=True, stable=True)
-    dead = H.diagonal() == 0
-    factor = error_feedback.factorize(H, dead, columns, DAMP) if bool((~dead).any()) else None
-    if factor is None:
-        return None
-    L = torch.empty_like(factor.D)
-    L[columns] = error_feedback.row_losses(factor)
-    return L
-
-
 def linear_costs(
-    W: torch.Tensor, H: torch.Tensor, s: torch.Tensor, types: Sequence[QType], L: torch.Tensor | None = None
+    W: torch.Tensor, H: torch.Tensor, s: torch.Tensor, types: Sequence[QType], fed: Fed | None = None
 ) -> Nats:
-    """The nats of a linear W [N, K] by type, given its Hessian [K, K] and sensitivities [N]; see above.
+    """The nats of a linear W [N, K] by type, given its Hessian [K, K] and sensitivities [N].
 
-    Rounded with the importance that a matrix of the same inputs has. With `L` [K], after error feedback.
+    Rounded with the importance that a matrix of the same inputs has; with `fed`, after error feedback.
     """
-    step = max(1, len(W) // OUTPUTS)
-    rows, weight = W[::step].contiguous(), s[::step]
-    weight = weight * (s.sum() / weight.sum().clamp(min=1e-30))
-    importance = _column_weights(H)
-    return {qtype.name: _linear_nats(_left(rows, qtype, importance), H, weight, L) for qtype in types}
-
-
-def _linear_nats(R: torch.Tensor, H: torch.Tensor, s: torch.Tensor, L: torch.Tensor | None) -> float:
-    losses = (R @ H).mul_(R).sum(1) if L is None else R.square() @ L
-    return float(losses.double() @ s.double()) / 4
+    at, weight = some_outputs(s, OUTPUTS)
+    rows, importance, loss = W[at].contiguous(), _column_weights(H), None if fed is None else fed.loss
+    return {kind.name: linear_nats(_left(rows, kind, importance), H, weight, loss) for kind in types}
 
 
 def _column_weights(H: torch.Tensor) -> Floats:
@@ -171,7 +149,7 @@ def _ends(
     counts = np.bincount(tokens.ravel(), minlength=decoder.config.vocab_size)
     rows = sampled(counts)
     tied = decoder.head == st.EMBED
-    L = after_feedback(H) if feedback and not tied else None
+    fed = after_feedback(H, DAMP) if feedback and not tied else None
     importance: dict[str, Floats] = {}
     if not tied:
         importance = {st.EMBED: s[st.EMBED].cpu().numpy(), decoder.head: _column_weights(H)}
@@ -187,7 +165,7 @@ def _ends(
                 p = _frequencies(counts).to(R.device)
                 cost += _looked_up_nats(R, rows.weights(p), s[st.EMBED].to(R.device))
             if name == decoder.head:
-                cost += _linear_nats(R, H, rows.weights(s[st.HEAD].to(R.device)), L)
+                cost += linear_nats(R, H, rows.weights(s[st.HEAD].to(R.device)), fed.loss if fed else None)
             nats.setdefault(name, {})[qtype.name] = cost
     return Costs(nats, importance)
 

@@ -11,13 +11,10 @@ from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from converters.gguf import budget as budgets
 from converters.gguf import mixtures
-from converters.gguf.budget import Budget, Chosen, Types
+from converters.gguf.budget import USUAL, Types
 from converters.gguf.calibrate import draw_windows, plan_measured
-from converters.gguf.cost_file import Known, load, save
 from converters.gguf.file_types import MIXTURES
 from converters.gguf.layout import KeyValues, padded
 from converters.gguf.plan import Job, with_keys
@@ -30,12 +27,13 @@ from dsconvert.events import Event, Step, TypesChosen
 from dsconvert.models.architectures import find_architecture
 from dsconvert.models.language_model import language_model
 from dsconvert.models.tensor_table import plan
+from dsconvert.quantization.budget import POINTS, Budget, Chosen, Nats, choose, thinned, told
+from dsconvert.quantization.cost_file import Known, load, save
 from dsconvert.quantization.ranks import Ranks
 
 if TYPE_CHECKING:
     from converters.gguf.costs import Costs
 
-POINTS = 24  # of the curve that is printed and kept
 RESERVE = 1024  # bytes for the keys that a solver still adds
 PREFIX = "dsconvert.types."
 IMATRIX = "imatrix"
@@ -124,11 +122,10 @@ def _shapes(job: Job, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
     return {name: tensors[name].shape for name in names}
 
 
-def share_out(
-    job: Job, asked: Budget, types: Types, nats: budgets.Nats, reserve: int = 0
-) -> tuple[Job, Chosen]:
+def share_out(job: Job, asked: Budget, types: Types, nats: Nats, reserve: int = 0) -> tuple[Job, Chosen]:
     """The job with types of least cost, its files and `reserve` more bytes within what was asked."""
     shapes = _shapes(job, types)
+    among = sum(map(prod, shapes.values()))
     weights = sum(prod(tensor.shape) for tensor in job.outputs[0].tensors.values())
     limit = asked.size
     if asked.vram is not None:
@@ -140,7 +137,7 @@ def share_out(
             bits = int(asked.bpw * weights) - 8 * _others(job, types)
         else:
             bits = 8 * ((limit or 0) - _around(job, types) - reserve - over)
-        found = budgets.choose(types, shapes, nats, bits, _in_words(asked))
+        found = choose(budgets.options_of(types, shapes, nats), among, bits, asked.words)
         fixed = _around(job, types)
         curve = [(fixed + corner // 8, cost) for corner, cost in thinned(found.curve)]
         chosen = replace(asked, chosen=found.types)
@@ -167,20 +164,12 @@ def _others(job: Job, types: Types) -> int:
     return sum(padded(t.nbytes) for name, t in job.outputs[0].tensors.items() if name not in types)
 
 
-def _in_words(asked: Budget) -> str:
-    if asked.bpw is not None:
-        return f"{asked.bpw:g} bits per weight"
-    if asked.size is not None:
-        return f"{asked.size:,} bytes"
-    return f"a card of {asked.vram or 0:,} bytes with a context of {asked.context or 'full length'}"
-
-
 def _keys(asked: Budget, nats: float, curve: list[tuple[int, float]]) -> KeyValues:
     """What the file says of how its types were chosen; of one size for one request."""
     filled = curve + curve[-1:] * (POINTS - len(curve))
     return {
-        PREFIX + "asked": ("string", _in_words(asked)),
-        PREFIX + "candidates": ("array:string", list(asked.types)),
+        PREFIX + "asked": ("string", asked.words),
+        PREFIX + "candidates": ("array:string", list(asked.types or USUAL)),
         PREFIX + "floor": ("string", asked.floor or ""),
         PREFIX + "foretold_kl": ("float32", nats),
         PREFIX + "curve_bytes": ("array:uint64", [nbytes for nbytes, _ in filled]),
@@ -188,16 +177,7 @@ def _keys(asked: Budget, nats: float, curve: list[tuple[int, float]]) -> KeyValu
     }
 
 
-def thinned(curve: tuple[tuple[int, float], ...]) -> list[tuple[int, float]]:
-    """POINTS of the curve's corners at the most, its ends among them, evenly spread by bits."""
-    if len(curve) <= POINTS:
-        return list(curve)
-    bits = np.array([corner for corner, _ in curve])
-    wanted = np.linspace(bits[0], bits[-1], POINTS)
-    return [curve[i] for i in sorted({int(np.abs(bits - at).argmin()) for at in wanted})]
-
-
-def by_rule(job: Job, types: Types, nats: budgets.Nats) -> Iterator[tuple[str, int, float]]:
+def by_rule(job: Job, types: Types, nats: Nats) -> Iterator[tuple[str, int, float]]:
     """Name, file size and foretold nats of each mixture of llama-quantize whose types have costs."""
     tensors = job.outputs[0].tensors
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
@@ -209,18 +189,12 @@ def by_rule(job: Job, types: Types, nats: budgets.Nats) -> Iterator[tuple[str, i
             yield quant, around + size, math.fsum(nats[name][choices[name].type] for name in types)
 
 
-def _told(job: Job, asked: Budget, types: Types, nats: budgets.Nats, found: Chosen) -> Iterator[Event]:
+def _told(job: Job, asked: Budget, types: Types, nats: Nats, found: Chosen) -> Iterator[Event]:
     """What was chosen, what other sizes would give, and what llama-quantize's mixtures would."""
     weights = sum(prod(tensor.shape) for tensor in job.outputs[0].tensors.values())
     data = sum(tensor.nbytes for tensor in job.outputs[0].tensors.values())
     around = _around(job, types)
     curve = tuple((around + bits // 8, cost) for bits, cost in thinned(found.curve))
     rules = tuple(sorted(by_rule(job, types, nats), key=lambda rule: rule[1]))
-    event = TypesChosen(_in_words(asked), 8 * data / weights, _nbytes(job), found.nats, curve, rules)
-    yield event
-    yield Step("what a size buys, and llama-quantize's mixtures by the same measure:")
-    rows = [(nbytes, cost, "") for nbytes, cost in curve] + [(n, cost, name) for name, n, cost in rules]
-    for nbytes, cost, name in sorted([*rows, (event.nbytes, event.nats, "this file")]):
-        yield Step(f"  {nbytes:>15,} bytes  foretold KL {cost:.3g}  {name}".rstrip())
-    bits = f"{event.bits_per_weight:.3f} bits per weight"
-    yield Step(f"{bits} for {event.asked}, foretold KL {event.nats:.3g}")
+    event = TypesChosen(asked.words, 8 * data / weights, _nbytes(job), found.nats, curve, rules)
+    yield from told(event, "llama-quantize's mixtures")

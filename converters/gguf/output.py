@@ -10,8 +10,8 @@ from converters.gguf.layout import Layout, Tensor
 from dsconvert.checkpoints.locate import ModelPath
 
 if TYPE_CHECKING:
-    from converters.gguf.budget import Budget
     from dsconvert.calibration.request import CalibrationRequest
+    from dsconvert.quantization.budget import Budget
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,12 @@ class Job:
         return [path for output in self.every_output for path in output.paths]
 
     @property
+    def foretold(self) -> float:
+        """The mean KL divergence, in nats, that is foretold of types chosen by cost; 0 where none are."""
+        nats: float = self.keys.get("dsconvert.types.foretold_kl", ("float32", 0.0))[1]
+        return nats
+
+    @property
     def inputs(self) -> list[Path]:
         """The files and folders that are read."""
         matrix, wanted = self.options.imatrix, self.options.calibration

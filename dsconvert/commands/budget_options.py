@@ -15,7 +15,7 @@ from dsconvert.commands.shared_options import apply, measurement_option
 from dsconvert.errors import UsageError
 
 if TYPE_CHECKING:
-    from converters.gguf.budget import Budget
+    from dsconvert.quantization.budget import Budget
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 SIZES = ("bpw", "size", "vram")
@@ -75,11 +75,9 @@ def budget_options(command: Command) -> Callable[..., Any]:
         check(bpw, size, vram)
         budget: Budget | None = None
         if any(value is not None for value in (bpw, size, vram)):
-            from converters.gguf.budget import USUAL, Budget  # not loaded for others
+            from dsconvert.quantization.budget import Budget  # not loaded for others
 
-            budget = Budget(
-                bpw, size, vram, context, types or USUAL, floor.lower() if floor else None, measurement
-            )
+            budget = Budget(bpw, size, vram, context, types, floor.lower() if floor else None, measurement)
         return command(budget=budget, **others)
 
     return apply(with_budget, OPTIONS)

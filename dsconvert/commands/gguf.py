@@ -18,10 +18,10 @@ from dsconvert.commands.run import command, on_each_rank
 from dsconvert.events import phase
 
 if TYPE_CHECKING:
-    from converters.gguf.budget import Budget
     from dsconvert.calibration.request import CalibrationRequest
     from dsconvert.checkpoints.locate import ModelPath
     from dsconvert.commands.display import Display
+    from dsconvert.quantization.budget import Budget
 
 FED_LENGTH = 2048  # tokens of a calibration window: error feedback needs more than an importance matrix
 

@@ -15,6 +15,7 @@ from dsconvert.decoder import linear_inputs
 from dsconvert.decoder import torch_decoder as st
 from dsconvert.decoder.sensitivity import sensitivities
 from dsconvert.proof import compare
+from dsconvert.quantization.costs import after_feedback
 
 CPU = torch.device("cpu")
 KINDS = ("q2_k", "q4_k", "q8_0", "q4_0")
@@ -52,9 +53,9 @@ def test_a_linear_costs_what_the_sum_over_its_outputs_says() -> None:
 def test_after_feedback_it_costs_what_independent_roundings_leave() -> None:
     """By the paper's form: with the damped H = U D U^T, errors R U^-1 of roundings R."""
     W, H, s = a_linear()
-    L = costs.after_feedback(H)
-    assert L is not None
-    found = costs.linear_costs(W, H, s, [QTYPES["q4_k"]], L)["q4_k"]
+    fed = after_feedback(H, costs.DAMP)
+    assert fed is not None
+    found = costs.linear_costs(W, H, s, [QTYPES["q4_k"]], fed)["q4_k"]
     R = W.double().numpy() - rounded(W.numpy(), "q4_k", (H.diagonal() / 2).numpy())
     order = np.argsort(-H.diagonal().numpy(), kind="stable")
     h = H.double().numpy()[np.ix_(order, order)]
@@ -70,7 +71,7 @@ def test_after_feedback_it_costs_what_independent_roundings_leave() -> None:
 
 
 def test_inputs_that_are_never_active_cannot_be_fed_back() -> None:
-    assert costs.after_feedback(torch.zeros(64, 64)) is None
+    assert after_feedback(torch.zeros(64, 64), costs.DAMP) is None
 
 
 @pytest.mark.parametrize("tied", [False, True])

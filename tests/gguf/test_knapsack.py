@@ -13,9 +13,8 @@ import pytest
 from click.testing import CliRunner
 
 from converters.gguf import budget as budgets
-from converters.gguf.budget import USUAL, Budget
+from converters.gguf.budget import USUAL
 from converters.gguf.convert import convert
-from converters.gguf.cost_file import Known, load, save
 from converters.gguf.opened import open_file
 from converters.gguf.output import Options
 from converters.gguf.parse import open_gguf
@@ -31,6 +30,8 @@ from dsconvert.memory.peak import Card, peak
 from dsconvert.memory.runtimes import MIB, RUNTIMES
 from dsconvert.proof.types_by_cost import types_by_cost
 from dsconvert.quantization.allocate import Option, curve
+from dsconvert.quantization.budget import Budget, choose
+from dsconvert.quantization.cost_file import Known, load, save
 
 WEIGHTS = 2_622_720  # of the embedded sample
 
@@ -70,10 +71,11 @@ def test_the_choice_is_the_best_of_all() -> None:
     shapes = {f"blk.{i}.ffn_up.weight": (rng.randrange(8, 64), 256 * rng.randrange(1, 5)) for i in range(4)}
     nats = {name: {k: rng.uniform(0.3, 3) * 4.0 ** -QTYPES[k].bits for k in kinds} for name in shapes}
     types = dict.fromkeys(shapes, kinds)
+    options, weights = budgets.options_of(types, shapes, nats), sum(map(math.prod, shapes.values()))
     least = sum(budgets.tensor_bits(shape, "q2_k") for shape in shapes.values())
     most = sum(budgets.tensor_bits(shape, "q8_0") for shape in shapes.values())
     for bits in range(least, most, (most - least) // 40):
-        found = budgets.choose(types, shapes, nats, bits, "so many bits")
+        found = choose(options, weights, bits, "so many bits")
         best = min(
             sum(nats[name][kind] for name, kind in zip(shapes, choice, strict=True))
             for choice in itertools.product(kinds, repeat=4)
@@ -82,7 +84,7 @@ def test_the_choice_is_the_best_of_all() -> None:
         assert found.nats == pytest.approx(best, rel=1e-12)
         assert found.bits <= bits
     with pytest.raises(UsageError, match="as small as so many bits"):
-        budgets.choose(types, shapes, nats, least - 8, "so many bits")
+        choose(options, weights, least - 8, "so many bits")
 
 
 def test_the_curve_is_the_hull_of_all_choices() -> None:

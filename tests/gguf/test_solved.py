@@ -14,7 +14,6 @@ import tiny
 from calibrated import Stop, gguf_options, stopper
 from click.testing import CliRunner
 
-from converters.gguf.budget import Budget
 from converters.gguf.convert import convert
 from converters.gguf.importance import REPORT
 from converters.gguf.opened import open_file
@@ -26,6 +25,7 @@ from dsconvert.errors import OutputError, QuantizationError
 from dsconvert.events import Check, Event, Warn
 from dsconvert.proof import compare
 from dsconvert.proof.text import default_windows
+from dsconvert.quantization.budget import Budget
 from dsconvert.quantization.run import LinearSolved
 
 TEXT: dict[str, Any] = {"calib": "builtin", "calib_samples": 32, "calib_len": 256}

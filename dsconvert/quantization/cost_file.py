@@ -1,18 +1,17 @@
-"""The file that keeps what types cost, for files of other sizes: JSON, by GGUF names."""
+"""The file that keeps what types cost, for outputs of other sizes: JSON, by the names of tensors."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from converters.gguf.budget import Types
-from converters.gguf.importance import Floats
 from dsconvert.checkpoints.output_files import write_file
 from dsconvert.errors import CheckpointError
 from dsconvert.reading import RECORD, read_object
@@ -23,10 +22,10 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True, eq=False)
 class Known:
-    """Nats by GGUF name and type, and the importance of embedding and head, float32 [d] by GGUF name."""
+    """Nats by name and type; of GGUF the importance of embedding and head too, float32 [d] by name."""
 
     nats: dict[str, dict[str, float]]
-    importance: dict[str, Floats]
+    importance: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
 
 
 def save(path: Path, known: Known, shapes: Shapes, solver: str) -> None:
@@ -40,7 +39,7 @@ def save(path: Path, known: Known, shapes: Shapes, solver: str) -> None:
     write_file(path, (json.dumps(found) + "\n").encode(), replace=False)
 
 
-def load(path: Path, shapes: Shapes, types: Types, solver: str) -> Known:
+def load(path: Path, shapes: Shapes, types: Mapping[str, tuple[str, ...]], solver: str) -> Known:
     """Read the costs of tensors of these shapes in these types; CheckpointError for a file without them."""
     found = read_object(path, RECORD, hint=REMAKE)
     try:

@@ -1,0 +1,109 @@
+"""What rounding a linear costs, foretold without solving, in nats of KL divergence of the next token.
+
+A linear's outputs y = W x change by d = R x when rounding leaves R of W, and the prediction then moves by
+1/2 sum_n s_n E[d_n^2] nats, s the outputs' sensitivities (dsconvert.decoder.sensitivity). With H = 2 E[x x^T]
+that is 1/4 sum_n s_n R_n H R_n^T, or, where error feedback follows, 1/4 sum_i L_i sum_n s_n R_ni^2, L what an
+input's rounding error costs after it (error_feedback.row_losses).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from dsconvert.decoder import linear_inputs
+from dsconvert.decoder import torch_decoder as st
+from dsconvert.decoder.linear_inputs import Group
+from dsconvert.decoder.sensitivity import sensitivities
+from dsconvert.events import Event, Step
+from dsconvert.quantization import error_feedback
+
+if TYPE_CHECKING:
+    import torch
+
+SENSITIVITY_TOKENS = 4096
+Cost = TypeVar("Cost")
+
+
+def sensitivities_on_some(
+    decoder: st.Decoder, tokens: st.IntArray, seed: int
+) -> Generator[Event, None, dict[str, torch.Tensor]]:
+    """The outputs' sensitivities by tensor name, on the first of the windows [n, length]."""
+    return (yield from sensitivities(decoder, tokens[: max(1, SENSITIVITY_TOKENS // tokens.shape[1])], seed))
+
+
+def measure_blocks(
+    decoder: st.Decoder,
+    hidden: torch.Tensor,
+    cost_of: Callable[[int, Group], Mapping[str, Cost]],
+    known: Sequence[Mapping[str, Cost]] = (),
+    keep: Callable[[int, Mapping[str, Cost]], None] = lambda index, found: None,
+) -> Generator[Event, None, dict[str, Cost]]:
+    """What linears cost, by tensor name; takes the states [n, length, d] through all blocks, in place.
+
+    `cost_of` is given each group of linears with its place in the block; `known` are the costs of the first
+    blocks, which are not measured again, and `keep` is given those of each that is. Raises QuantizationError
+    that names a linear whose inputs are not finite.
+    """
+    layers, found = decoder.config.layers, dict[str, Cost]()
+    for index in range(layers):
+        block = st.load_block(decoder, index)
+        if index < len(known):
+            found |= known[index]
+            linear_inputs.advance(decoder, block, hidden)
+            continue
+        own: dict[str, Cost] = {}
+        for place, group in enumerate(linear_inputs.walk(decoder, block, hidden)):
+            own |= cost_of(place, group)
+        keep(index, own)
+        found |= own
+        yield Step(f"measured block {index + 1} of {layers}")
+    return found
+
+
+def some_outputs(s: torch.Tensor, count: int) -> tuple[slice, torch.Tensor]:
+    """Which outputs stand for all, `count` or more, and their weights, which sum up as `s` [N] does."""
+    at = slice(None, None, max(1, len(s) // count))
+    weights = s[at]
+    return at, weights * (s.sum() / weights.sum().clamp(min=1e-30))
+
+
+@dataclass(frozen=True, eq=False)
+class Fed:
+    """What a squared rounding error of each input costs where error feedback makes up for it, float32 [K].
+
+    `loss` is what it adds to the loss without damping, `pivots` what the walk itself counts it as.
+    """
+
+    loss: torch.Tensor
+    pivots: torch.Tensor
+
+
+def after_feedback(H: torch.Tensor, damp: float, by_activity: bool = True) -> Fed | None:
+    """What errors cost after feedback that walks the inputs of H [K, K] most active first, or as they are.
+
+    None where H cannot be factored: nothing is fed back then.
+    """
+    import torch
+
+    diagonal = H.diagonal()
+    columns = torch.arange(len(H), device=H.device)
+    if by_activity:
+        columns = diagonal.argsort(descending=True, stable=True)
+    dead = diagonal == 0
+    factor = error_feedback.factorize(H, dead, columns, damp) if bool((~dead).any()) else None
+    if factor is None:
+        return None
+    found = Fed(torch.empty_like(factor.D), torch.empty_like(factor.D))
+    found.loss[columns], found.pivots[columns] = error_feedback.row_losses(factor), factor.D
+    return found
+
+
+def linear_nats(R: torch.Tensor, H: torch.Tensor, s: torch.Tensor, loss: torch.Tensor | None) -> float:
+    """The nats of what rounding leaves, R [n, K], of outputs of sensitivities `s` [n]; see above.
+
+    `loss` [K] is that of error feedback, None where there is none.
+    """
+    losses = (R @ H).mul_(R).sum(1) if loss is None else R.square() @ loss
+    return float(losses.double() @ s.double()) / 4
