@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 
 def names(hash_seed: str) -> list[str]:
     """The tests that a process of its own finds; it takes seconds, so two find them at different times."""
@@ -18,6 +20,7 @@ def names(hash_seed: str) -> list[str]:
     return [line for line in found.stdout.splitlines() if "::" in line]
 
 
+@pytest.mark.slow
 def test_every_process_finds_the_same_tests() -> None:
     first, second = names("1"), names("2")
     assert len(first) > 1000

@@ -195,8 +195,11 @@ print(vectors.WIDTH, grid_vectors.PICK or "by hand", out.tobytes().hex())
 """
 
 
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("iq3_s", "iq2_xs")]  # to compile
+
+
 @needs_ggml
-@pytest.mark.parametrize("name", ["iq4_xs", "iq3_s", "iq2_xs"])
+@pytest.mark.parametrize("name", ["iq4_xs", *SLOW])
 def test_other_processors_give_the_same_bytes(name: str, tmp_path: Path) -> None:
     """Vectors of 8, and lanes picked one by one where there is no instruction for it."""
     rows = np.random.default_rng(39).standard_normal((9, 1024)).astype(np.float32)

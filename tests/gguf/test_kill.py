@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import tiny
 
 # One process imports and compiles once, then forks a child for each attempt and kills it at a random moment
@@ -57,14 +58,24 @@ print(killed, parts)
 """
 
 
-def test_kill_at_50_random_moments(tmp_path: Path) -> None:
+@pytest.mark.parametrize("attempts", [16, pytest.param(50, marks=pytest.mark.slow)])
+def test_kill_at_random_moments(tmp_path: Path, attempts: int) -> None:
     model = tiny.tiny_checkpoint(
         tmp_path / "model", layers=4, d=512, ff=1536, heads=8, kv_heads=8, vocab=2048
     )
     (tmp_path / "out").mkdir()
-    command = [sys.executable, "-W", "ignore", "-c", ATTEMPTS, str(model), str(tmp_path / "out"), "50"]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        ATTEMPTS,
+        str(model),
+        str(tmp_path / "out"),
+        str(attempts),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     killed, parts = map(int, done.stdout.split())
-    assert killed > 25, "most attempts should have been killed before they ended"
-    assert parts > 5, "some should have been killed while a file was half written"
+    assert killed > attempts // 2, "most attempts should have been killed before they ended"
+    assert parts > attempts // 10, "some should have been killed while a file was half written"

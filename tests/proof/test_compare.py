@@ -368,7 +368,7 @@ def test_memory_grows_with_the_block_not_with_their_number() -> None:
     """
     root = Path(__file__).parents[2]
     peaks: dict[tuple[int, int], float] = {}
-    for layers, vocab in ((4, 1000), (8, 1000), (16, 1000), (4, 100_000)):
+    for layers, vocab in ((4, 1000), (16, 1000), (4, 100_000)):
         done = subprocess.run(
             [sys.executable, "-c", PEAK, *map(str, (layers, vocab))],
             check=True,

@@ -28,6 +28,20 @@ OUTPUTS = {**GGUF, **GPTQ, **EXL2}
 # What two bits hide: 5 % of a row's length is less than the lengths of faithful rows differ by.
 HIDDEN = {"gptq 2": ("a row times 1.05",)}
 FEW = ("q8_0", "q4_k_m", "q3_k_s", "q2_k", "gptq 2")
+# One of each kind of type; the others are the slow tests'.
+OFTEN = (
+    *FEW,
+    "bf16",
+    "q4_0",
+    "q5_1",
+    "iq4_xs",
+    "iq3_xxs",
+    "iq2_xs",
+    "tq2_0",
+    "gptq 4",
+    "exl2 3.5",
+    "exl2 6.0",
+)
 
 
 def command(*arguments: object) -> Result:
@@ -62,7 +76,9 @@ def unnamed(result: Result, name: str) -> list[str]:
     return [f"{name}: {words!r} is not in {failed}" for words in missed]
 
 
-@pytest.mark.parametrize("quant", OUTPUTS)
+@pytest.mark.parametrize(
+    "quant", [*OFTEN, *(pytest.param(name, marks=pytest.mark.slow) for name in OUTPUTS if name not in OFTEN)]
+)
 def test_the_gravest_are_named_in_every_type_and_a_faithful_output_passes(
     model: Path, tmp_path: Path, quant: str
 ) -> None:
