@@ -492,12 +492,13 @@ def base_file(folder: Path, out: Path) -> object:
 
 
 def state(folder: Path, out: Path) -> object:
-    from converters.exl2.measure import known_options
+    from converters.exl2.measure import parsed
     from dsconvert.quantization.blocks import collected
+    from dsconvert.quantization.costs import kept_blocks
     from dsconvert.quantization.run_state import State
 
     found = State(folder)
-    return [found.identity(), collected(found), known_options(found, 1)]
+    return [found.identity(), collected(found), kept_blocks(found, 1, parsed)]
 
 
 def measurement(folder: Path, out: Path) -> object:

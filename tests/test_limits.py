@@ -28,6 +28,7 @@ from dsconvert.errors import CheckpointError, ConversionError, OutputError, Toke
 from dsconvert.models.config import load_config
 from dsconvert.proof.config_differences import check_sizes
 from dsconvert.quantization.blocks import collected
+from dsconvert.quantization.costs import kept_blocks
 from dsconvert.quantization.run_state import State
 from dsconvert.report import charts, scatter
 from dsconvert.report.scatter import Point
@@ -242,7 +243,7 @@ def test_a_measured_block_that_was_changed_is_named(kept: dict[str, Any], tmp_pa
     state = State(tmp_path)
     state.keep("measured-00000", kept)
     with pytest.raises(OutputError, match=r"measured-00000\.json: is not as it was written"):
-        measure.known_options(state, 1)
+        kept_blocks(state, 1, measure.parsed)
 
 
 def test_a_compiler_that_cannot_be_loaded_is_told() -> None:

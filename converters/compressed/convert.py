@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,8 +12,8 @@ from converters.compressed.nearest import rounded_pieces
 from converters.compressed.opened import open_folder
 from converters.compressed.pack import pack
 from converters.compressed.plan import Job, Options, prepare
-from converters.compressed.schemes import integer_weights
-from converters.compressed.settings import ignored_linears, quantization_settings
+from converters.compressed.schemes import integer_weights, label_of
+from converters.compressed.settings import Groups, groups_of, ignored_linears, quantization_settings
 from converters.compressed.shapes import refusing_runtimes
 from converters.compressed.unpack import fields, integers
 from dsconvert.calibration.record import Calibration
@@ -21,12 +21,13 @@ from dsconvert.checkpoints.safetensors_reader import Stored, values
 from dsconvert.checkpoints.safetensors_writer import Piece
 from dsconvert.checkpoints.source_files import check_unchanged
 from dsconvert.events import Event, Finished, Planned, Step, Warn
+from dsconvert.quantization.budget import beside_foretold
 from dsconvert.quantization.folder import write_quantized
 from dsconvert.quantization.gptq_solver import Solved, solve
 from dsconvert.quantization.plan import notes, rows_of, stored_tensors
 from dsconvert.quantization.proof import prove_folder
 from dsconvert.quantization.ranks import ALONE, Ranks
-from dsconvert.quantization.run import Coded, Format, Solving, fixed, run
+from dsconvert.quantization.run import Coded, Format, Run, Solving, fixed, run
 
 if TYPE_CHECKING:
     import torch
@@ -54,11 +55,23 @@ def convert(options: Options, ranks: Ranks = ALONE) -> Iterator[Event]:
     started = time.monotonic()
     with ranks.together():
         job = prepare(options)
-    yield from describe(job)
     if not options.row.calibrated:
+        yield from describe(job)
         yield from convert_rounded(job, started)
         return
-    yield from run(job, fixed(lambda calibration: format_of(job, calibration)), ranks, started)
+    if options.budget is None:
+        yield from describe(job)
+        yield from run(job, fixed(lambda calibration: format_of(job, calibration)), ranks, started)
+        return
+
+    def choose(begun: Run) -> Generator[Event, None, Format]:
+        from converters.compressed.mixed import typed
+
+        chosen = yield from typed(job, begun)
+        yield from describe(chosen)
+        return format_of(chosen, begun.calibration)
+
+    yield from beside_foretold(run(job, choose, ranks, started))
 
 
 def convert_rounded(job: Job, started: float) -> Iterator[Event]:
@@ -66,7 +79,7 @@ def convert_rounded(job: Job, started: float) -> Iterator[Event]:
     yield Step(f"rounding to {job.options.scheme}, and writing")
     nbytes = write(job, {}, rounded_pieces(job))
     yield Finished(str(job.out), nbytes, time.monotonic() - started)
-    planned = stored_tensors(job.model, job.options.row.type)
+    planned = stored_tensors(job.model, job.kinds)
     yield from prove_folder(job, lambda: open_folder(job.out), planned)
     check_unchanged(job.model.checkpoint.seen)  # else something else was proven
 
@@ -77,46 +90,51 @@ def describe(job: Job) -> Iterator[Event]:
     if job.model.vision is not None:
         yield Step("written in transformers' layout; what no forward pass uses is left out")
     model, options = job.model, job.options
-    rows = tuple(rows_of(model, options.row.type, job.nbytes))
+    rows = tuple(rows_of(model, job.kinds, job.nbytes))
     quant = options.scheme
-    if options.row.calibrated:
+    if options.budget is not None:
+        bits = 8 * sum(map(job.nbytes, job.schemes)) / job.weights
+        schemes = sorted(set(job.schemes.values()), key=lambda one: (one.bits, -one.group_size))
+        quant = f"{bits:.3f} bits per weight, {', '.join(map(label_of, schemes))}"
+    elif options.row.calibrated:
         quant += f", group {options.group_size}" + ("" if options.sym else ", asymmetric")
     yield Planned((str(job.out),), quant, rows, (job.total,), model.checkpoint.nbytes, "as it is")
     if not options.row.calibrated:
         if model.config.experts:
             yield Warn("transformers will not read this: it fuses experts, and cannot fuse compressed ones")
         return
-    for runtime, rule in refusing_runtimes(model.shapes, options.grid).items():
+    for runtime, rule in refusing_runtimes(model.shapes, job.schemes).items():
         yield Warn(f"{runtime} will not read this: {rule.partition(': ')[2]}")
-    if not options.sym:
+    if not all(scheme.sym for scheme in job.schemes.values()):
         yield Warn("transformers reads this with CompressedTensorsConfig(dequantize=True) only: asymmetric")
 
 
 def format_of(job: Job, calibration: Calibration) -> Format:
     """What a compressed-tensors folder adds to the run."""
     model, options = job.model, job.options
-    bits, sym = options.grid.bits, options.sym
 
     def solved(name: str, W: torch.Tensor, H: torch.Tensor) -> Coded:
-        found = solve(W, H, options.solver)
+        scheme = job.schemes[name]
+        found = solve(W, H, options.solver(scheme))
         stem = model.linears[name].stem
-        tensors = {f"{stem}.{part}": array for part, array in packed_of(found, bits, sym).items()}
+        parts = packed_of(found, scheme.bits, scheme.sym)
+        tensors = {f"{stem}.{part}": array for part, array in parts.items()}
         return found, tensors, found.dequantized()
 
     def restored(name: str, stored: Mapping[str, Stored]) -> torch.Tensor:
         import torch
 
-        linear = model.linears[name]
-        outputs, inputs = linear.shape
+        linear, scheme = model.linears[name], job.schemes[name]
+        (outputs, inputs), bits = linear.shape, scheme.bits
         parts = {key.removeprefix(f"{linear.stem}."): one for key, one in stored.items()}
         codes = fields(values(parts["weight_packed"]), bits, inputs)
-        zeros = None if sym else fields(values(parts["weight_zero_point"]).T, bits, outputs).T
+        zeros = None if scheme.sym else fields(values(parts["weight_zero_point"]).T, bits, outputs).T
         scales = parts["weight_scale"].rows(0, outputs)
-        group = np.arange(inputs) // options.grid.width(inputs)
+        group = np.arange(inputs) // scheme.width(inputs)
         return torch.from_numpy(integers(codes, scales, zeros, group, bits))
 
     solving = Solving(
-        settings=dict.fromkeys(model.linears, options.scheme),
+        settings=job.kinds,
         nbytes={name: job.nbytes(name) for name in model.linears},
         solve=solved,
         restore=restored,
@@ -126,7 +144,7 @@ def format_of(job: Job, calibration: Calibration) -> Format:
         solving,
         write=lambda pieces, fell_back: write(job, provenance(job, calibration, fell_back), pieces),
         opened=lambda: open_folder(job.out),
-        planned=stored_tensors(model, options.row.type),
+        planned=stored_tensors(model, job.kinds),
     )
 
 
@@ -141,12 +159,17 @@ def provenance(job: Job, calibration: Calibration, fell_back: Mapping[str, str])
     options = job.options
     found: dict[str, Any] = {"damp": options.damp, "act_order": options.act_order, "mse": options.mse}
     found["calibration"] = calibration.report.as_dict()
+    found |= {"types": dict(job.told)} if job.told else {}
     return found | ({"round_to_nearest": fell_back} if fell_back else {})
 
 
 def write(job: Job, provenance: Mapping[str, Any], pieces: Mapping[str, Piece]) -> int:
     """The folder, of what is kept and of the linears' `pieces`; returns the bytes of its weights."""
     row, model = job.options.row, job.model
-    weights = integer_weights(job.options.grid) if row.calibrated else row.weights
-    settings = quantization_settings(row, weights, ignored_linears(model), provenance)
+    groups: Groups = [(["Linear"], row.weights)]
+    if job.options.budget is not None:
+        groups = groups_of({model.linears[name].stem: scheme for name, scheme in job.schemes.items()})
+    elif row.calibrated:
+        groups = [(["Linear"], integer_weights(job.options.grid))]
+    settings = quantization_settings(row, groups, ignored_linears(model), provenance)
     return write_quantized(job, pieces, settings, model.files)

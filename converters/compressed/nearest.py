@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 
+from converters.compressed.fused import fused_with
 from converters.compressed.plan import Job
 from converters.compressed.rounded import Rows, Weight, largest
 from dsconvert.checkpoints.fp8 import scale_values
 from dsconvert.checkpoints.safetensors_writer import Piece, from_array, from_stored
 from dsconvert.models.weights import WeightSource, widened
-
-# Linears that runtimes fuse into one, by the last part of their names: they share nvfp4's global scale.
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"))
 
 
 def rounded_pieces(job: Job) -> dict[str, Piece]:
@@ -56,8 +54,6 @@ def _largest(source: WeightSource, shapes: Mapping[str, tuple[int, int]]) -> Cal
         return largest(Weight(*shapes[name], _rows(source, name)))
 
     def together(name: str) -> float:
-        stem, _, last = name.removesuffix(".weight").rpartition(".")
-        members = next((group for group in FUSED if last in group), (last,))
-        return max(own(f"{stem}.{m}.weight") for m in members if f"{stem}.{m}.weight" in shapes)
+        return max(map(own, fused_with(name, shapes)))
 
     return together

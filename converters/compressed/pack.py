@@ -6,11 +6,13 @@ bit of a row's first 32-bit word on, zero points likewise down the outputs.
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from dsconvert.checkpoints.safetensors_header import BITS
 from dsconvert.errors import QuantizationError
 from dsconvert.quantization.bit_packing import FIELDS, pack_rows
 
@@ -54,6 +56,12 @@ def stored_shapes(
         "weight_shape": ("I64", (2,)),
     }
     return shapes if sym else {**shapes, "weight_zero_point": ("I32", (words(outputs, bits), groups))}
+
+
+def integer_nbytes(outputs: int, inputs: int, groups: int, bits: int, sym: bool) -> int:
+    """Bytes of the tensors of a linear."""
+    stored = stored_shapes(outputs, inputs, groups, bits, sym)
+    return sum(BITS[kind] // 8 * prod(shape) for kind, shape in stored.values())
 
 
 def _check(codes: Array, scales: Array, zeros: Array, bits: int, sym: bool) -> None:

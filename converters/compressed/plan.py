@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
+from typing import Any
 
-from converters.compressed.pack import stored_shapes
-from converters.compressed.schemes import Row, scheme_of
+from converters.compressed.choice import SIZES, Candidates, candidates, nbytes, schemes_of, smallest
+from converters.compressed.schemes import Row, label_of, scheme_of
 from converters.compressed.shapes import check_floats, check_shapes
 from dsconvert.calibration.request import check_chat
+from dsconvert.checkpoints.output_plan import check_distinct, check_files, look
 from dsconvert.checkpoints.safetensors_header import BITS
 from dsconvert.libraries import TORCH, need
+from dsconvert.memory.peak import left_on_card
+from dsconvert.memory.runtimes import RUNTIMES
 from dsconvert.models.provenance import origin
+from dsconvert.quantization.budget import Budget, check_enough
+from dsconvert.quantization.cost_file import Known, load
 from dsconvert.quantization.gptq_grid import Scheme
 from dsconvert.quantization.gptq_solver import SolverOptions
 from dsconvert.quantization.linears import Selection
 from dsconvert.quantization.plan import RunOptions, check_output, input_files, open_model, output_folder
+from dsconvert.quantization.shape_rules import check_linears
 from tokenizer_tools.load import TokenizerData
+
+PARTS, ENTRY = 4, 120  # tensors of a linear, and bytes that a file says of each, at the most
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,8 @@ class Options:
     mse: bool = True
     language_only: bool = False
     lm_head: bool = False
+    budget: Budget | None = None  # instead of `scheme` and `group_size`: schemes by cost, within it
+    group_sizes: tuple[int, ...] = SIZES  # of these
 
     @property
     def row(self) -> Row:
@@ -41,23 +53,30 @@ class Options:
 
     @property
     def grid(self) -> Scheme:
-        """What the integers mean."""
+        """What the integers mean, where all linears have the same."""
         return Scheme(self.row.bits, self.group_size, self.sym)
 
-    @property
-    def solver(self) -> SolverOptions:
+    def solver(self, scheme: Scheme) -> SolverOptions:
         """The part of it that the solver goes by; groups are always runs of inputs."""
-        return SolverOptions(self.grid, self.act_order, False, self.damp, self.mse)
+        return SolverOptions(scheme, self.act_order, False, self.damp, self.mse)
 
 
 @dataclass(frozen=True)
 class Job:
-    """A conversion planned; nothing is written yet."""
+    """A conversion planned; nothing is written yet.
+
+    `schemes` are those of integers, by a linear's name; of a budget the smallest of its `choices`, until they
+    are chosen. `told` is what the folder says of that choice, `known` the costs that were given.
+    """
 
     options: Options
     model: Selection
     tokenizer: TokenizerData = field(repr=False)
     out: Path
+    schemes: Mapping[str, Scheme] = field(repr=False, default_factory=dict)
+    choices: Candidates = field(repr=False, default_factory=dict)
+    told: Mapping[str, Any] = field(repr=False, default_factory=dict)
+    known: Known | None = field(repr=False, default=None)
 
     @property
     def run(self) -> RunOptions:
@@ -66,26 +85,64 @@ class Job:
 
     @property
     def inputs(self) -> list[Path]:
-        """The files and folders that are read."""
-        return input_files(self.run, self.model)
+        """The files and folders that are read; a measurement that is still to be made among them."""
+        budget = self.options.budget
+        measurement = [budget.measurement] if budget and budget.measurement else []
+        return input_files(self.run, self.model) + measurement
 
     @property
     def settings(self) -> str:
         """What the bytes of a block depend on, as --resume reports it."""
         options = self.options
+        what = f"{options.scheme}, group {options.group_size}"
+        if options.budget is not None:
+            labels = dict.fromkeys(label for own in self.choices.values() for label in own)
+            costs = "measured here" if self.known is None else self.known.digest
+            what = f"{options.budget.words}, of {', '.join(labels)}, costs {costs}"
         return (
-            f"{options.scheme}, group {options.group_size}, act-order {options.act_order}, "
+            f"{what}, act-order {options.act_order}, "
             f"sym {options.sym}, damp {options.damp:g}, mse {options.mse}, "
             f"language only {options.language_only}, lm_head {options.lm_head}"
         )
 
+    @property
+    def measured_by(self) -> str:
+        """How costs are measured, which hang on how the linears will be solved."""
+        options = self.options
+        return f"gptq, act-order {options.act_order}, damp {options.damp:g}, mse {options.mse}"
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """What each linear becomes, by name."""
+        if not self.options.row.calibrated:
+            return dict.fromkeys(self.model.linears, self.options.row.type)
+        return {name: f"w{self.schemes[name].bits}a16" for name in self.model.linears}
+
     def nbytes(self, name: str) -> int:
         """Bytes of a linear in the output."""
-        (outputs, inputs), row, grid = self.model.linears[name].shape, self.options.row, self.options.grid
-        shapes = row.shapes(outputs, inputs)
-        if row.calibrated:
-            shapes = stored_shapes(outputs, inputs, grid.groups(inputs), grid.bits, grid.sym)
-        return sum(BITS[kind] // 8 * prod(shape) for kind, shape in shapes.values())
+        shape = self.model.linears[name].shape
+        if self.options.row.calibrated:
+            return nbytes(shape, self.schemes[name])
+        return sum(BITS[kind] // 8 * prod(part) for kind, part in self.options.row.shapes(*shape).values())
+
+    @property
+    def weights(self) -> int:
+        """How many weights the linears have, which bits per weight are about."""
+        return sum(map(prod, self.model.shapes.values()))
+
+    @property
+    def allowed_bits(self) -> int:
+        """The bits that the linears may take by the budget, with what the files say of each tensor."""
+        asked, config = self.options.budget, self.model.config
+        assert asked is not None
+        if asked.bpw is not None:
+            return int(asked.bpw * self.weights)
+        limit = asked.size
+        if asked.vram is not None:
+            context = asked.context or config.context_length
+            limit = left_on_card(config, RUNTIMES["transformers"], asked.vram, context)
+        names = [*self.model.kept, *(one.stem for one in self.model.linears.values() for _ in range(PARTS))]
+        return 8 * ((limit or 0) - self.model.kept_nbytes - sum(len(name) + ENTRY for name in names))
 
     @property
     def total(self) -> int:
@@ -101,20 +158,38 @@ def prepare(options: Options) -> Job:
     check_chat(run.calibration.chat)
     model, tokenizer = open_model(run, options.language_only, options.lm_head, row.calibrated)
     out = output_folder(run, default_name(options, origin(model.checkpoint.folder, model.config)[1]))
-    job = Job(options, model, tokenizer, out)
-    if row.calibrated:
-        check_shapes(model.shapes, options.grid)
-    else:
-        check_floats(model.shapes, row)
+    job = with_schemes(Job(options, model, tokenizer, out))
     check_output(job, job.total)
     return job
 
 
-def default_name(options: Options, model: str) -> str:
-    """The name of a folder for these settings: model-w4a16-128g."""
-    head = "-head" if options.lm_head else ""
+def with_schemes(job: Job) -> Job:
+    """The job with the schemes of its linears, whose shapes they fit; with those to choose from."""
+    options, shapes = job.options, job.model.shapes
     if not options.row.calibrated:
-        return f"{model}-{options.scheme}{head}"
-    group = "" if options.group_size == -1 else f"-{options.group_size}g"
-    asym = "" if options.sym else "-asym"
-    return f"{model}-{options.scheme}{group}{asym}{head}"
+        check_floats(shapes, options.row)
+        return job
+    if options.budget is None:
+        check_shapes(shapes, options.grid)
+        return replace(job, schemes=dict.fromkeys(shapes, options.grid))
+    check_linears(shapes)
+    choices = candidates(shapes, schemes_of(options.budget, options.group_sizes, options.sym))
+    job, measurement = replace(job, schemes=smallest(choices), choices=choices), options.budget.measurement
+    check_enough(8 * sum(map(job.nbytes, shapes)), job.allowed_bits, options.budget.words)
+    if measurement is None:
+        return job
+    if look(measurement) is not None:
+        labels = {name: tuple(own) for name, own in choices.items()}
+        return replace(job, known=load(measurement, shapes, labels, job.measured_by))
+    check_files([measurement], [0], force=False)
+    check_distinct([measurement, job.out])
+    return job
+
+
+def default_name(options: Options, model: str) -> str:
+    """The name of a folder for these settings: model-w4a16-128g, model-compressed-4.5bpw."""
+    head, asym = "-head" if options.lm_head else "", "" if options.sym else "-asym"
+    if options.budget is not None:
+        return f"{model}-compressed-{options.budget.name}{asym}{head}"
+    label = label_of(options.grid) if options.row.calibrated else options.scheme
+    return f"{model}-{label}{head}"

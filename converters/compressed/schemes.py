@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -125,6 +126,7 @@ SCHEMES = {
     )
 }  # fmt: skip
 INTEGERS = tuple(row.name for row in SCHEMES.values() if row.bits)
+NAMED = re.compile(r"(w[0-9]+a16)(?:-([0-9]+)g)?(-asym)?")
 
 
 def scheme_of(name: str) -> Row:
@@ -132,6 +134,27 @@ def scheme_of(name: str) -> Row:
     if name not in SCHEMES:
         raise UsageError(f"the scheme {name!r} is not known", hint="Known: " + ", ".join(SCHEMES))
     return SCHEMES[name]
+
+
+def label_of(scheme: Scheme) -> str:
+    """What integers of a scheme are called: w4a16-128g, w3a16-32g-asym, w8a16 where a row shares a scale."""
+    group = "" if scheme.group_size == -1 else f"-{scheme.group_size}g"
+    return f"w{scheme.bits}a16{group}" + ("" if scheme.sym else "-asym")
+
+
+def schemes_named(text: str, sizes: Iterable[int], sym: bool) -> list[Scheme]:
+    """The schemes of integers that a name stands for: w4a16 for those of all `sizes` of groups.
+
+    Raises UsageError for a name that is none.
+    """
+    found = NAMED.fullmatch(text)
+    if not found or found[1] not in INTEGERS:
+        raise UsageError(
+            f"type {text[:40]!r} is unknown",
+            hint=f"Take some of {', '.join(INTEGERS)}, or with more: w4a16-32g, w3a16-64g-asym",
+        )
+    bits = SCHEMES[found[1]].bits
+    return [Scheme(bits, size, sym and not found[3]) for size in ([int(found[2])] if found[2] else sizes)]
 
 
 def integer_weights(scheme: Scheme) -> dict[str, object]:

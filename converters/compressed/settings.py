@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from converters.compressed.schemes import Row
+from converters.compressed.schemes import Row, integer_weights
 from dsconvert import __version__
+from dsconvert.quantization.gptq_grid import Scheme
 from dsconvert.quantization.linears import Selection
 
+Groups = list[tuple[list[str], Mapping[str, object]]]  # patterns, and what is said of weights
+NUMBERED = re.compile(r"(.*?)layers\.([0-9]+)\.(.*)")
+EXPERT = re.compile(r"\.experts\.[0-9]+\.")  # all of a layer have one scheme
 EMBEDDINGS = ("embed_tokens", "wte")
 HEAD = "lm_head"
 
 
 def quantization_settings(
-    scheme: Row, weights: Mapping[str, object], ignored: list[str], provenance: Mapping[str, Any]
+    scheme: Row, groups: Groups, ignored: list[str], provenance: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The block that readers need, `quantization_config` of config.json.
 
-    `weights` is what it says of weights, `ignored` the linears that stay as they are, `provenance` what the
-    weights depend on besides the checkpoint.
+    `groups` are patterns of linears and what it says of their weights, `ignored` the linears that stay as
+    they are, `provenance` what the weights depend on besides the checkpoint.
     """
     activations = None if scheme.activations is None else dict(scheme.activations)
-    group = {"targets": ["Linear"], "weights": dict(weights), "input_activations": activations}
+    about = {"input_activations": activations, "output_activations": None}
     return {
         "quant_method": "compressed-tensors",
         "format": scheme.format,
@@ -31,9 +35,50 @@ def quantization_settings(
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
         "ignore": ignored,
-        "config_groups": {"group_0": {**group, "output_activations": None}},
+        "config_groups": {
+            f"group_{i}": {"targets": targets, "weights": dict(weights), **about}
+            for i, (targets, weights) in enumerate(groups)
+        },
         "meta": {"quantizer": [f"dsconvert:{__version__}"], **provenance},
     }
+
+
+def groups_of(schemes: Mapping[str, Scheme]) -> Groups:
+    """The groups of linears by their schemes, the widest first; `schemes` by the linears' own names."""
+    widest = sorted(set(schemes.values()), key=lambda one: (-one.bits, one.group_size))
+    return [
+        (patterns([stem for stem, own in schemes.items() if own == scheme]), integer_weights(scheme))
+        for scheme in widest
+    ]
+
+
+def patterns(stems: Iterable[str]) -> list[str]:
+    """Regular expressions that match these linears and no others of the model.
+
+    They begin anywhere in a name: runtimes call the part before the layers as they like.
+    """
+    layers: dict[tuple[str, str], list[str]] = {}
+    found = []
+    for stem in stems:
+        part = NUMBERED.fullmatch(stem)
+        if part is None:
+            found.append("re:.*" + re.escape(stem) + "$")
+            continue
+        rest = EXPERT.pattern.join(map(re.escape, EXPERT.split(part[3])))
+        numbers = layers.setdefault((_within(part[1]), rest), [])
+        numbers += [part[2]] if part[2] not in numbers else []
+    alike: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for (within, rest), numbers in layers.items():
+        alike.setdefault((within, tuple(numbers)), []).append(rest)
+    for (within, numbered), rests in alike.items():
+        found.append(rf"re:{within}layers\.(?:{'|'.join(numbered)})\.(?:{'|'.join(rests)})$")
+    return found
+
+
+def _within(before: str) -> str:
+    """What stands before the layers, as far as it tells one decoder of a model from another."""
+    inner = [part for part in before.split(".") if part not in ("", "model")]
+    return ".*" + "".join(re.escape(part) + r"\..*" for part in inner)
 
 
 def ignored_linears(model: Selection) -> list[str]:

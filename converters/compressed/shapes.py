@@ -24,16 +24,27 @@ RULES = (
 )
 
 
-def check_shapes(linears: Mapping[str, tuple[int, ...]], scheme: Scheme) -> None:
-    """Refuse what no reader of the format could read: QuantizationError by the rule's and the tensor's name.
-
-    Raises UsageError for a group size that readers have no kernels for.
-    """
+def check_group(scheme: Scheme) -> None:
+    """Raises UsageError for a group size that readers have no kernels for."""
     if scheme.group_size not in GROUP_SIZES:
         raise UsageError(
             f"groups of {scheme.group_size} are not read everywhere",
             hint="Use --group-size " + ", ".join(map(str, GROUP_SIZES)),
         )
+
+
+def fits(shape: tuple[int, ...], scheme: Scheme) -> bool:
+    """Whether readers of the format could read a linear [N, K] of this scheme."""
+    outputs, inputs = shape
+    return all(rule.holds(outputs, inputs, scheme) for rule in RULES if rule.runtime == "format")
+
+
+def check_shapes(linears: Mapping[str, tuple[int, ...]], scheme: Scheme) -> None:
+    """Refuse what no reader of the format could read: QuantizationError by the rule's and the tensor's name.
+
+    Raises UsageError for a group size that readers have no kernels for.
+    """
+    check_group(scheme)
     kind = "symmetric" if scheme.sym else "asymmetric"
     named = f"{scheme.bits} bits, {kind}, group {scheme.group_size}"
     shape_rules.check_linears(linears)
@@ -48,6 +59,12 @@ def check_floats(linears: Mapping[str, tuple[int, ...]], scheme: Row) -> None:
     shape_rules.check_rules((rule,), linears, scheme, ("format",), scheme.name)
 
 
-def refusing_runtimes(linears: Mapping[str, tuple[int, ...]], scheme: Scheme) -> dict[str, str]:
+def refusing_runtimes(
+    linears: Mapping[str, tuple[int, ...]], schemes: Mapping[str, Scheme]
+) -> dict[str, str]:
     """The runtimes that will not read these linears, each with the first rule and tensor in its way."""
-    return shape_rules.refusing_runtimes(RULES, linears, scheme)
+    found: dict[str, str] = {}
+    for scheme in dict.fromkeys(schemes.values()):
+        own = {name: shape for name, shape in linears.items() if schemes[name] == scheme}
+        found = shape_rules.refusing_runtimes(RULES, own, scheme) | found
+    return found

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from converters.compressed.schemes import label_of
 from dsconvert.errors import CheckpointError, quoted
 from dsconvert.models.diagnosis import DECODER_KEYS
+from dsconvert.quantization.gptq_grid import Scheme
 
 # The formats that are read: the kind of weights, its type and bits in config.json (0: 2 to 8 of them).
 FORMATS = {
@@ -50,7 +52,7 @@ class Weights:
     def label(self) -> str:
         """The type with its settings."""
         if self.kind == "int":
-            return self.type + ("" if self.width == -1 else f"-{self.width}g") + ("" if self.sym else "-asym")
+            return label_of(Scheme(self.bits, self.width, self.sym))
         return "fp8-block" if self.kind == "fp8" and ALL not in self.block else self.kind
 
 

@@ -27,7 +27,13 @@ from dsconvert.errors import CheckpointError, ConversionError
 from dsconvert.events import Event
 from dsconvert.models.tensor_table import SOLVE_ORDER
 from dsconvert.quantization import error_feedback
-from dsconvert.quantization.costs import measure_blocks, sensitivities_on_some, some_outputs
+from dsconvert.quantization.costs import (
+    kept_blocks,
+    measure_blocks,
+    record_of,
+    sensitivities_on_some,
+    some_outputs,
+)
 from dsconvert.quantization.run_state import State
 from dsconvert.reading import RECORD, read_object
 
@@ -63,7 +69,7 @@ def measure(
     """
     layers = decoder.config.layers
     tokens = tokens[:WINDOWS]
-    known = known_options(state, layers)
+    known = kept_blocks(state, layers, parsed)
     if len(known) == layers:
         return {name: options for found in known for name, options in found.items()}
     weights = yield from sensitivities_on_some(decoder, tokens, seed)
@@ -77,23 +83,9 @@ def measure(
         return options
 
     def keep(index: int, options: Mapping[str, list[Option]]) -> None:
-        state.keep(_key(index), as_dict(options))
+        state.keep(record_of(index), as_dict(options))
 
     return (yield from measure_blocks(decoder, linear_inputs.embed(decoder, tokens), cost_of, known, keep))
-
-
-def known_options(state: State, layers: int) -> list[Measured]:
-    """The options that `state` knows, block after block; raises OutputError for a record that was changed."""
-    found = []
-    for index in range(layers):
-        kept = state.kept(_key(index))
-        if kept is None:
-            break
-        try:
-            found.append(_parsed(kept))
-        except Exception as error:  # of any kind: the record may be anyone's by now
-            raise state.changed(_key(index), error) from None
-    return found
 
 
 def measure_linear(
@@ -178,7 +170,7 @@ def load(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Measured:
     """Read a measurement made for linears of these shapes [outputs, inputs]; raises CheckpointError."""
     found = read_object(path, RECORD, hint=REMAKE)
     try:
-        measured = _parsed(found["linears"])
+        measured = parsed(found["linears"])
         stated = {name: tuple(shape) for name, shape in found["shapes"].items()}
     except Exception as error:  # of any kind: the file may be anyone's
         raise CheckpointError(
@@ -197,14 +189,11 @@ def load(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Measured:
     return measured
 
 
-def _parsed(found: Any) -> Measured:
+def parsed(found: Any) -> Measured:
+    """A measurement of its JSON; raises whatever one that is none makes it raise."""
     measured = {name: [Option(str(s), int(b), float(e)) for s, b, e in rows] for name, rows in found.items()}
     if not all(measured.values()) or not all(
         math.isfinite(o.error) and o.error >= 0 and o.bits > 0 for rows in measured.values() for o in rows
     ):
         raise ValueError("an error or a number of bits makes no sense")
     return measured
-
-
-def _key(index: int) -> str:
-    return f"measured-{index:05d}"

@@ -1,4 +1,4 @@
-"""Which types each tensor of a GGUF file may have, what they take, and how much fits a card."""
+"""Which types each tensor of a GGUF file may have, and what they take."""
 
 from __future__ import annotations
 
@@ -12,10 +12,6 @@ from converters.gguf.mixtures import Choice
 from converters.gguf.output import Options
 from converters.gguf.qtypes import QTYPES
 from dsconvert.errors import UsageError
-from dsconvert.memory.model import decoder_of
-from dsconvert.memory.peak import Card, peak
-from dsconvert.memory.runtimes import RUNTIMES
-from dsconvert.models.config import ModelConfig
 from dsconvert.models.tensor_table import HEADS_TURNED, SOLVE_ORDER, Spec
 from dsconvert.quantization.allocate import Option
 from dsconvert.quantization.budget import Budget, Nats
@@ -88,19 +84,3 @@ def options_of(
 def tensor_bits(shape: tuple[int, ...], kind: str) -> int:
     """Bits of a tensor in a file, with what the next one's alignment asks for."""
     return 8 * padded(QTYPES[kind].nbytes(math.prod(shape)))
-
-
-def card_bytes(config: ModelConfig, vram: int, context: int) -> int:
-    """What weights may take on a card of `vram` bytes that also holds a context, in llama.cpp.
-
-    Raises UsageError where the context alone is too much.
-    """
-    card = Card(0, config.layers, head=True)
-    left = vram - peak(decoder_of(config), [card], RUNTIMES["llama.cpp"], 16, 1, context).total
-    if left <= 0:
-        raise UsageError(
-            f"a context of {context} tokens does not fit the card",
-            why=f"Its cache and what runs take {vram - left:,} bytes of {vram:,}",
-            hint="Give a smaller --context, or a larger --vram",
-        )
-    return left

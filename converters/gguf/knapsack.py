@@ -16,7 +16,7 @@ from converters.gguf import mixtures
 from converters.gguf.budget import USUAL, Types
 from converters.gguf.calibrate import draw_windows, plan_measured
 from converters.gguf.file_types import MIXTURES
-from converters.gguf.layout import KeyValues, padded
+from converters.gguf.layout import BY_COST, KeyValues, padded
 from converters.gguf.plan import Job, with_keys
 from converters.gguf.qtypes import QTYPES
 from dsconvert.calibration.record import Calibration
@@ -24,6 +24,8 @@ from dsconvert.checkpoints.output_plan import look
 from dsconvert.decoder.linear_inputs import check_dense
 from dsconvert.errors import UsageError
 from dsconvert.events import Event, Step, TypesChosen
+from dsconvert.memory.peak import left_on_card
+from dsconvert.memory.runtimes import RUNTIMES
 from dsconvert.models.architectures import find_architecture
 from dsconvert.models.language_model import language_model
 from dsconvert.models.tensor_table import plan
@@ -35,7 +37,6 @@ if TYPE_CHECKING:
     from converters.gguf.costs import Costs
 
 RESERVE = 1024  # bytes for the keys that a solver still adds
-PREFIX = "dsconvert.types."
 IMATRIX = "imatrix"
 
 
@@ -129,7 +130,8 @@ def share_out(job: Job, asked: Budget, types: Types, nats: Nats, reserve: int = 
     weights = sum(prod(tensor.shape) for tensor in job.outputs[0].tensors.values())
     limit = asked.size
     if asked.vram is not None:
-        limit = budgets.card_bytes(job.config, asked.vram, asked.context or job.config.context_length)
+        context = asked.context or job.config.context_length
+        limit = left_on_card(job.config, RUNTIMES["llama.cpp"], asked.vram, context)
     job = with_keys(job, _keys(asked, 0.0, [(0, 0.0)] * POINTS))  # as many bytes as the final ones
     over = 0
     while True:
@@ -168,12 +170,12 @@ def _keys(asked: Budget, nats: float, curve: list[tuple[int, float]]) -> KeyValu
     """What the file says of how its types were chosen; of one size for one request."""
     filled = curve + curve[-1:] * (POINTS - len(curve))
     return {
-        PREFIX + "asked": ("string", asked.words),
-        PREFIX + "candidates": ("array:string", list(asked.types or USUAL)),
-        PREFIX + "floor": ("string", asked.floor or ""),
-        PREFIX + "foretold_kl": ("float32", nats),
-        PREFIX + "curve_bytes": ("array:uint64", [nbytes for nbytes, _ in filled]),
-        PREFIX + "curve_kl": ("array:float32", [cost for _, cost in filled]),
+        BY_COST + "asked": ("string", asked.words),
+        BY_COST + "candidates": ("array:string", list(asked.types or USUAL)),
+        BY_COST + "floor": ("string", asked.floor or ""),
+        BY_COST + "foretold_kl": ("float32", nats),
+        BY_COST + "curve_bytes": ("array:uint64", [nbytes for nbytes, _ in filled]),
+        BY_COST + "curve_kl": ("array:float32", [cost for _, cost in filled]),
     }
 
 

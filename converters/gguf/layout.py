@@ -40,6 +40,7 @@ VALUE_TYPES: dict[str, tuple[int, str]] = {
 }
 # A key's value with its type: ("uint32", 7), ("array:string", ["a", "b"]).
 KeyValues = Mapping[str, tuple[str, Any]]
+BY_COST = "dsconvert.types."  # what the keys begin with that tell of types chosen by cost
 
 
 @dataclass(frozen=True)

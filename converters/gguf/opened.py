@@ -7,6 +7,7 @@ from pathlib import Path
 from converters.gguf.as_model import open_parts
 from converters.gguf.claims import check_file_type
 from converters.gguf.file_types import FILE_TYPES
+from converters.gguf.layout import BY_COST
 from converters.gguf.parse import GGUFFile, open_gguf
 from dsconvert.proof.result import TypeSize, sizes_by_type
 from dsconvert.proof.sources import Opened, StoredTensors, commonest, text_handling
@@ -27,6 +28,7 @@ def open_file(path: Path) -> Opened:
         sizes, nbytes, stored_tensors(file),
         f"{len(file.tensors)} tensors, {len(file.typed)} keys", (*strange, *narrow_vectors(file)),
         own=lambda reference: [check_file_type(file)], keys=file.keys,
+        by_cost={key.removeprefix(BY_COST): value for key, value in file.keys.items() if BY_COST in key},
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from converters.gguf import importance, metadata, mixtures, qtypes, rope
 from converters.gguf.budget import smallest, typed
 from converters.gguf.claims import mostly, true_mixture
 from converters.gguf.file_types import FILE_TYPES
-from converters.gguf.layout import KeyValues, Layout, Tensor, is_gguf, lay_out, lay_out_split
+from converters.gguf.layout import BY_COST, KeyValues, Layout, Tensor, is_gguf, lay_out, lay_out_split
 from converters.gguf.modelfile import check_modelfiles
 from converters.gguf.output import Options, Output
 from converters.gguf.projector import keys as projector_keys
@@ -90,7 +90,7 @@ class Job:
     @property
     def foretold(self) -> float:
         """The mean KL divergence, in nats, that is foretold of types chosen by cost; 0 where none are."""
-        nats: float = self.keys.get("dsconvert.types.foretold_kl", ("float32", 0.0))[1]
+        nats: float = self.keys.get(BY_COST + "foretold_kl", ("float32", 0.0))[1]
         return nats
 
     @property

@@ -58,7 +58,7 @@ def describe(job: Job) -> Iterator[Event]:
     if job.model.vision is not None:
         yield Step("written in transformers' layout; what no forward pass uses is left out")
     model, bits = job.model, job.options.bits
-    rows = rows_of(model, f"gptq{bits}", job.nbytes)
+    rows = rows_of(model, job.kinds, job.nbytes)
     quant = f"gptq {bits} bits, group {job.options.group_size}"
     yield Planned((str(job.out),), quant, tuple(rows), (job.total,), model.checkpoint.nbytes, "as it is")
     for runtime, rule in refusing_runtimes(model.shapes, job.layout).items():
@@ -86,7 +86,7 @@ def format_of(job: Job, calibration: Calibration) -> Format:
         return torch.from_numpy(packing.dequantize(packed, options.bits))
 
     solving = Solving(
-        settings=dict.fromkeys(model.linears, f"gptq{options.bits}"),
+        settings=job.kinds,
         nbytes={name: job.nbytes(name) for name in model.linears},
         solve=solved,
         restore=restored,
@@ -96,7 +96,7 @@ def format_of(job: Job, calibration: Calibration) -> Format:
         solving,
         write=lambda pieces, fell_back: write(job, calibration, pieces, fell_back),
         opened=lambda: open_folder(job.out),
-        planned=stored_tensors(model, f"gptq{options.bits}"),
+        planned=stored_tensors(model, job.kinds),
     )
 
 

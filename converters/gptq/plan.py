@@ -77,6 +77,11 @@ class Job:
             f"language only {options.language_only}, lm_head {options.lm_head}"
         )
 
+    @property
+    def kinds(self) -> dict[str, str]:
+        """What each linear becomes, by name."""
+        return dict.fromkeys(self.model.linears, f"gptq{self.options.bits}")
+
     def nbytes(self, name: str) -> int:
         """Bytes of a linear in the output."""
         (outputs, inputs), scheme = self.model.linears[name].shape, self.options.solver.scheme

@@ -19,71 +19,81 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 SIZES = ("bpw", "size", "vram")
-OPTIONS = (
-    click.option(
-        "-b",
-        "--bpw",
-        type=Number(1, 32),
-        metavar="BITS",
-        help="Instead of --quant: the type of each tensor by what it costs on --calib text, with so many "
-        "bits per weight over the whole file.",
-    ),
-    click.option(
-        "--size", callback=size, metavar="SIZE", help="The same, in files of at most this size (4.0GB, 500M)."
-    ),
-    click.option(
-        "--vram",
-        callback=memory,
-        metavar="SIZE",
-        help="The same, for a card of this memory (8GB) with a --context.",
-    ),
-    click.option(
-        "--context",
-        type=click.IntRange(1),
-        metavar="N",
-        help="Tokens that fit beside the weights with --vram.  [default: the model's own]",
-    ),
-    click.option(
-        "--types",
-        callback=names,
-        metavar="NAME,...",
-        help="Types to choose from.  [default: q2_k to q8_0, no iq]",
-    ),
-    click.option("--floor", metavar="TYPE", help="No type of fewer bits than this one."),
-    measurement_option,
-)
 
 
-def budget_options(command: Command) -> Callable[..., Any]:
+def budget_options(
+    *instead: str, named: str, counted: str, usual: str
+) -> Callable[[Command], Callable[..., Any]]:
     """Add the options to a command, which receives them as `budget`, None where no size is given.
 
-    Raises UsageError for options that have no effect beside the others.
+    They take the place of the parameters `instead`, which texts call `named`; bits per weight are `counted`,
+    and `usual` are the types where none are asked for. Raises UsageError for options that have no effect
+    beside the others.
     """
+    options = (
+        click.option(
+            "-b",
+            "--bpw",
+            type=Number(1, 32),
+            metavar="BITS",
+            help=f"Instead of {named}: the type of each tensor by what it costs on --calib text, with so "
+            f"many bits per weight {counted}.",
+        ),
+        click.option(
+            "--size",
+            callback=size,
+            metavar="SIZE",
+            help="The same, in files of at most this size (4.0GB, 500M).",
+        ),
+        click.option(
+            "--vram",
+            callback=memory,
+            metavar="SIZE",
+            help="The same, for a card of this memory (8GB) with a --context.",
+        ),
+        click.option(
+            "--context",
+            type=click.IntRange(1),
+            metavar="N",
+            help="Tokens that fit beside the weights with --vram.  [default: the model's own]",
+        ),
+        click.option(
+            "--types",
+            callback=names,
+            metavar="NAME,...",
+            help=f"Types to choose from.  [default: {usual}]",
+        ),
+        click.option("--floor", metavar="TYPE", help="No type of fewer bits than this one."),
+        measurement_option,
+    )
 
-    @wraps(command)
-    def with_budget(
-        *,
-        bpw: float | None,
-        size: int | None,
-        vram: int | None,
-        context: int | None,
-        types: tuple[str, ...],
-        floor: str | None,
-        measurement: Path | None,
-        **others: Any,
-    ) -> Any:
-        check(bpw, size, vram)
-        budget: Budget | None = None
-        if any(value is not None for value in (bpw, size, vram)):
-            from dsconvert.quantization.budget import Budget  # not loaded for others
+    def add(command: Command) -> Callable[..., Any]:
+        @wraps(command)
+        def with_budget(
+            *,
+            bpw: float | None,
+            size: int | None,
+            vram: int | None,
+            context: int | None,
+            types: tuple[str, ...],
+            floor: str | None,
+            measurement: Path | None,
+            **others: Any,
+        ) -> Any:
+            check(bpw, size, vram, instead)
+            budget: Budget | None = None
+            if any(value is not None for value in (bpw, size, vram)):
+                from dsconvert.quantization.budget import Budget  # not loaded for others
 
-            budget = Budget(bpw, size, vram, context, types, floor.lower() if floor else None, measurement)
-        return command(budget=budget, **others)
+                budget = Budget(bpw, size, vram, context, types, floor and floor.lower(), measurement)
+            return command(budget=budget, **others)
 
-    return apply(with_budget, OPTIONS)
+        return apply(with_budget, options)
+
+    return add
 
 
-def check(bpw: float | None, size: int | None, vram: int | None) -> None:
+def check(bpw: float | None, size: int | None, vram: int | None, instead: tuple[str, ...]) -> None:
     """Raises UsageError for two sizes, and for options that do not go with one or with none."""
     sizes = given(*SIZES)
     if len(sizes) > 1:
@@ -94,6 +104,6 @@ def check(bpw: float | None, size: int | None, vram: int | None) -> None:
             "context", "types", "floor", "measurement", where=where, hint="Give one of these, or leave it out"
         )
         return
-    refuse("quants", "pure", where=f"beside {sizes[0]}", hint="The types are chosen by what they cost")
+    refuse(*instead, where=f"beside {sizes[0]}", hint="The types are chosen by what they cost")
     if vram is None:
         refuse("context", where="without --vram", hint="The weights alone are counted")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,14 +10,16 @@ import click
 
 from dsconvert.commands import shared_options as shared
 from dsconvert.commands import solver_options as solver
+from dsconvert.commands.budget_options import budget_options
 from dsconvert.commands.calibration_options import calibration_options
-from dsconvert.commands.given import refuse
+from dsconvert.commands.given import given, refuse
 from dsconvert.commands.run import command, on_each_rank
 
 if TYPE_CHECKING:
     from dsconvert.calibration.request import CalibrationRequest
     from dsconvert.checkpoints.locate import ModelPath
     from dsconvert.commands.display import Display
+    from dsconvert.quantization.budget import Budget
 
 
 INTEGERS = ("w2a16", "w3a16", "w4a16", "w5a16", "w6a16", "w8a16")
@@ -36,6 +39,12 @@ TEXT = ("calib", "calib_chat", "calib_column", "calib_samples", "calib_len", "se
     show_default=True,
     help="Bits of weights (w) and of activations (a), or a format of small floats.",
 )
+@budget_options(
+    "scheme",
+    named="--scheme",
+    counted="in the linears that are quantized",
+    usual="w2a16 to w8a16, each in groups of 32, 64, 128",
+)
 @solver.group_size_option
 @solver.act_order_option
 @solver.sym_option
@@ -54,6 +63,7 @@ TEXT = ("calib", "calib_chat", "calib_column", "calib_samples", "calib_len", "se
 def compressed(
     model_path: ModelPath,
     scheme: str,
+    budget: Budget | None,
     group_size: int,
     act_order: bool,
     sym: bool,
@@ -80,6 +90,7 @@ def compressed(
     \b
     Example:
       dsconvert compressed sample: --scheme w4a16 --calib builtin --calib-samples 32
+      dsconvert compressed sample: --bpw 4.5 --calib builtin --calib-samples 32
     """  # fmt: skip
     if scheme in FLOATS:
         where = f"with {scheme}, which is rounded to nearest"
@@ -94,6 +105,8 @@ def compressed(
     )  # fmt: skip
     options = Options(
         run=run, scheme=scheme, group_size=group_size, act_order=act_order, sym=sym, damp=damp, mse=mse,
-        language_only=language_only, lm_head=lm_head,
+        language_only=language_only, lm_head=lm_head, budget=budget,
     )  # fmt: skip
+    if budget is not None and given("group_size"):
+        options = replace(options, group_sizes=(group_size,))
     return on_each_rank(lambda ranks: convert(options, ranks), display.events)

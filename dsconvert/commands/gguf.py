@@ -80,7 +80,7 @@ def _overrides(
     callback=_overrides,
     help="Type for the tensors whose GGUF name the pattern matches; may be repeated.",
 )
-@budget_options
+@budget_options("quants", "pure", named="--quant", counted="over the whole file", usual="q2_k to q8_0, no iq")
 @click.option("--pure", is_flag=True, help="The same type for every matrix, no mixture.")
 @click.option(
     "--imatrix",

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from math import ceil
 
 from dsconvert.errors import UsageError
-from dsconvert.memory.model import Decoder, Weights
+from dsconvert.memory.model import Decoder, Weights, decoder_of
 from dsconvert.memory.runtimes import Runtime
+from dsconvert.models.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -124,3 +125,18 @@ def longest(
         fits = peak(decoder, cards, runtime, bits, batch, middle).total <= memory
         low, high = (middle, high) if fits else (low, middle - 1)
     return low
+
+
+def left_on_card(config: ModelConfig, runtime: Runtime, memory: int, context: int) -> int:
+    """What weights may take on a card of `memory` bytes that also holds one sequence of `context` tokens.
+
+    Raises UsageError where the context alone is too much.
+    """
+    beside = peak(decoder_of(config), [Card(0, config.layers, head=True)], runtime, 16, 1, context).total
+    if beside >= memory:
+        raise UsageError(
+            f"a context of {context} tokens does not fit the card",
+            why=f"Its cache and what runs take {beside:,} bytes of {memory:,}",
+            hint="Give a smaller --context, or a larger --vram",
+        )
+    return memory - beside

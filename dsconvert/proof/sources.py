@@ -81,6 +81,7 @@ class Opened:
     own: Callable[[Reference], list[Check]] = field(default=lambda reference: [], repr=False)
     keys: Mapping[str, Any] = field(default_factory=dict, repr=False)  # a GGUF file's
     notes: tuple[str, ...] = field(default=(), repr=False)  # on how a 16-bit folder was read
+    by_cost: Mapping[str, Any] = field(default_factory=dict, repr=False)  # what it says of types so chosen
 
     @property
     def bits(self) -> float:

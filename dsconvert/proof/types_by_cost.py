@@ -1,4 +1,4 @@
-"""What a GGUF file says of how its types were chosen by cost, for the report."""
+"""What an output says of how its types were chosen by cost, for the report."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dsconvert.proof.sources import Opened
 
 
 def types_by_cost(opened: Opened) -> dict[str, str]:
-    """The request, what was foretold of the file, and of other sizes; {} for a file that says nothing."""
+    """The request, what was foretold of the file, and of other sizes; {} for one that says nothing."""
     names = ("asked", "foretold_kl", "curve_bytes", "curve_kl")
-    asked, foretold, *curve = (opened.keys.get(f"dsconvert.types.{name}") for name in names)
+    asked, foretold, *curve = (opened.by_cost.get(name) for name in names)
     if not isinstance(asked, str) or not isinstance(foretold, float):
         return {}
     found = {"types": f"by cost for {asked[:80]}, foretold KL {foretold:.3g}"}

@@ -80,7 +80,16 @@ def choose(parts: Mapping[str, Mapping[str, Option]], weights: int, bits: int, a
     `weights` is how many they hold. Raises UsageError, which names what was `asked`, for too few bits.
     """
     slots = [list(options.values()) for options in parts.values()]
-    least = sum(min(option.bits for option in slot) for slot in slots)
+    check_enough(sum(min(option.bits for option in slot) for slot in slots), bits, asked)
+    found = allocate(slots, bits, weights)
+    picked = {
+        name: list(options)[at] for (name, options), at in zip(parts.items(), found.choice, strict=True)
+    }
+    return Chosen(picked, found.bits, found.error, curve(slots))
+
+
+def check_enough(least: int, bits: int, asked: str) -> None:
+    """Raises UsageError where what was `asked` leaves fewer `bits` than the smallest types take."""
     if least > bits:
         short = math.ceil((least - bits) / 8)
         raise UsageError(
@@ -88,11 +97,6 @@ def choose(parts: Mapping[str, Mapping[str, Option]], weights: int, bits: int, a
             why=f"The smallest of each tensor takes {short:,} bytes more",
             hint="Ask for more, or for more types with --types, smaller ones",
         )
-    found = allocate(slots, bits, weights)
-    picked = {
-        name: list(options)[at] for (name, options), at in zip(parts.items(), found.choice, strict=True)
-    }
-    return Chosen(picked, found.bits, found.error, curve(slots))
 
 
 def thinned(corners: Curve) -> list[tuple[int, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -26,6 +27,11 @@ class Known:
 
     nats: dict[str, dict[str, float]]
     importance: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the nats: what --resume knows them by."""
+        return hashlib.sha256(json.dumps(self.nats, sort_keys=True).encode()).hexdigest()
 
 
 def save(path: Path, known: Known, shapes: Shapes, solver: str) -> None:
@@ -54,9 +60,7 @@ def load(path: Path, shapes: Shapes, types: Mapping[str, tuple[str, ...]], solve
     if stated != dict(shapes):
         raise _other(path, "is of another model", "its tensors are not this model's, or of other shapes")
     if found.get("solver") != solver:
-        raise _other(
-            path, "is for another solver", f"it was measured with --solver {found.get('solver')!s:.20}"
-        )
+        raise _other(path, "is for another solver", f"it was measured for {found.get('solver')!s:.80}")
     for name, kinds in types.items():
         lacking = [kind for kind in kinds if kind not in known.nats.get(name, {})]
         if lacking:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dsconvert.decoder import linear_inputs
 from dsconvert.decoder import torch_decoder as st
@@ -18,6 +18,7 @@ from dsconvert.decoder.linear_inputs import Group
 from dsconvert.decoder.sensitivity import sensitivities
 from dsconvert.events import Event, Step
 from dsconvert.quantization import error_feedback
+from dsconvert.quantization.run_state import State
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +61,27 @@ def measure_blocks(
         found |= own
         yield Step(f"measured block {index + 1} of {layers}")
     return found
+
+
+def kept_blocks(
+    state: State, layers: int, parsed: Callable[[dict[str, Any]], dict[str, Cost]]
+) -> list[dict[str, Cost]]:
+    """The costs that `state` knows, block after block; raises OutputError for a record that was changed."""
+    found = []
+    for index in range(layers):
+        kept = state.kept(record_of(index))
+        if kept is None:
+            break
+        try:
+            found.append(parsed(kept))
+        except Exception as error:  # of any kind: the record may be anyone's by now
+            raise state.changed(record_of(index), error) from None
+    return found
+
+
+def record_of(index: int) -> str:
+    """What a run's state calls the costs of a block."""
+    return f"measured-{index:05d}"
 
 
 def some_outputs(s: torch.Tensor, count: int) -> tuple[slice, torch.Tensor]:

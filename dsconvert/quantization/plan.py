@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -114,10 +114,10 @@ def notes(job: Job) -> Iterator[Event]:
         yield Warn(note)
 
 
-def rows_of(model: Selection, kind: str, nbytes: Callable[[str], int]) -> list[TensorPlan]:
-    """A row of the plan for each tensor: linears of so many bytes that become `kind`, and what is kept."""
+def rows_of(model: Selection, kinds: Mapping[str, str], nbytes: Callable[[str], int]) -> list[TensorPlan]:
+    """A row of the plan for each tensor: linears of so many bytes that become `kinds`, and what is kept."""
     rows = [
-        TensorPlan(linear.out, name, linear.shape, model.source.dtype(name), kind, nbytes(name))
+        TensorPlan(linear.out, name, linear.shape, model.source.dtype(name), kinds[name], nbytes(name))
         for name, linear in model.linears.items()
     ]
     for out, name in model.kept.items():
@@ -128,9 +128,9 @@ def rows_of(model: Selection, kind: str, nbytes: Callable[[str], int]) -> list[T
     return rows
 
 
-def stored_tensors(model: Selection, kind: str) -> StoredTensors:
-    """Name, shape and type of every tensor of a folder whose linears are of the type `kind`."""
+def stored_tensors(model: Selection, kinds: Mapping[str, str]) -> StoredTensors:
+    """Name, shape and type of every tensor of a folder whose linears are of these `kinds`, by name."""
     stored = model.checkpoint.tensors
-    linears = ((linear.out, linear.shape, kind) for linear in model.linears.values())
+    linears = ((linear.out, linear.shape, kinds[name]) for name, linear in model.linears.items())
     kept = ((out, stored[name].shape, stored[name].dtype) for out, name in model.kept.items())
     return frozenset((*linears, *kept))

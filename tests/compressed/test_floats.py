@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from converters.compressed import rounded
 from converters.compressed.convert import convert
 from converters.compressed.floats import E2M1, E4M3, from_nibbles, to_e2m1, to_e4m3, to_nibbles
-from converters.compressed.nearest import FUSED
+from converters.compressed.fused import FUSED
 from converters.compressed.reader import open_model
 from converters.compressed.rounded import Weight, largest
 from converters.compressed.schemes import SCHEMES
