@@ -1,13 +1,14 @@
-"""A chat template for DeepSeek-VL that servers can use: content as a string, or as parts with pictures.
+"""A chat template for models that see pictures, as servers use it: content is a string, or parts.
 
-The model's own prompt is the conversation format "deepseek" of deepseek_vl/utils/conversation.py with the
-system text of its processor; transformers' template for it takes parts only and fails on strings, which
+The models' own prompt is the conversation format "deepseek" of {deepseek_vl,janus}/utils/conversation.py with
+the system text of their processors; transformers' templates for it take parts only and fail on strings, which
 llama.cpp's server sends. This one renders the same text on plain dialogues. It writes no BOS: the tokenizer
 adds it.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,20 @@ SYSTEM = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that "
     "the user provides, and assist the user with a variety of tasks using natural language."
 )
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """The words for who speaks, the tokens `begin` and `end` around a picture ("": none, or written by who
+    expands the prompt), and whether a picture stands on a line of its own.
+    """
+
+    user: str = "User"
+    assistant: str = "Assistant"
+    begin: str = ""
+    end: str = ""
+    own_line: bool = False
+
 
 # llama.cpp knows the format, where it runs no jinja, by the line with 'Assistant: ' + ... + eos_token.
 _TEMPLATE = """\
@@ -64,10 +79,65 @@ _TEMPLATE = """\
 """
 
 
-def vision_template(image_token: str) -> str:
+# Around a picture where the model has tokens for that. A server of llama.cpp gives a string with marks for
+# pictures, <__media__> or with a word inside, and nothing between mark and text.
+_FRAMED = """\
+{%- macro framed(text) -%}
+{%- set pieces = (text | replace('IMAGE', 'BEGIN' + 'IMAGE' + 'END')).split('<__media_') -%}
+{%- for piece in pieces -%}
+{%- if loop.first -%}{{ piece }}
+{%- else -%}
+{%- set word = piece.split('_>')[0] -%}
+{%- set rest = piece[(word | length) + 2:] -%}
+{%- set before = pieces[loop.index0 - 1].split('_>')[-1] -%}
+{%- if before and not before.endswith('\\n') -%}{{ '\\n' }}{%- endif -%}
+{{ 'BEGIN<__media_' + word + '_>END' }}
+{%- if (rest or not loop.last) and not rest.startswith('\\n') -%}{{ '\\n' }}{%- endif -%}
+{{ rest }}
+{%- endif -%}
+{%- endfor -%}
+{%- endmacro -%}
+"""
+_PICTURE = "{%- elif part['type'] in ['image', 'image_url'] -%}"
+_ON_ITS_LINE = (
+    "{%- if not loop.first -%}{{ '\\n' }}{%- endif -%}{{ 'IMAGE' }}"
+    "{%- if not loop.last -%}{{ '\\n' }}{%- endif -%}"
+)
+
+
+def vision_template(image_token: str, dialogue: Dialogue = Dialogue()) -> str:
     """The template's text; `image_token` stands where a picture's embeddings go, once for each picture."""
-    quoted = image_token.replace("\\", "\\\\").replace("'", "\\'")
-    return _TEMPLATE.replace("'IMAGE'", f"'{quoted}'").replace("'SYSTEM'", f"'{SYSTEM}'").rstrip("\n")
+    text = _TEMPLATE
+    if dialogue.own_line:
+        text = text.replace(f"{_PICTURE}{{{{ 'IMAGE' }}}}", _PICTURE + _ON_ITS_LINE)
+    if dialogue.begin:
+        text = _FRAMED + text.replace("written(turn['content'])", "framed(written(turn['content']))")
+    words = {"IMAGE": image_token, "BEGIN": dialogue.begin, "END": dialogue.end, "SYSTEM": SYSTEM}
+    for word, meant in words.items():
+        quoted = meant.replace("\\", "\\\\").replace("'", "\\'")
+        text = text.replace(f"'{word}'", f"'{quoted}'").replace(f"'{word}<", f"'{quoted}<")
+        text = text.replace(f"_>{word}'", f"_>{quoted}'")
+    for role, word in (("User", dialogue.user), ("Assistant", dialogue.assistant)):
+        text = text.replace(f"'{role}:", f"'{word}:")
+    return text.rstrip("\n")
+
+
+def question(text: str, image_token: str, dialogue: Dialogue) -> str:
+    """The prompt that asks `text` about one picture, as the models' own code writes it."""
+    picture = f"{dialogue.begin}{image_token}{dialogue.end}" + ("\n" if dialogue.own_line else "")
+    return f"{SYSTEM}\n\n{dialogue.user}: {picture}{text}\n\n{dialogue.assistant}:"
+
+
+def check_around(tokenizer: TokenizerData, around: tuple[str, str], folder: Path) -> None:
+    """Raise CheckpointError unless what stands before and after a picture are tokens of the tokenizer."""
+    for text in filter(None, around):
+        if text not in tokenizer.tokens:
+            raise CheckpointError(
+                "a token beside pictures is not known",
+                where=folder,
+                why=f"{text[:60]!r} stands there in a prompt, and the tokenizer has no such token",
+                hint="Fetch the tokenizer and the processor files of the same model again",
+            )
 
 
 def image_token(tokenizer: TokenizerData, text: str, stated: object, folder: Path) -> tuple[str, int]:

@@ -118,8 +118,7 @@ def describe(job: Job) -> Iterator[Event]:
         yield Warn(note)
     if job.options.dry_run and job.options.calibration is not None:
         yield Step("the keys that describe the calibration text come on top of the sizes: 1 to 2 kB")
-    if job.towers is not None and job.towers.left_out:
-        yield Step(job.towers.left_out)
+    yield from map(Step, job.towers.left_out if job.towers is not None else ())
     sources = {spec.gguf: spec for spec in job.tensors}
     names = {name for spec in job.towers.specs for name in spec.names} if job.towers is not None else set()
     tower_nbytes = sum(job.checkpoint.tensors[name].nbytes for name in names)

@@ -12,13 +12,9 @@ from dsconvert.models.config import ModelConfig
 from dsconvert.proof.output_folder import check_companions, is_ours
 from dsconvert.proof.sources import Reference
 from dsconvert.quantization.linears import Selection, plain_config
-from dsconvert.vision.processor import PREPROCESSOR, PROCESSOR
-from dsconvert.vision.transformers_layout import (
-    TOKENIZER,
-    has_original_layout,
-    model_config,
-    processor_files,
-)
+from dsconvert.vision.plan import dialogue
+from dsconvert.vision.processor import PREPROCESSOR, PROCESSOR, TOKENIZER
+from dsconvert.vision.transformers_layout import has_original_layout, model_config, processor_files
 from tokenizer_tools.library import read_object
 from tokenizer_tools.load import TokenizerData
 from tokenizer_tools.vision_template import image_token, vision_template
@@ -41,7 +37,8 @@ def with_files(model: Selection, tokenizer: TokenizerData) -> Selection:
         **processor_files(vision, token, read_object(folder / TOKENIZER))
     }
     if not tokenizer.chat_template:  # the original keeps its prompt's format in code
-        files["chat_template.jinja"] = vision_template(token)
+        written = replace(dialogue(vision), begin="", end="")  # which the processor puts around a picture
+        files["chat_template.jinja"] = vision_template(token, written)
     return replace(model, raw=model_config(raw, text, vision, token_id, model.config.tied), files=files)
 
 

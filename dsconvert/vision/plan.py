@@ -7,15 +7,15 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 from dsconvert.checkpoints.checkpoint import Checkpoint
-from dsconvert.models.architectures.deepseek_vl import UNUSED, towers
 from dsconvert.models.config import ModelConfig
 from dsconvert.models.tensor_table import Spec, plan
+from dsconvert.models.towers import spelled
 from dsconvert.vision.config import VisionConfig, has_towers, load_vision
 from dsconvert.vision.processor import CLIP_MEAN, CLIP_STD, HALF
 from tokenizer_tools import chat_template
 from tokenizer_tools.chat_template import ChatTemplates
 from tokenizer_tools.load import TokenizerData
-from tokenizer_tools.vision_template import image_token, vision_template
+from tokenizer_tools.vision_template import Dialogue, check_around, image_token, vision_template
 
 MODEL_TEMPLATE = "model"  # the name under which the checkpoint's own template travels
 
@@ -29,6 +29,7 @@ class Towers:
     token: str
     token_id: int
     unused: tuple[str, ...]  # tensors that no forward pass uses, left out
+    generating: tuple[str, ...]  # tensors that make pictures, left out
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -36,11 +37,23 @@ class Towers:
         return tuple(f"the processor files {found}" for found in unusual_pixels(self.vision))
 
     @property
-    def left_out(self) -> str:
-        """One line on the unused tensors; "" when there are none."""
-        groups = Counter(re.sub(r"\.(attn_pool|head)\..*|\.(weight|bias)$", r".\1", n) for n in self.unused)
-        listed = ", ".join(f"{count} of {name.rstrip('.')}" for name, count in groups.items())
-        return f"left out, since no forward pass uses them: {listed}" if groups else ""
+    def left_out(self) -> tuple[str, ...]:
+        """A line on the unused tensors, and one on those that make pictures, where there are any."""
+        unused = (re.sub(r"\.(attn_pool|head)\..*|\.(weight|bias)$", r".\1", n) for n in self.unused)
+        making = (re.sub(r"^((model\.)?\w+)\..*", r"\1", name) for name in self.generating)
+        said = []
+        for why, parts in (
+            ("no forward pass uses them", unused),
+            ("they make pictures, which no runtime of these files does", making),
+        ):
+            listed = ", ".join(f"{count} of {name.rstrip('.')}" for name, count in Counter(parts).items())
+            said += [f"left out, since {why}: {listed}"] if listed else []
+        return tuple(said)
+
+    @property
+    def dialogue(self) -> Dialogue:
+        """How the model's prompts are written."""
+        return dialogue(self.vision)
 
 
 def plan_towers(checkpoint: Checkpoint, config: ModelConfig, tokenizer: TokenizerData) -> Towers | None:
@@ -53,13 +66,22 @@ def plan_towers(checkpoint: Checkpoint, config: ModelConfig, tokenizer: Tokenize
         return None
     vision = load_vision(checkpoint.folder, config)
     shapes = checkpoint.shapes()
-    arch = towers(config.architecture, vision.sam is not None, shapes)
-    specs = tuple(plan(arch, vision, shapes))
+    specs = tuple(plan(spelled(vision.model.tables[config.architecture], shapes), vision, shapes))
     checkpoint.check_readable(name for spec in specs for name in spec.names)
     stated = config.raw.get("image_token_id")
     token, token_id = image_token(tokenizer, vision.processor.token, stated, checkpoint.folder)
-    unused = tuple(name for name in shapes if any(re.fullmatch(pattern, name) for pattern in UNUSED))
-    return Towers(vision, specs, token, token_id, unused)
+    unused, generating = (
+        tuple(name for name in shapes if any(re.fullmatch(pattern, name) for pattern in patterns))
+        for patterns in (vision.model.unused, vision.model.generating)
+    )
+    check_around(tokenizer, vision.processor.around, checkpoint.folder)
+    return Towers(vision, specs, token, token_id, unused, generating)
+
+
+def dialogue(vision: VisionConfig) -> Dialogue:
+    """How a model's prompts are written, with pictures."""
+    around = vision.processor.around
+    return Dialogue(*vision.model.roles, *around, own_line=around != ("", ""))
 
 
 def with_template(tokenizer: TokenizerData, found: Towers) -> TokenizerData:
@@ -70,7 +92,7 @@ def with_template(tokenizer: TokenizerData, found: Towers) -> TokenizerData:
     named = dict(tokenizer.chat.named)
     if tokenizer.chat.default:
         named[MODEL_TEMPLATE] = tokenizer.chat.default
-    chat = ChatTemplates(vision_template(found.token), named, tokenizer.chat.notes)
+    chat = ChatTemplates(vision_template(found.token, found.dialogue), named, tokenizer.chat.notes)
     notes = tuple(note for note in tokenizer.notes if note not in own)
     return replace(tokenizer, chat=chat, notes=notes)
 
@@ -79,7 +101,7 @@ def unusual_pixels(vision: VisionConfig) -> list[str]:
     """Normalisations that are not those which the towers were trained with: a hint of a wrong file."""
     found = []
     for name, tower, usual in (
-        ("SigLIP", vision.siglip, (HALF, HALF)),
+        ("SigLIP", vision.vit, (HALF, HALF)),
         ("SAM", vision.sam, (CLIP_MEAN, CLIP_STD)),
     ):
         if tower is not None and (tower.pixels.mean, tower.pixels.std) != usual:

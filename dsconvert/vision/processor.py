@@ -1,7 +1,7 @@
-"""What a DeepSeek-VL processor does to a picture, from the processor files of both published layouts.
+"""What the processor of a model does to a picture, from the processor files of both published layouts.
 
-Sources: deepseek_vl/models/{image_processing_vlm,processing_vlm,clip_encoder}.py of the original code;
-transformers' DeepseekVLImageProcessor and DeepseekVLHybridImageProcessor, whose defaults absent keys take.
+Sources: deepseek_vl/models/{image_processing_vlm,processing_vlm,clip_encoder}.py of the original code, and
+janus/models' files of these names; transformers' image processors, whose defaults absent keys take.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from dsconvert.errors import CheckpointError
 from dsconvert.models.config import load_json
 
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
+TOKENIZER = "tokenizer_config.json"
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)  # SigLIP's mean and std; SAM's, in DeepSeek-VL, are CLIP's
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 Triple = tuple[float, float, float]
+Around = tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Processor:
 
     `low` is SigLIP's picture, `high` SAM's, of which `low` is made. `pad` is the colour around a picture
     that is not square, 0 ... 255. `token` marks a picture's place in a prompt and stands there `tokens`
-    times; "" where only its id is stated.
+    times; "" where only its id is stated. `around` are the tokens before and after, "" for none.
     """
 
     low: Pixels
@@ -47,19 +49,23 @@ class Processor:
     min_size: int
     token: str
     tokens: int
+    around: Around = ("", "")
 
 
-def original_processor(folder: Path, low: Mapping[str, Any], high: Mapping[str, Any] | None) -> Processor:
+def original_processor(
+    folder: Path, low: Mapping[str, Any], high: Mapping[str, Any] | None, around: Around
+) -> Processor:
     """The processor of a VLMImageProcessor; `low` and `high` are the towers in config.json.
 
-    The 7B model's towers normalise inside. Raises CheckpointError for missing files and contradictions.
+    The towers of DeepSeek-VL 7B normalise inside. `around` are the model's own tokens around a picture.
+    Raises CheckpointError for missing files and contradictions.
     """
     image, chat = _files(folder)
     where = folder / PREPROCESSOR
     mean, std = _triple(image, "image_mean", where, CLIP_MEAN), _triple(image, "image_std", where, CLIP_STD)
     inside = "pixel_mean" in (high or low)
     if image.get("do_normalize", True) is inside:
-        raise _wrong(
+        raise wrong(
             where,
             "do_normalize",
             f"is {image.get('do_normalize', True)} while the towers {'do' if inside else 'do not'} normalise",
@@ -83,21 +89,22 @@ def original_processor(folder: Path, low: Mapping[str, Any], high: Mapping[str, 
         _size(image.get("min_size", 14), where, "min_size"),
         _tag(chat, folder / PROCESSOR),
         _size(chat.get("num_image_tokens", 576), folder / PROCESSOR, "num_image_tokens"),
+        _around(chat, around, ("image_start_tag", "image_end_tag"), folder / PROCESSOR),
     )
 
 
-def transformers_processor(folder: Path, hybrid: bool) -> Processor:
-    """The processor of a DeepseekVLProcessor or, `hybrid`, DeepseekVLHybridProcessor; CheckpointError."""
+def transformers_processor(folder: Path, hybrid: bool, around: Around) -> Processor:
+    """The processor of one picture, or of a small and a big one where `hybrid`; raises CheckpointError."""
     image, chat = _files(folder)
     where = folder / (PREPROCESSOR if (folder / PREPROCESSOR).is_file() else PROCESSOR)
     for flag in ("do_normalize", "do_rescale", "do_resize"):
         if image.get(flag, True) is not True:
-            raise _wrong(where, flag, f"is {image[flag]!r}, should be true")
+            raise wrong(where, flag, f"is {image[flag]!r}, should be true")
     high = _pixels(image, "high_res_", where, 1024) if hybrid else None
     low = _pixels(image, "", where, 384)
     resample = image.get("high_res_resample" if hybrid else "resample", 3)
     if not isinstance(resample, int) or resample not in RESAMPLE:
-        raise _wrong(where, "resample", f"is {resample!r}, known are {RESAMPLE}")
+        raise wrong(where, "resample", f"is {resample!r}, known are {RESAMPLE}")
     return Processor(
         low,
         high,
@@ -106,7 +113,29 @@ def transformers_processor(folder: Path, hybrid: bool) -> Processor:
         _size(image.get("min_size", 14), where, "min_size"),
         "",
         _size(chat.get("num_image_tokens", 576), folder / PROCESSOR, "num_image_tokens"),
+        _tokens_around(folder, around),
     )
+
+
+def _tokens_around(folder: Path, around: Around) -> Around:
+    """Of a model that has any, those that the tokenizer's file names, by itself or among other tokens."""
+    if around == ("", ""):
+        return around
+    stated = load_json(folder / TOKENIZER)
+    further = stated.get("extra_special_tokens")
+    named = {**(further if isinstance(further, dict) else {}), **stated}
+    return _around(named, around, ("boi_token", "eoi_token"), folder / TOKENIZER)
+
+
+def _around(stated: Mapping[str, Any], around: Around, keys: Around, where: Path) -> Around:
+    """The tokens around a picture as files state them, where the model has any."""
+    if around == ("", ""):
+        return around
+    begin, end = (stated.get(key, usual) for key, usual in zip(keys, around, strict=True))
+    for key, value in zip(keys, (begin, end), strict=True):
+        if not isinstance(value, str) or not value:
+            raise wrong(where, key, f"is {str(value)[:40]!r}, should be a token")
+    return str(begin), str(end)
 
 
 def _files(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -119,7 +148,7 @@ def _files(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         image, where = load_json(folder / PREPROCESSOR), folder / PREPROCESSOR
     factor = image.get("rescale_factor", 1 / 255)
     if not isinstance(factor, float) or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
-        raise _wrong(where, "rescale_factor", f"is {factor!r}, runtimes take 1/255")
+        raise wrong(where, "rescale_factor", f"is {factor!r}, runtimes take 1/255")
     return image, chat
 
 
@@ -127,14 +156,14 @@ def _stated(tower: Mapping[str, Any], size: int, where: Path) -> Pixels:
     """The pixels of a tower that normalises inside."""
     mean, std = (numbers(tower.get(key), 3, where, key) for key in ("pixel_mean", "pixel_std"))
     if _size(tower.get("image_size", size), where, "image_size") != size:
-        raise _wrong(where, "image_size", f"is {tower.get('image_size')!r}, {PREPROCESSOR} says {size}")
+        raise wrong(where, "image_size", f"is {tower.get('image_size')!r}, {PREPROCESSOR} says {size}")
     return Pixels(size, (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
 
 
 def _pixels(image: Mapping[str, Any], prefix: str, where: Path, default: int) -> Pixels:
     size = image.get(prefix + "size", {"height": default, "width": default})
     if not isinstance(size, dict) or size.get("height") != size.get("width"):
-        raise _wrong(where, prefix + "size", f"is {str(size)[:60]}, should have one height and width")
+        raise wrong(where, prefix + "size", f"is {str(size)[:60]}, should have one height and width")
     return Pixels(
         _size(size.get("height"), where, prefix + "size"),
         _triple(image, prefix + "image_mean", where, CLIP_MEAN),
@@ -159,29 +188,30 @@ def _triple(part: Mapping[str, Any], key: str, where: Path, default: Triple) -> 
 def numbers(value: object, count: int, where: object, key: str) -> tuple[float, ...]:
     """`count` positive numbers; raises CheckpointError naming the key."""
     if not isinstance(value, list) or len(value) != count:
-        raise _wrong(where, key, f"is {str(value)[:60]!r}, should be {count} numbers")
+        raise wrong(where, key, f"is {str(value)[:60]!r}, should be {count} numbers")
     for item in value:
         if isinstance(item, bool) or not isinstance(item, int | float) or not 0 < item < 1e6:
-            raise _wrong(where, key, f"holds {str(item)[:40]!r}, should hold positive numbers")
+            raise wrong(where, key, f"holds {str(item)[:40]!r}, should hold positive numbers")
     return tuple(map(float, value))
 
 
 def _size(value: object, where: Path, key: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 20:
-        raise _wrong(where, key, f"is {str(value)[:40]!r}, should be a positive whole number")
+        raise wrong(where, key, f"is {str(value)[:40]!r}, should be a positive whole number")
     return value
 
 
 def _tag(chat: Mapping[str, Any], where: Path) -> str:
     if chat.get("sft_format", "deepseek") != "deepseek":
-        raise _wrong(where, "sft_format", f"is {str(chat['sft_format'])[:40]!r}, only 'deepseek' is known")
+        raise wrong(where, "sft_format", f"is {str(chat['sft_format'])[:40]!r}, only 'deepseek' is known")
     tag = chat.get("image_tag", "<image_placeholder>")
     if not isinstance(tag, str) or not tag:
-        raise _wrong(where, "image_tag", f"is {str(tag)[:40]!r}, should be a token")
+        raise wrong(where, "image_tag", f"is {str(tag)[:40]!r}, should be a token")
     return tag
 
 
-def _wrong(where: object, key: str, why: str) -> CheckpointError:
+def wrong(where: object, key: str, why: str) -> CheckpointError:
+    """The error of a value that no model with towers here can have."""
     return CheckpointError(
         f"{key!r} cannot be used",
         where=where,

@@ -1,4 +1,4 @@
-"""Image embeddings of DeepSeek-VL in torch, from a checkpoint or from a projector file alone.
+"""Image embeddings in torch, from a checkpoint or from a projector file alone.
 
 The towers are transformers' own modules, made on the meta device with the weights assigned, so that the
 arithmetic is the reference's. Weights come by their GGUF names, which every layout has in common.
@@ -14,11 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dsconvert.errors import CheckpointError, UsageError
-from dsconvert.models.architectures.deepseek_vl import HYBRID, LANGUAGE, TOWERS, VL
 from dsconvert.models.stored_rows import stored_rows
 from dsconvert.models.tensor_table import Spec, expand
 from dsconvert.models.weights import WeightSource, widened
-from dsconvert.vision.config import Sam, Tower, VisionConfig
+from dsconvert.vision.config import Tower, VisionConfig
 
 Floats = npt.NDArray[np.float32]
 Weights = Callable[[str], Floats]  # GGUF name -> the values in the stored layout
@@ -54,19 +53,21 @@ def checkpoint_weights(source: WeightSource, specs: Iterable[Spec], vision: Visi
 
 
 def load_towers(weights: Weights, vision: VisionConfig) -> Any:
-    """transformers' DeepseekVLModel or DeepseekVLHybridModel without its decoder, in float32.
+    """transformers' model of these towers without its decoder, in float32.
 
     Raises CheckpointError when transformers refuses the numbers or a tensor is missing.
     """
     import torch
 
-    arch = TOWERS[(HYBRID, True) if vision.sam else (VL, False)]
+    table = vision.model.tables[vision.model.hf_class]
+    text = {"hidden_size": vision.projection, "num_hidden_layers": 1, "vocab_size": 8}  # it is not run
+    text |= {"intermediate_size": 8, "num_attention_heads": 1, "head_dim": 2}
     with torch.device("meta"):
-        model = _module(vision)
+        model = vision.model.torch_model({"text_config": text, **vision.configs})
     model.language_model = None
     state = {
         spec.hf.removeprefix("model."): torch.from_numpy(_shaped(weights(spec.gguf), spec))
-        for spec in expand(arch, vision)
+        for spec in expand(table, vision)
     }
     try:
         model.load_state_dict(state, strict=True, assign=True)
@@ -77,45 +78,7 @@ def load_towers(weights: Weights, vision: VisionConfig) -> Any:
 
 
 def _shaped(values: Floats, spec: Spec) -> Floats:
-    return values.reshape(spec.source)
-
-
-def _module(vision: VisionConfig) -> Any:
-    """The empty model; its decoder is as small as can be, since it is not run."""
-    import transformers
-
-    text = {
-        "model_type": LANGUAGE.decoder.model_type,
-        "hidden_size": vision.projection,
-        "num_hidden_layers": 1,
-        "vocab_size": 8,
-    }
-    text |= {"intermediate_size": 8, "num_attention_heads": 1, "head_dim": 2}
-    low = _sizes(vision.siglip, vision) | {"model_type": "siglip_vision_model", "vision_use_head": False}
-    low["intermediate_size"] = vision.siglip.mlp
-    if vision.sam is None:
-        config = transformers.DeepseekVLConfig(text_config=text, vision_config=low)
-        return transformers.DeepseekVLModel(config)
-    sam: Sam = vision.sam
-    high = _sizes(sam, vision) | {"model_type": "sam_vision_model", "mlp_dim": sam.mlp}
-    high |= {"window_size": sam.window, "global_attn_indexes": list(sam.global_layers)}
-    high["output_channels"] = sam.channels
-    config = transformers.DeepseekVLHybridConfig(
-        text_config=text, vision_config=low, high_res_vision_config=high
-    )
-    return transformers.DeepseekVLHybridModel(config)
-
-
-def _sizes(tower: Tower, vision: VisionConfig) -> dict[str, Any]:
-    return {
-        "hidden_size": tower.width,
-        "num_hidden_layers": tower.layers,
-        "num_attention_heads": tower.heads,
-        "image_size": tower.image_size,
-        "patch_size": tower.patch_size,
-        "layer_norm_eps": tower.eps,
-        "hidden_act": vision.activation,
-    }
+    return np.require(values.reshape(spec.source), requirements="W")  # torch warns of a mapped file's
 
 
 def embed(model: Any, pictures: Pictures) -> Floats:
@@ -137,7 +100,7 @@ def exact_pictures(vision: VisionConfig, rgb: npt.NDArray[np.uint8]) -> Pictures
 
     The hybrid's small picture is the big one resized, bilinear, as the original's tower does it.
     """
-    first = vision.sam or vision.siglip
+    first = vision.sam or vision.vit
     side = first.image_size
     if rgb.dtype != np.uint8 or rgb.shape[1:] != (side, side, 3):
         raise UsageError(
@@ -146,14 +109,14 @@ def exact_pictures(vision: VisionConfig, rgb: npt.NDArray[np.uint8]) -> Pictures
         )
     scaled = rgb.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255)
     if vision.sam is None:
-        return Pictures(_normalised(scaled, vision.siglip))
+        return Pictures(_normalised(scaled, vision.vit))
     import torch
 
-    size = vision.siglip.image_size
+    size = vision.vit.image_size
     small = torch.nn.functional.interpolate(
         torch.from_numpy(scaled), size=(size, size), mode="bilinear", align_corners=False, antialias=True
     )
-    return Pictures(_normalised(small.numpy(), vision.siglip), _normalised(scaled, vision.sam))
+    return Pictures(_normalised(small.numpy(), vision.vit), _normalised(scaled, vision.sam))
 
 
 def _normalised(scaled: Floats, tower: Tower) -> Floats:
@@ -163,7 +126,7 @@ def _normalised(scaled: Floats, tower: Tower) -> Floats:
 
 def synthetic_picture(vision: VisionConfig, seed: int = 0) -> npt.NDArray[np.uint8]:
     """A picture [1, side, side, 3] of the model's size: smooth colours, edges and noise, from a seed."""
-    side = (vision.sam or vision.siglip).image_size
+    side = (vision.sam or vision.vit).image_size
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:side, 0:side] / side
     waves = [np.sin(rng.uniform(2, 30) * x + rng.uniform(2, 30) * y + rng.uniform(0, 6)) for _ in range(3)]

@@ -1,38 +1,30 @@
-"""A DeepSeek-VL checkpoint of the original layout in transformers' layout: other names for the same bytes.
+"""A checkpoint with towers of the original layout in transformers' layout: other names for the same bytes.
 
-The architecture tables name a tensor of either layout by the same GGUF name, so that they give the map. The
-configs and processor files are made anew, as transformers' DeepseekVL and DeepseekVLHybrid classes read them.
+The architecture tables name a tensor of either layout by the same GGUF name, so that they give the map; what
+makes pictures is in no table, and has a map of its own. The configs and processor files are made anew, as
+transformers' classes read them.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
 from dsconvert.checkpoints.checkpoint import Checkpoint
 from dsconvert.checkpoints.safetensors_reader import part_of
-from dsconvert.models.architectures.deepseek_vl import (
-    HYBRID,
-    LANGUAGE,
-    LANGUAGE_ORIGINAL,
-    ORIGINAL,
-    TOWERS,
-    VL,
-    towers,
-)
+from dsconvert.models.architectures import find_architecture, tower_model
 from dsconvert.models.config import ModelConfig
 from dsconvert.models.tensor_table import Spec, expand, plan
-from dsconvert.vision.config import Sam, Tower, VisionConfig, load_vision
-from dsconvert.vision.processor import PREPROCESSOR, PROCESSOR, RESAMPLE
-
-MODEL_TYPE = {VL: "deepseek_vl", HYBRID: "deepseek_vl_hybrid"}
-TOKENIZER = "tokenizer_config.json"
+from dsconvert.vision.config import VisionConfig, load_vision
+from dsconvert.vision.processor import PREPROCESSOR, PROCESSOR, RESAMPLE, TOKENIZER
 
 
 def has_original_layout(config: ModelConfig) -> bool:
     """Whether a checkpoint has the original code's layout, from which another is made."""
-    return config.architecture == ORIGINAL
+    model = tower_model(config.architecture, config.raw)
+    return model is not None and config.architecture != model.hf_class
 
 
 def in_transformers_layout(
@@ -44,19 +36,25 @@ def in_transformers_layout(
     layout, CheckpointError for configs and processor files that cannot be understood.
     """
     vision = load_vision(checkpoint.folder, config)
-    shapes, hybrid = checkpoint.shapes(), vision.sam is not None
+    model, shapes = vision.model, checkpoint.shapes()
     old = [
-        *plan(LANGUAGE_ORIGINAL.table, config, shapes),
-        *plan(towers(config.architecture, hybrid, shapes), vision, shapes),
+        *plan(find_architecture(config.architecture).table, config, shapes),
+        *plan(model.tables[config.architecture], vision, shapes),
     ]
     checkpoint.check_readable(spec.hf for spec in old)
-    name = HYBRID if hybrid else VL
+    name = model.hf_class
     new = {
-        spec.gguf: spec for spec in (*expand(LANGUAGE.table, config), *expand(TOWERS[name, hybrid], vision))
+        spec.gguf: spec
+        for spec in (*expand(find_architecture(name).table, config), *expand(model.tables[name], vision))
     }
     tensors = {
         new[spec.gguf].hf: part_of(checkpoint.tensors[spec.hf], *_taken(spec), new[spec.gguf].source)
         for spec in old
+    }
+    tensors |= {
+        _renamed(stored, model.renames): checkpoint.tensors[stored]
+        for stored in shapes
+        if _one_of(stored, model.generating) and not _one_of(stored, model.unused)
     }
     config = replace(config, architecture=name)
     return replace(checkpoint, tensors=tensors), config, replace(vision, architecture=name)
@@ -67,54 +65,31 @@ def _taken(spec: Spec) -> tuple[int, int]:
     return spec.part if spec.row.part else (0, spec.source[0])
 
 
+def _one_of(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in patterns)
+
+
+def _renamed(name: str, renames: tuple[tuple[str, str], ...]) -> str:
+    for pattern, new in renames:
+        name = re.sub(pattern, new, name)
+    return name
+
+
 def model_config(
     raw: Mapping[str, Any], text: Mapping[str, Any], vision: VisionConfig, token_id: int, tied: bool
 ) -> dict[str, Any]:
     """config.json; `raw` is the original's, `text` the decoder's as a config of its own."""
+    model = vision.model
     found: dict[str, Any] = {
-        "architectures": [vision.architecture],
-        "model_type": MODEL_TYPE[vision.architecture],
+        "architectures": [model.hf_class],
+        "model_type": find_architecture(model.hf_class).model_type,
         "image_token_id": token_id,
         "text_config": {key: value for key, value in text.items() if key != "architectures"},
         "tie_word_embeddings": tied,  # their default is true, the published weights are not tied
-        "vision_config": _siglip(vision.siglip, vision.activation),
+        **vision.configs,
+        **model.making(raw),
     }
-    if vision.sam is not None:
-        found["high_res_vision_config"] = _sam(vision.sam, vision.activation)
     return {**found, **{key: raw[key] for key in ("torch_dtype", "dtype") if key in raw}}
-
-
-def _siglip(tower: Tower, activation: str) -> dict[str, Any]:
-    stated = _stated(tower, activation)
-    return {
-        **stated,
-        "intermediate_size": tower.mlp,
-        "model_type": "siglip_vision_model",
-        "vision_use_head": False,
-    }
-
-
-def _sam(tower: Sam, activation: str) -> dict[str, Any]:
-    return {
-        **_stated(tower, activation),
-        "global_attn_indexes": list(tower.global_layers),
-        "mlp_dim": tower.mlp,
-        "model_type": "sam_vision_model",
-        "output_channels": tower.channels,
-        "window_size": tower.window,
-    }
-
-
-def _stated(tower: Tower, activation: str) -> dict[str, Any]:
-    return {
-        "hidden_act": activation,
-        "hidden_size": tower.width,
-        "image_size": tower.image_size,
-        "layer_norm_eps": tower.eps,
-        "num_attention_heads": tower.heads,
-        "num_hidden_layers": tower.layers,
-        "patch_size": tower.patch_size,
-    }
 
 
 def processor_files(
@@ -140,9 +115,14 @@ def processor_files(
             image |= {f"{prefix}image_{key}": list(found[key]) for key in ("mean", "std")}
             image[prefix + "size"] = {"height": pixels.image_size, "width": pixels.image_size}
             image[prefix + "resample"] = resample
-    named = {"image_token": token, "extra_special_tokens": {"image_token": token}}
+    tokens = {"image_token": token}
+    chat = {"num_image_tokens": processor.tokens, "processor_class": f"{name}Processor"}
+    if processor.around != ("", ""):
+        tokens |= dict(zip(("boi_token", "eoi_token"), processor.around, strict=True))
+        chat["use_default_system_prompt"] = False  # the template writes it
+    named = {**tokens, "extra_special_tokens": tokens}
     return {
         PREPROCESSOR: image,
-        PROCESSOR: {"num_image_tokens": processor.tokens, "processor_class": f"{name}Processor"},
+        PROCESSOR: chat,
         TOKENIZER: {**tokenizer_config, **named, "processor_class": f"{name}Processor"},
     }

@@ -30,7 +30,6 @@ from dsconvert.checkpoints.checkpoint import open_checkpoint
 from dsconvert.cli import cli
 from dsconvert.errors import CheckpointError, PlanError, QuantizationError, UsageError
 from dsconvert.events import Check, Event, Planned, Step, Warn
-from dsconvert.models.architectures import deepseek_vl
 from dsconvert.models.config import load_config
 from dsconvert.models.language_model import language_model
 from dsconvert.models.tensor_table import expand, plan
@@ -395,7 +394,8 @@ FAULTS: dict[str, tuple[bool, tiny_vl.Layout, dict[str, Any], str]] = {
         {"config": {"vision_config": {"params": {"model_name": "siglip_so400m_patch14_384"}}}},
         "siglip_so400m.*transformers' layout",
     ),
-    "Janus": (False, "original", {"config": {"gen_vision_config": {}}}, "Janus"),
+    "JanusFlow": (False, "original", {"config": {"vision_und_enc_config": {}}}, "JanusFlow"),
+    "Janus without its tokens": (False, "original", {"config": {"gen_vision_config": {}}}, "begin_of_image"),
     "odd heads": (
         False,
         "transformers",
@@ -529,7 +529,7 @@ def test_plans_leave_nothing_unexplained(models: Any) -> None:
     source = open_checkpoint(models[True, "original"])
     config = load_config(source.folder)
     view = vision_config.load_vision(source.folder, config)
-    arch = deepseek_vl.towers(config.architecture, True, source.shapes())
+    arch = view.model.tables[config.architecture]
     assert len(plan(arch, view, source.shapes())) == 103
     with pytest.raises(PlanError, match="surprise"):
         plan(arch, view, source.shapes() | {"surprise.weight": (1,)})
@@ -674,7 +674,7 @@ def test_published_configs(hybrid: bool, tmp_path: Path, monkeypatch: pytest.Mon
         False,
     )
     view = vision_config.load_vision(tmp_path, config)
-    low = view.siglip
+    low = view.vit
     assert (low.width, low.mlp, low.layers, low.heads, low.patch_size) == (1024, 4096, 24, 16, 16)
     assert (low.image_size, low.eps, view.tokens, view.projection) == (384, 1e-6, 576, numbers[0])
     assert low.pixels.mean == low.pixels.std == (0.5, 0.5, 0.5)
@@ -691,5 +691,5 @@ def test_published_configs(hybrid: bool, tmp_path: Path, monkeypatch: pytest.Mon
     else:
         assert view.sam is None
         assert view.processor.pad == (127, 127, 127)
-    arch = deepseek_vl.towers(config.architecture, hybrid, ())
+    arch = view.model.tables[config.architecture]
     assert len(expand(arch, view)) == (581 if hybrid else 393)

@@ -136,7 +136,7 @@ def test_transformers_computes_with_it_what_is_in_the_checkpoint(
             for model in (ours, source)
         ]
         assert torch.equal(*pictures)
-        ids = torch.tensor([[1, *[tiny_vl.image_id(o.vocab)] * o.tokens, 5, 6, 7]])
+        ids = torch.tensor([[1, *[tiny_vl.image_id(o)] * o.tokens, 5, 6, 7]])
         logits = [model(input_ids=ids, **inputs).logits for model in (ours, source)]
     error = (logits[0] - logits[1]).norm() / logits[1].norm()
     assert 0 < error < 0.03, "8 bits are near the checkpoint, and not the checkpoint"
@@ -162,7 +162,7 @@ def test_transformers_processor_takes_the_files(tmp_path: Path, sources: Any, hy
         return_tensors="pt",
     )
     ids = found["input_ids"][0].tolist()
-    assert ids.count(tiny_vl.image_id(o.vocab)) == o.tokens
+    assert ids.count(tiny_vl.image_id(o)) == o.tokens
     written = json.loads((tmp_path / "q" / "preprocessor_config.json").read_text("utf-8"))
     stated = tiny_vl.transformers_files(o)["preprocessor_config.json"]
     assert {key: written[key] for key in stated} == stated

@@ -1,4 +1,4 @@
-"""Makes DeepSeek-VL checkpoints of any size in the published layouts, with random weights and no download.
+"""Makes DeepSeek-VL and Janus checkpoints of any size in the published layouts, without a download.
 
 The weights are scaled so that every part of the towers matters: matrices have the deviation
 1/sqrt(fan in), norms are 1 +- 0.2, biases have 0.2, the mixing factor of the second neck is 0.37. Names and
@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pytest
 import tiny
 
-from dsconvert.vision import config as vision_config
+from dsconvert.vision import tower_sizes
 
 Floats = npt.NDArray[np.float32]
 Layout = Literal["original", "transformers", "transformers4"]
@@ -32,6 +32,7 @@ class VL:
     """The sizes of a model; the towers' defaults are tiny, `full()` gives the published ones."""
 
     hybrid: bool = False
+    janus: bool = False
     layers: int = 2
     d: int = 64
     ff: int = 160
@@ -85,7 +86,7 @@ def shapes(o: VL) -> dict[str, tuple[int, ...]]:
         at = f"{v}encoder.layers.{i}."
         for name in ("layer_norm1", "layer_norm2"):
             linear(at + name, w)
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+        for name in ("q_proj", "k_proj", "v_proj", "projection_layer" if o.janus else "out_proj"):
             linear(at + "self_attn." + name, w, w)
         linear(at + "mlp.fc1", o.mlp, w)
         linear(at + "mlp.fc2", w, o.mlp)
@@ -96,11 +97,30 @@ def shapes(o: VL) -> dict[str, tuple[int, ...]]:
         linear("model.aligner.high_res_vision_proj", o.d // 2, 4 * o.channels)
         linear("model.aligner.proj", o.d, o.d)
     else:
-        linear("model.aligner.linear1", o.d, w)
-        linear("model.aligner.linear2", o.d, o.d)
+        linear("model.aligner." + ("fc1" if o.janus else "linear1"), o.d, w)
+        linear("model.aligner." + ("hidden_layers.0" if o.janus else "linear2"), o.d, o.d)
+    found |= making_pictures(o.d) if o.janus else {}
     decoder = tiny.Tiny(layers=o.layers, d=o.d, ff=o.ff, heads=o.heads, kv_heads=o.heads, vocab=o.vocab)
     for name, shape in tiny.tiny_shapes(decoder).items():
         found[re.sub(r"^model\.", "model.language_model.", name)] = shape
+    return found
+
+
+def making_pictures(d: int) -> dict[str, tuple[int, ...]]:
+    """Some of the tensors that make pictures, whose names differ between the layouts."""
+    found: dict[str, tuple[int, ...]] = {"model.generation_embeddings.weight": (16, 8)}
+    for name, *shape in (
+        ("vqmodel.encoder.conv_in", 32, 3, 3, 3),
+        ("vqmodel.encoder.down.0.block.0.conv1", 32, 32, 3, 3),
+        ("vqmodel.encoder.mid.block_1.norm1", 32),
+        ("vqmodel.decoder.mid.attn_1.q", 32, 32, 1, 1),
+        ("vqmodel.decoder.up.1.block.0.conv2", 32, 32, 3, 3),
+        ("generation_aligner.fc1", d, 8),
+        ("generation_aligner.hidden_layers.0", d, d),
+        ("generation_head.proj_out", d, d),
+        ("generation_head.vision_head", 16, d),
+    ):
+        found |= {f"model.{name}.weight": tuple(shape), f"model.{name}.bias": tuple(shape[:1])}
     return found
 
 
@@ -168,7 +188,8 @@ def original(source: dict[str, tiny.Array], o: VL) -> dict[str, tiny.Array]:
         (r"model\.vision_model\.embeddings\.patch_embedding", low + "patch_embed.proj"),
         (r"model\.vision_model\.post_layernorm", low + "norm"),
         (r"model\.vision_model\.encoder\.layers\.(\d+)\.layer_norm", low + r"blocks.\1.norm"),
-        (r"model\.vision_model\.encoder\.layers\.(\d+)\.self_attn\.out_proj", low + r"blocks.\1.attn.proj"),
+        (r"model\.vision_model\.encoder\.layers\.(\d+)\.self_attn\.(out_proj|projection_layer)",
+         low + r"blocks.\1.attn.proj"),
         (r"model\.vision_model\.encoder\.layers\.(\d+)\.mlp", low + r"blocks.\1.mlp"),
         (sam + r"patch_embed\.projection", high + "patch_embed.proj"),
         (sam + r"neck\.conv1", high + "neck.0"),
@@ -185,8 +206,18 @@ def original(source: dict[str, tiny.Array], o: VL) -> dict[str, tiny.Array]:
         (sam + r"layers\.(\d+)\.layer_norm", high + r"blocks.\1.norm"),
         (sam + r"layers\.", high + "blocks."),
         (sam, high),
-        (r"model\.aligner\.linear1", "aligner.layers.0"),
-        (r"model\.aligner\.linear2", "aligner.layers.2"),
+        (r"model\.aligner\.(linear1|fc1)", "aligner.layers.0"),
+        (r"model\.aligner\.(linear2|hidden_layers\.0)", "aligner.layers.2"),
+        (r"model\.vqmodel\.encoder\.down\.0\.block", "gen_vision_model.encoder.conv_blocks.0.res"),
+        (r"model\.vqmodel\.decoder\.up\.1\.block", "gen_vision_model.decoder.conv_blocks.1.res"),
+        (r"model\.vqmodel\.encoder\.mid\.block_1", "gen_vision_model.encoder.mid.0"),
+        (r"model\.vqmodel\.decoder\.mid\.attn_1", "gen_vision_model.decoder.mid.1"),
+        (r"model\.vqmodel", "gen_vision_model"),
+        (r"model\.generation_aligner\.fc1", "gen_aligner.layers.0"),
+        (r"model\.generation_aligner\.hidden_layers\.0", "gen_aligner.layers.2"),
+        (r"model\.generation_head\.proj_out", "gen_head.output_mlp_projector"),
+        (r"model\.generation_head", "gen_head"),
+        (r"model\.generation_embeddings", "gen_embed"),
         (r"model\.aligner\.vision_proj", "aligner.low_up_proj"),
         (r"model\.aligner\.high_res_vision_proj", "aligner.high_up_proj"),
         (r"model\.aligner\.proj", "aligner.layers.1"),
@@ -219,6 +250,8 @@ def _unused(o: VL, low: str, dtype: Any) -> dict[str, tiny.Array]:
     }
     for name, shape in sizes.items():
         found |= {f"{at}{name}.weight": shape, f"{at}{name}.bias": shape[:1]}
+    if o.janus:
+        found["gen_vision_model.quantize.codebook_used"] = (16,)
     if o.hybrid:
         for name in ("high_layer_norm", "low_layer_norm"):
             found |= {f"vision_model.{name}.{kind}": (w,) for kind in ("weight", "bias")}
@@ -236,9 +269,9 @@ def tiny_towers(monkeypatch: pytest.MonkeyPatch) -> None:
         "output_channels": o.channels,
     }
     monkeypatch.setattr(
-        vision_config, "SIGLIP_L", vision_config.SIGLIP_L | low | {"num_attention_heads": o.tower_heads}
+        tower_sizes, "SIGLIP_L", tower_sizes.SIGLIP_L | low | {"num_attention_heads": o.tower_heads}
     )
-    monkeypatch.setattr(vision_config, "SAM_B", vision_config.SAM_B | high)
+    monkeypatch.setattr(tower_sizes, "SAM_B", tower_sizes.SAM_B | high)
 
 
 def vl_checkpoint(folder: Path, o: VL, layout: Layout = "transformers") -> Path:
@@ -256,7 +289,7 @@ def vl_checkpoint(folder: Path, o: VL, layout: Layout = "transformers") -> Path:
     made = original_files(o) if layout == "original" else transformers_files(o)
     for name, value in made.items():
         tiny.write_json(folder / name, value)
-    write_tokenizer(folder, o.vocab)
+    write_tokenizer(folder, o)
     return folder
 
 
@@ -300,8 +333,14 @@ def original_files(o: VL) -> dict[str, Any]:
         }
     kind = "low_high_hybrid_split_mlp_gelu" if o.hybrid else "mlp_gelu"
     language = decoder_config(o) | {"torch_dtype": "float16"}
+    making = {
+        "gen_aligner_config": {"params": {"depth": 2, "input_dim": 8, "n_embed": o.d}},
+        "gen_head_config": {"params": {"image_token_embed": o.d, "image_token_size": 16, "n_embed": o.d}},
+        "gen_vision_config": {"cls": "VQ-16", "params": {"image_token_size": 16, "n_embed": 8}},
+    }
     return {
         "config.json": {
+            **(making if o.janus else {}),
             "architectures": ["MultiModalityCausalLM"],
             "model_type": "multi_modality",
             "aligner_config": {
@@ -355,7 +394,7 @@ def decoder_config(o: VL) -> dict[str, Any]:
 
 def transformers_files(o: VL) -> dict[str, Any]:
     """config.json and the processor files as transformers saves them, wrong BOS, EOS and tied flag too."""
-    tower = {
+    tower: dict[str, Any] = {
         "hidden_act": "gelu",
         "hidden_size": o.width,
         "image_size": o.image,
@@ -385,11 +424,12 @@ def transformers_files(o: VL) -> dict[str, Any]:
         "rms_norm_eps": 1e-6,
     }
     text["rope_parameters"] = {"rope_theta": 10000.0, "rope_type": "default"}
-    name = "DeepseekVLHybrid" if o.hybrid else "DeepseekVL"
-    config = {
+    kind = "deepseek_vl_hybrid" if o.hybrid else "janus" if o.janus else "deepseek_vl"
+    name = {"deepseek_vl_hybrid": "DeepseekVLHybrid", "janus": "Janus", "deepseek_vl": "DeepseekVL"}[kind]
+    config: dict[str, Any] = {
         "architectures": [name + "ForConditionalGeneration"],
-        "model_type": "deepseek_vl_hybrid" if o.hybrid else "deepseek_vl",
-        "image_token_id": image_id(o.vocab),
+        "model_type": kind,
+        "image_token_id": image_id(o),
         "text_config": text,
         "tie_word_embeddings": True,
         "torch_dtype": "float16",
@@ -408,6 +448,22 @@ def transformers_files(o: VL) -> dict[str, Any]:
         "rescale_factor": 1 / 255,
         "size": {"height": o.image, "width": o.image},
     }
+    if o.janus:
+        for key in ("intermediate_size", "vision_use_head"):
+            del tower[key]
+        tower |= {"mlp_ratio": o.mlp / o.width, "projection_dim": o.d, "num_image_tokens": o.tokens}
+        tower["model_type"] = "janus_vision_model"
+        config["vq_config"] = {
+            "base_channels": 32,
+            "channel_multiplier": [1, 1],
+            "embed_dim": 8,
+            "image_token_embed_dim": o.d,
+            "latent_channels": 32,
+            "model_type": "janus_vqgan",
+            "num_embeddings": 16,
+            "num_res_blocks": 1,
+            "projection_dim": o.d,
+        }
     if o.hybrid:
         config["high_res_vision_config"] = sam
         image |= {"high_res_image_mean": CLIP_MEAN, "high_res_image_std": CLIP_STD, "high_res_resample": 3}
@@ -416,29 +472,36 @@ def transformers_files(o: VL) -> dict[str, Any]:
     return {"config.json": config, "preprocessor_config.json": image, "processor_config.json": chat}
 
 
-def image_id(vocab: int) -> int:
+def image_id(o: VL) -> int:
     """The id of the image token in `write_tokenizer`'s vocabulary."""
     from tokenizers import Tokenizer
 
-    found = Tokenizer.from_str(_tokenizer(vocab)).token_to_id(IMAGE)
+    found = Tokenizer.from_str(_tokenizer(o)).token_to_id(IMAGE)
     assert found is not None
     return int(found)
 
 
-def write_tokenizer(folder: Path, vocab: int) -> None:
-    """The tiny tokenizer with the image token as a further special one, last as in DeepSeek-VL."""
-    tiny.write_tokenizer(folder, vocab - 1)
+def write_tokenizer(folder: Path, o: VL) -> None:
+    """The tiny tokenizer with further special tokens, that for pictures last as in DeepSeek-VL."""
+    further = special_tokens(o)
+    tiny.write_tokenizer(folder, o.vocab - len(further))
     (folder / "generation_config.json").unlink()
-    (folder / "tokenizer.json").write_text(_tokenizer(vocab), "utf-8")
+    (folder / "tokenizer.json").write_text(_tokenizer(o), "utf-8")
     path = folder / "tokenizer_config.json"
-    tiny.write_json(path, json.loads(path.read_text("utf-8")) | {"additional_special_tokens": [IMAGE]})
+    tiny.write_json(path, json.loads(path.read_text("utf-8")) | {"additional_special_tokens": further})
 
 
-def _tokenizer(vocab: int) -> str:
+def special_tokens(o: VL) -> list[str]:
+    """The special tokens beside BOS and EOS."""
+    return [*(("<begin_of_image>", "<end_of_image>", "<|User|>", "<|Assistant|>") if o.janus else ()), IMAGE]
+
+
+def _tokenizer(o: VL) -> str:
     from tokenizers import AddedToken, Tokenizer
 
-    tokenizer = Tokenizer.from_str(tiny.tokenizer_json(vocab - 1))
-    tokenizer.add_special_tokens([AddedToken(IMAGE, special=True, normalized=False)])
+    further = special_tokens(o)
+    tokenizer = Tokenizer.from_str(tiny.tokenizer_json(o.vocab - len(further)))
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in further])
     return str(tokenizer.to_str())
 
 

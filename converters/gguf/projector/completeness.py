@@ -89,8 +89,7 @@ def _tensors(file: GGUFFile, kind: str) -> Check:
     )
     try:
         vision = stored_vision(patched)
-        arch = table(vision.sam is not None)
-        specs = plan_stored(arch, vision, {t.name: t.shape for t in file.tensors.values()})
+        specs = plan_stored(table(vision), vision, {t.name: t.shape for t in file.tensors.values()})
     except CheckpointError as error:
         return Check("tensors", False, f"cannot be told: {error.what}")
     except PlanError as error:

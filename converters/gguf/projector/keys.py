@@ -1,7 +1,8 @@
-"""The projector file of a DeepSeek-VL model: its keys, the types of its tensors, reading it back.
+"""The projector file of a model with image towers: its keys, the types of its tensors, reading it back.
 
-1.3B is llama.cpp's projector type "janus_pro". No runtime reads the hybrid towers of 7B; its file names a
-type of its own, which a runtime refuses instead of computing something else.
+Janus-Pro and DeepSeek-VL 1.3B are llama.cpp's projector type "janus_pro". No runtime reads the hybrid towers
+of DeepSeek-VL 7B; its file names a type of its own, which a runtime refuses instead of computing something
+else.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from converters.gguf.layout import Tensor
 from converters.gguf.parse import GGUFFile
 from converters.gguf.qtypes import QTYPES
 from dsconvert.errors import CheckpointError
-from dsconvert.models.architectures.deepseek_vl import HYBRID, TOWERS, VL
+from dsconvert.models.architectures import TOWER_MODELS
 from dsconvert.models.config import ModelConfig
 from dsconvert.models.tensor_table import Spec, Table, plan_stored
 from dsconvert.vision.config import Sam, Tower, VisionConfig
@@ -63,7 +64,7 @@ def image_keys(vision: VisionConfig, token: str, token_id: int) -> Keys:
         "dsconvert.image.token": ("string", token),
         "dsconvert.image.token_id": ("uint32", token_id),
         "dsconvert.image.tokens": ("uint32", vision.tokens),
-        "dsconvert.image.size": ("uint32", (vision.sam or vision.siglip).image_size),
+        "dsconvert.image.size": ("uint32", (vision.sam or vision.vit).image_size),
         "dsconvert.image.pad_color": ("array:uint32", list(processor.pad)),
         "dsconvert.image.resample": ("string", processor.resample),
         "dsconvert.image.min_size": ("uint32", processor.min_size),
@@ -83,11 +84,11 @@ def all_keys(
 
 def clip_keys(vision: VisionConfig) -> Keys:
     """`clip.*`: the towers' numbers. Source: llama.cpp's clip-impl.h, as far as it knows these towers."""
-    low, high = vision.siglip, vision.sam
+    low, high = vision.vit, vision.sam
     first = high or low
     keys: Keys = {
         "clip.has_vision_encoder": ("bool", True),
-        "clip.projector_type": ("string", HYBRID_TYPE if high else JANUS_PRO),
+        "clip.projector_type": ("string", vision.model.projector),
         "clip.use_gelu": ("bool", True),
         "clip.vision.projection_dim": ("uint32", vision.projection),
         "clip.vision.image_size": ("uint32", first.image_size),
@@ -124,9 +125,9 @@ def is_projector(file: GGUFFile) -> bool:
     return file.keys.get("general.architecture") == "clip"
 
 
-def table(hybrid: bool) -> Table:
+def table(vision: VisionConfig) -> Table:
     """The table that a projector file is read back through: transformers' names."""
-    return TOWERS[(HYBRID, True) if hybrid else (VL, False)]
+    return vision.model.tables[vision.model.hf_class]
 
 
 def open_projector(file: GGUFFile) -> tuple[Weights, VisionConfig]:
@@ -135,7 +136,7 @@ def open_projector(file: GGUFFile) -> tuple[Weights, VisionConfig]:
     Raises CheckpointError for a missing or wrong key, PlanError for missing, unknown or misshapen tensors.
     """
     vision = stored_vision(file)
-    plan_stored(table(vision.sam is not None), vision, {t.name: t.shape for t in file.tensors.values()})
+    plan_stored(table(vision), vision, {t.name: t.shape for t in file.tensors.values()})
     return (lambda name: file.tensors[name].float32()), vision
 
 
@@ -157,7 +158,8 @@ def stored_vision(file: GGUFFile) -> VisionConfig:
     if sam is not None:
         mean, std = (_numbers(file, small + key) for key in ("image_mean", "image_std"))
         low = Pixels(_whole(file, small + "image_size"), mean, std)
-    siglip = Tower(
+    model = next(model for model in TOWER_MODELS if model.projector == kind)  # all of a type are alike
+    vit = Tower(
         image_size=low.image_size,
         patch_size=_whole(file, prefix + "patch_size"),
         width=_whole(file, prefix + "embedding_length"),
@@ -169,12 +171,13 @@ def stored_vision(file: GGUFFile) -> VisionConfig:
     )
     activation = str(file.keys.get("dsconvert.image.activation", "gelu"))
     return VisionConfig(
-        HYBRID if sam else VL,
-        siglip,
+        model,
+        model.hf_class,
+        vit,
         sam,
         _whole(file, prefix + "projection_dim"),
         activation,
-        _stored_processor(file, low, first if sam else None, siglip.grid**2),
+        _stored_processor(file, low, first if sam else None, vit.grid**2),
     )
 
 

@@ -25,7 +25,7 @@ from dsconvert.vision.plan import Towers
 from dsconvert.vision.torch_towers import Floats
 from tokenizer_tools.library import tokens
 from tokenizer_tools.load import TokenizerData
-from tokenizer_tools.vision_template import SYSTEM
+from tokenizer_tools.vision_template import question
 
 QUICK_PARAMETERS = 50_000_000  # of towers whose embeddings a quick proof compares
 READABLE = ("projector", "tensors")  # the checks without which a projector computes no embeddings
@@ -70,7 +70,7 @@ def check_embeddings(wanted: Floats, found: Floats, quant: str) -> Check:
 def check_question(model: Pictured, text: GGUFFile, limit: float, both: tuple[Floats, Floats]) -> Check:
     """Logits of a question about the picture: the files against the checkpoint, each with its embeddings."""
     towers, tokenizer = model.towers, model.tokenizer
-    prompt = f"{SYSTEM}\n\nUser: {towers.token}What is this?\n\nAssistant:"
+    prompt = question("What is this?", towers.token, towers.dialogue)
     ids, _ = tokens(tokenizer.tokenizer, prompt, tokenizer.source)
     at = ids.index(towers.token_id)
     before = ids[:at] if tokenizer.first_id is None else [tokenizer.first_id, *ids[:at]]
@@ -154,7 +154,7 @@ def same_towers(model: Pictured, projector: GGUFFile) -> None:
     wanted = {spec.gguf: str(list(spec.shape)) for spec in model.towers.specs}
     found = {name: str(list(tensor.shape)) for name, tensor in projector.tensors.items()}
     for sizes, vision in ((wanted, ours), (found, theirs)):
-        for name, tower in (("SigLIP", vision.siglip), ("SAM", vision.sam)):
+        for name, tower in (("SigLIP", vision.vit), ("SAM", vision.sam)):
             sizes[f"the side of {name}'s picture"] = str(tower.image_size) if tower is not None else "none"
     for name in (*wanted, *found):
         a, b = wanted.get(name, "none"), found.get(name, "none")

@@ -9,6 +9,7 @@ from typing import Any
 
 from dsconvert.errors import CheckpointError
 from dsconvert.models.architecture import Architecture
+from dsconvert.models.towers import TowerModel
 
 _MODULES = [import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__)]
 ARCHITECTURES: dict[str, Architecture] = {
@@ -17,6 +18,9 @@ ARCHITECTURES: dict[str, Architecture] = {
 REFUSED: dict[str, str] = {
     name: why for module in _MODULES for name, why in getattr(module, "REFUSED", {}).items()
 }
+TOWER_MODELS: tuple[TowerModel, ...] = tuple(
+    found for module in _MODULES for found in getattr(module, "TOWERS", ())
+)
 # A name of GGUF files that several classes share stands for the one of whose own model type it is, or the
 # first; see `stored_architecture`.
 BY_GGUF_NAME: dict[str, Architecture] = {}
@@ -37,6 +41,12 @@ def stored_architecture(
         if found.gguf == name and found.stored_as and not found.mount and found.stored_as(keys, tensors):
             return found
     return BY_GGUF_NAME.get(name)
+
+
+def tower_model(name: str, raw: Mapping[str, Any]) -> TowerModel | None:
+    """What is known of the towers of a class, of whose config.json `raw` is; None for one without towers."""
+    found = [model for model in TOWER_MODELS if name in model.tables]
+    return found[0] if len(found) == 1 else next((model for model in found if model.claims(raw)), None)
 
 
 def check_known(name: str, where: object = None) -> None:
