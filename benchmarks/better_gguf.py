@@ -137,7 +137,7 @@ def own_losses(given: Given, paths: dict[str, Path]) -> dict[str, dict[str, floa
 
     def groups() -> Iterator[linear_inputs.Group]:
         for index in range(reference.config.layers):
-            yield from linear_inputs.walk(decoder, st.load_block(decoder, index), hidden)
+            yield from linear_inputs.walk(decoder, st.load_block(decoder, index), hidden, fixed=True)
         if not reference.config.tied:
             yield linear_inputs.measure_head(decoder, hidden, st.read(decoder, st.NORM).to(decoder.dtype))
 

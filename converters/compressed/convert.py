@@ -139,6 +139,7 @@ def format_of(job: Job, calibration: Calibration) -> Format:
         solve=solved,
         restore=restored,
         head=options.lm_head,
+        passes=options.solver(options.grid).passes,
     )
     return Format(
         solving,
@@ -158,6 +159,8 @@ def provenance(job: Job, calibration: Calibration, fell_back: Mapping[str, str])
     """What the weights depend on besides the checkpoint, and which linears fell back."""
     options = job.options
     found: dict[str, Any] = {"damp": options.damp, "act_order": options.act_order, "mse": options.mse}
+    if options.rounds:
+        found["rounds"] = options.rounds
     found["calibration"] = calibration.report.as_dict()
     found |= {"types": dict(job.told)} if job.told else {}
     return found | ({"round_to_nearest": fell_back} if fell_back else {})

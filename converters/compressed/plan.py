@@ -41,6 +41,7 @@ class Options:
     sym: bool = True
     damp: float = 0.05
     mse: bool = True
+    rounds: int = 0
     language_only: bool = False
     lm_head: bool = False
     budget: Budget | None = None  # instead of `scheme` and `group_size`: schemes by cost, within it
@@ -58,7 +59,7 @@ class Options:
 
     def solver(self, scheme: Scheme) -> SolverOptions:
         """The part of it that the solver goes by; groups are always runs of inputs."""
-        return SolverOptions(scheme, self.act_order, False, self.damp, self.mse)
+        return SolverOptions(scheme, self.act_order, False, self.damp, self.mse, self.rounds)
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Job:
             what = f"{options.budget.words}, of {', '.join(labels)}, costs {costs}"
         return (
             f"{what}, act-order {options.act_order}, "
-            f"sym {options.sym}, damp {options.damp:g}, mse {options.mse}, "
+            f"sym {options.sym}, damp {options.damp:g}, mse {options.mse}, rounds {options.rounds}, "
             f"language only {options.language_only}, lm_head {options.lm_head}"
         )
 

@@ -145,6 +145,7 @@ def format_of(job: Job, calibration: Calibration, measured: Measured, choice: Ch
         solve=solved,
         restore=restored,
         head=job.head,
+        passes=4.0,
     )
     return Format(
         solving,

@@ -22,7 +22,7 @@ from converters.gguf.qtypes import QType
 from converters.gguf.rounding import dequantize
 from dsconvert.quantization import error_feedback
 from dsconvert.quantization.error_feedback import Factor
-from dsconvert.quantization.refinement import descend, refine_scales
+from dsconvert.quantization.refinement import refine
 from dsconvert.quantization.static_blocks import Blocks, walk
 
 if TYPE_CHECKING:
@@ -118,12 +118,7 @@ def refined(Wt: torch.Tensor, inputs: Inputs, start: Blocks, rounds: int) -> Blo
     assert inputs.factor is not None  # what has none keeps its rows
     shift = inputs.factor.shift
     blocks = replace(start, codes=walk(Wt, inputs.factor, inputs.columns, start))
-    for _ in range(rounds):
-        blocks = refine_scales(Wt, inputs.H, shift, blocks)
-        blocks, moves = descend(Wt, inputs.H, shift, blocks, inputs.columns)
-        if not moves:
-            break
-    return blocks
+    return refine(Wt, inputs.H, shift, blocks, inputs.columns, rounds)
 
 
 def weighted(W: Floats, qtype: QType, importance: Floats | None) -> tuple[Bytes, int]:
@@ -172,16 +167,11 @@ def _compared(
     Wt: torch.Tensor, inputs: Inputs, rows: Bytes, plain: Bytes, qtype: QType
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Which rows are better than the `plain` ones, with the damping and without; losses [N] of both."""
-    factor = inputs.factor
-    assert factor is not None
-    import torch
-
-    found = []
-    for blocks in (rows, plain):
-        error = Wt - _tensor(dequantize(blocks, qtype), Wt)
-        damping = error.square().sum(0, dtype=torch.float64) * factor.shift
-        error[inputs.dead] = 0  # the factor gives an input without any activity a pivot of 1
-        losses = error_feedback.rounding_losses(error[inputs.columns], factor)
-        found.append((losses, losses + damping))
-    (losses, damped), (plain_losses, plain_damped) = found
+    assert inputs.factor is not None
+    (losses, damped), (plain_losses, plain_damped) = (
+        error_feedback.both_losses(
+            Wt - _tensor(dequantize(blocks, qtype), Wt), inputs.factor, inputs.columns, inputs.dead
+        )
+        for blocks in (rows, plain)
+    )
     return (losses <= plain_losses) & (damped < plain_damped), losses, plain_losses

@@ -213,8 +213,17 @@ def solve_all(begun: Begun) -> Generator[Event, None, None]:
             restore=None,
             head=feeding.head,
             against="the importance matrix",
+            passes=_passes(feeding),
         ),
     )
+
+
+def _passes(feeding: Feeding) -> float:
+    """How much work a solve is: of each type the search, the walk, what rows lose, rounds of refinement."""
+    kinds = {feeding.settings_of(name) for name in feeding.model.linears}
+    types, asked = [kind for one in kinds for kind in one.split(", ")], feeding.job.options.rounds
+    each = (6.0 + 5.0 * (ROUNDS.get(kind, 0) if asked is None else asked) for kind in types)
+    return sum(each) / len(kinds)
 
 
 def _solver(feeding: Feeding) -> Callable[[str, torch.Tensor, torch.Tensor], Coded]:

@@ -91,6 +91,7 @@ def format_of(job: Job, calibration: Calibration) -> Format:
         solve=solved,
         restore=restored,
         head=options.lm_head,
+        passes=options.solver.passes,
     )
     return Format(
         solving,
@@ -119,6 +120,9 @@ def write(
 
 def provenance(job: Job, calibration: Calibration, fell_back: Mapping[str, str]) -> Mapping[str, Any]:
     """What the weights depend on besides the checkpoint, and which linears fell back."""
-    found: dict[str, Any] = {"act_order": job.options.act_order, "mse": job.options.mse}
+    options = job.options
+    found: dict[str, Any] = {"act_order": options.act_order, "mse": options.mse}
+    if options.rounds:
+        found["rounds"] = options.rounds
     found["calibration"] = calibration.report.as_dict()
     return found | ({"round_to_nearest": fell_back} if fell_back else {})

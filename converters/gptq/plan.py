@@ -33,6 +33,7 @@ class Options:
     sym: bool = True
     damp: float = 0.05
     mse: bool = True
+    rounds: int = 0
     language_only: bool = False
     lm_head: bool = False
 
@@ -40,7 +41,7 @@ class Options:
     def solver(self) -> SolverOptions:
         """The part of it that the solver goes by."""
         scheme = Scheme(self.bits, self.group_size, self.sym)
-        return SolverOptions(scheme, self.act_order, self.dynamic_groups, self.damp, self.mse)
+        return SolverOptions(scheme, self.act_order, self.dynamic_groups, self.damp, self.mse, self.rounds)
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Job:
         return (
             f"{options.bits} bits, group {options.group_size}, act-order {options.act_order}, dynamic groups "
             f"{options.dynamic_groups}, sym {options.sym}, damp {options.damp:g}, mse {options.mse}, "
+            f"rounds {options.rounds}, "
             f"language only {options.language_only}, lm_head {options.lm_head}"
         )
 

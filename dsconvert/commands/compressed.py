@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 INTEGERS = ("w2a16", "w3a16", "w4a16", "w5a16", "w6a16", "w8a16")
 FLOATS = ("fp8-block", "nvfp4a16", "mxfp4a16")
 # What has no effect where weights are rounded to nearest.
-SOLVER = ("group_size", "act_order", "sym", "damp", "mse", "resume")
+SOLVER = ("group_size", "act_order", "sym", "damp", "mse", "rounds", "resume")
 TEXT = ("calib", "calib_chat", "calib_column", "calib_samples", "calib_len", "seed")
 
 
@@ -50,6 +50,7 @@ TEXT = ("calib", "calib_chat", "calib_column", "calib_samples", "calib_len", "se
 @solver.sym_option
 @shared.damp_option
 @solver.mse_option
+@solver.rounds_option
 @calibration_options("c4", 2048)
 @shared.bos_option
 @shared.out_option()
@@ -69,6 +70,7 @@ def compressed(
     sym: bool,
     damp: float,
     mse: bool,
+    rounds: int,
     calibration: CalibrationRequest,
     add_bos: bool | None,
     out: Path | None,
@@ -105,7 +107,7 @@ def compressed(
     )  # fmt: skip
     options = Options(
         run=run, scheme=scheme, group_size=group_size, act_order=act_order, sym=sym, damp=damp, mse=mse,
-        language_only=language_only, lm_head=lm_head, budget=budget,
+        rounds=rounds, language_only=language_only, lm_head=lm_head, budget=budget,
     )  # fmt: skip
     if budget is not None and given("group_size"):
         options = replace(options, group_sizes=(group_size,))

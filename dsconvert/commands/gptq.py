@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 @solver.sym_option
 @shared.damp_option
 @solver.mse_option
+@solver.rounds_option
 @calibration_options("c4", 2048)
 @shared.bos_option
 @shared.out_option()
@@ -58,6 +59,7 @@ def gptq(
     sym: bool,
     damp: float,
     mse: bool,
+    rounds: int,
     calibration: CalibrationRequest,
     add_bos: bool | None,
     out: Path | None,
@@ -90,7 +92,8 @@ def gptq(
     )  # fmt: skip
     options = Options(
         run=run, bits=bits, group_size=group_size, act_order=act_order, dynamic_groups=dynamic_groups,
-        sym=sym, damp=damp, mse=mse, language_only=language_only, lm_head=lm_head,
+        sym=sym, damp=damp, mse=mse, rounds=rounds,
+        language_only=language_only, lm_head=lm_head,
     )  # fmt: skip
     return on_each_rank(
         lambda ranks: convert(options, ranks), lambda events: display.events(publish.after(events))

@@ -30,6 +30,14 @@ mse_option = click.option(
     show_default=True,
     help="Search each scale for the least squared error, weighted by what it costs; or min-max.",
 )
+rounds_option = click.option(
+    "--rounds",
+    type=click.IntRange(0, 100),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="How often scales, zero points and codes are refined in turn after the walk.",
+)
 language_option = click.option(
     "--language-only",
     is_flag=True,

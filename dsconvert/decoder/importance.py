@@ -60,7 +60,7 @@ def _walked(
 ) -> None:
     """Take the states through a dense block, in place, and note the inputs of its linears."""
     named = {spec.hf: spec.gguf for spec in specs}
-    for group in linear_inputs.walk(decoder, block, hidden, diagonal=True):
+    for group in linear_inputs.walk(decoder, block, hidden, diagonal=True, fixed=True):
         # moment = 2/rows * sum of squares
         total = (group.moment.double() * (group.rows / 2)).cpu().numpy().astype(np.float32)
         for name in group.names:

@@ -1,8 +1,9 @@
 """Walks a decoder over calibration windows: what the inputs of its linears look like, block by block.
 
 The states of the text between blocks stay in host memory; a batch of windows at a time visits the device.
-On a CPU, what the last linear of attention and of the MLP is given stays with them where memory is free: the
-linears before it then run once and not twice.
+Where weights are replaced on the way, the last linear of attention and of the MLP runs after its inputs were
+measured: on a CPU as many of them as memory is free for stay there, and the linears before it run once and
+not twice.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from math import prod
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
 Run = Callable[["torch.Tensor"], "torch.Tensor"]
+Use = Callable[[slice, "torch.Tensor"], None]
 KEPT = 1 / 4  # of the free memory, at the most, for what a last linear is given
 WIDTH = 256  # rows of a moment that are computed at once
 
@@ -93,19 +95,20 @@ def groups(decoder: st.Decoder, index: int) -> list[tuple[str, ...]]:
 
 
 def walk(
-    decoder: st.Decoder, block: st.Block, hidden: torch.Tensor, diagonal: bool = False
+    decoder: st.Decoder, block: st.Block, hidden: torch.Tensor, diagonal: bool = False, fixed: bool = False
 ) -> Iterator[Group]:
     """Take the states [n, length, d] through a block, in place, giving each group of linears on the way.
 
     A weight that the caller changes in `block` before it takes the next group counts from there on, as
-    GPTQ asks for. Raises QuantizationError that names the linear whose inputs are not finite.
+    GPTQ asks for; with `fixed` it changes none, and every linear runs once. Raises QuantizationError that
+    names the linear whose inputs are not finite.
     """
     qkv, o, gate_up, down = groups(decoder, block.index)
     module = block.module
     yield _measured(decoder, hidden, qkv, module.input_layernorm, diagonal)
-    yield from _last(decoder, hidden, o, block.linears[o[0]], _attention(decoder, block), diagonal)
+    yield from _last(decoder, hidden, o, block.linears[o[0]], _attention(decoder, block), diagonal, fixed)
     yield _measured(decoder, hidden, gate_up, module.post_attention_layernorm, diagonal)
-    yield from _last(decoder, hidden, down, block.linears[down[0]], _mlp(block), diagonal)
+    yield from _last(decoder, hidden, down, block.linears[down[0]], _mlp(block), diagonal, fixed)
 
 
 def _last(
@@ -115,25 +118,39 @@ def _last(
     linear: torch.nn.Linear,
     run: Run,
     diagonal: bool,
+    fixed: bool,
 ) -> Iterator[Group]:
     """Give the group of the `linear` that ends `run`; then hidden += run(hidden)."""
     import torch
 
     given = _input_of(linear, run)
-    shape = (*hidden.shape[:-1], linear.in_features)
-    # A device computes faster than it could fetch what was kept.
-    if decoder.device.type != "cpu" or prod(shape) * hidden.element_size() > KEPT * free_memory():
-        yield _measured(decoder, hidden, names, given, diagonal)
-        _add(decoder, hidden, run)
+
+    def add(rows: slice, X: torch.Tensor) -> None:
+        hidden[rows] = (hidden[rows].to(X.device) + linear(X)).to(hidden.device)
+
+    if fixed:
+        yield _measured(decoder, hidden, names, given, diagonal, add)
         return
-    kept = hidden.new_empty(shape)
+    fit = room(decoder, hidden.shape[0], hidden.shape[1], linear.in_features)
+    kept = hidden.new_empty((fit, hidden.shape[1], linear.in_features))
+
+    def keep(rows: slice, X: torch.Tensor) -> None:
+        if rows.stop <= fit:
+            kept[rows] = X
+
+    yield _measured(decoder, hidden, names, given, diagonal, keep)
     with torch.no_grad():
         for rows in st.batches(decoder, *hidden.shape[:2]):
-            kept[rows] = given(hidden[rows])
-    yield _measured(decoder, kept, names, lambda x: x, diagonal)
-    with torch.no_grad():
-        for rows in st.batches(decoder, *hidden.shape[:2]):
-            hidden[rows] += linear(kept[rows])
+            if rows.stop <= fit:
+                add(rows, kept[rows])
+    _add(decoder, hidden, run, after=fit)
+
+
+def room(decoder: st.Decoder, windows: int, length: int, inputs: int) -> int:
+    """How many of the windows a last linear's `inputs` are kept of, by the memory that is free."""
+    if decoder.device.type != "cpu":  # a device computes faster than it could fetch what was kept
+        return 0
+    return min(windows, int(KEPT * free_memory() / (length * inputs * decoder.dtype.itemsize)))
 
 
 def measure_head(
@@ -189,30 +206,42 @@ def _input_of(linear: torch.nn.Linear, run: Run) -> Run:
     return watched
 
 
-def _add(decoder: st.Decoder, hidden: torch.Tensor, run: Run) -> None:
-    """hidden += run(hidden), a batch of windows at a time."""
+def _add(decoder: st.Decoder, hidden: torch.Tensor, run: Run, after: int = 0) -> None:
+    """hidden += run(hidden), a batch of windows at a time, of those that end `after` so many windows."""
     import torch
 
     with torch.no_grad():
         for rows in st.batches(decoder, hidden.shape[0], hidden.shape[1]):
-            x = hidden[rows].to(decoder.device)
-            hidden[rows] = (x + run(x)).to(hidden.device)
+            if rows.stop > after:
+                x = hidden[rows].to(decoder.device)
+                hidden[rows] = (x + run(x)).to(hidden.device)
 
 
 def _measured(
-    decoder: st.Decoder, hidden: torch.Tensor, names: tuple[str, ...], inputs: Run, diagonal: bool
+    decoder: st.Decoder,
+    hidden: torch.Tensor,
+    names: tuple[str, ...],
+    inputs: Run,
+    diagonal: bool,
+    use: Use | None = None,
 ) -> Group:
-    """The moment as a running mean: no sum grows with the number of tokens, so float32 is enough."""
+    """The moment as a running mean: no sum grows with the number of tokens, so float32 is enough.
+
+    `use` is given each batch of inputs [windows, length, K] as it is measured.
+    """
     import torch
 
     moment, seen = None, 0
     with torch.no_grad():
         for rows in st.batches(decoder, hidden.shape[0], hidden.shape[1]):
-            X = inputs(hidden[rows].to(decoder.device)).flatten(0, 1).float()
+            given = inputs(hidden[rows].to(decoder.device))
+            X = given.flatten(0, 1)
             if moment is None:
-                moment = X.new_zeros(X.shape[1:] if diagonal else X.shape[1:] * 2)
+                moment = torch.zeros(X.shape[1:] if diagonal else X.shape[1:] * 2, device=X.device)
             seen += len(X)
             _take_in(moment, X, len(X) / seen)
+            if use is not None:
+                use(rows, given)
     assert moment is not None  # windows are checked when they are embedded
     if moment.ndim == 2:
         for i in range(0, len(moment), WIDTH):
@@ -232,9 +261,29 @@ def _take_in(moment: torch.Tensor, X: torch.Tensor, share: float) -> None:
 
     The batch is summed apart: added to the mean term by term (addmm) it would lose digits, 2e-4.
     """
+    import torch
+
     if moment.ndim == 1:
-        moment.lerp_(X.square().sum(0).mul_(2 / len(X)), share)
+        moment.lerp_(X.float().square().sum(0).mul_(2 / len(X)), share)
         return
+    halves = X.dtype != torch.float32 and _multiplies_halves(X.device.type, X.dtype)
+    X = X if halves else X.float()
     for i in range(0, len(moment), WIDTH):
-        rows = moment[i : i + WIDTH, : i + WIDTH]
-        rows.lerp_((X[:, i : i + WIDTH].T @ X[:, : i + WIDTH]).mul_(2 / len(X)), share)
+        rows, own, before = moment[i : i + WIDTH, : i + WIDTH], X[:, i : i + WIDTH].T, X[:, : i + WIDTH]
+        product = torch.mm(own, before, out_dtype=torch.float32) if halves else own @ before
+        rows.lerp_(product.mul_(2 / len(X)), share)
+
+
+@cache
+def _multiplies_halves(device: str, dtype: torch.dtype) -> bool:
+    """Whether a device has products of 16-bit numbers that are summed, and returned, in float32.
+
+    These are as exact as products of the same numbers in float32, and many times faster.
+    """
+    import torch
+
+    one = torch.ones((16, 16), dtype=dtype, device=device)
+    try:
+        return torch.mm(one, one, out_dtype=torch.float32).dtype == torch.float32
+    except (TypeError, RuntimeError):  # NotImplementedError is one; an older torch knows no out_dtype
+        return False

@@ -13,6 +13,8 @@ from dsconvert.decoder import torch_decoder as st
 from dsconvert.errors import ConversionError
 from dsconvert.events import Event, Step, TensorDone
 from dsconvert.machine import give_back
+from dsconvert.quantization import forecast
+from dsconvert.quantization.forecast import Text
 from dsconvert.quantization.ranks import ALONE, Ranks
 from dsconvert.quantization.run_state import State
 
@@ -38,14 +40,16 @@ def quantize_blocks(
     head: bool = False,
     ranks: Ranks = ALONE,
     against: str = "round-to-nearest",
+    passes: float = 2.0,
 ) -> Generator[Event, None, None]:
     """Quantize every block that `state` does not hold yet and save it there; then the head, if asked.
 
     `tokens` int64 [n, length] are the calibration windows. The head counts as a block after the last; it is
     called lm_head.weight, also where the embedding serves for it. Without `restore` every block is given what
-    the checkpoint's blocks return. `against` names what the losses are held against. Of several `ranks` each
-    takes a share of the windows and of a group's linears; the first saves. Raises what `solve` raises, with
-    the linear's name, and QuantizationError where the inputs of a linear are not finite.
+    the checkpoint's blocks return. `against` names what the losses are held against, `passes` is how much
+    work a solve is (see forecast.foretell). Of several `ranks` each takes a share of the windows and of a
+    group's linears; the first saves. Raises what `solve` raises, with the linear's name, and
+    QuantizationError where the inputs of a linear are not finite.
     """
     layers, finished = decoder.config.layers, 0
     with ranks.together():
@@ -58,19 +62,27 @@ def quantize_blocks(
         return
     with ranks.together():
         hidden = linear_inputs.embed(decoder, own)
+        text = Text(len(own), tokens.shape[1], fixed=restore is None)
+        ahead = forecast.foretell(decoder, text, passes, head, finished)[finished:]
+    yield Step(forecast.told(ahead))
+    took: list[float] = []
     for index in range(layers):
+        started = time.monotonic()
         if index < finished:
             with ranks.together():
                 _pass_finished(decoder, index, hidden, state, restore)
         else:
-            linears, seconds = yield from _quantize_block(
+            linears = yield from _quantize_block(
                 decoder, index, hidden, state, solve, ranks, sequential=restore is not None
             )
-            yield Step(summary(f"block {index + 1} of {layers}", linears, seconds, against))
+            took.append(time.monotonic() - started)
+            left = forecast.left(ahead, took)
+            yield Step(summary(f"block {index + 1} of {layers}", linears, took[-1], against, left))
     if head:
-        linears, seconds = yield from _quantize_head(decoder, hidden, state, solve, ranks)
+        started = time.monotonic()
+        linears = yield from _quantize_head(decoder, hidden, state, solve, ranks)
         if linears:
-            yield Step(summary("head", linears, seconds, against))
+            yield Step(summary("head", linears, time.monotonic() - started, against))
 
 
 def _pass_finished(
@@ -93,17 +105,17 @@ def _quantize_block(
     solve: Solve,
     ranks: Ranks,
     sequential: bool,
-) -> Generator[Event, None, tuple[list[dict[str, Any]], float]]:
-    """Solve and save a block; its records, and the seconds that it took.
+) -> Generator[Event, None, list[dict[str, Any]]]:
+    """Solve and save a block; its records.
 
     A `sequential` one has the solved weights in the place of its own as soon as they are known.
     """
-    started = time.monotonic()
     with ranks.together():
         block = st.load_block(decoder, index)
     pieces: dict[str, Piece] = {}
     linears: list[dict[str, Any]] = []
-    for names, moment in measured(linear_inputs.walk(decoder, block, hidden), ranks):
+    walk = linear_inputs.walk(decoder, block, hidden, fixed=not sequential)
+    for names, moment in measured(walk, ranks):
         for name, owner, solution in (yield from _solve_group(decoder, names, moment, solve, ranks)):
             found, record, weight = solution
             if weight is not None:
@@ -115,7 +127,7 @@ def _quantize_block(
     with ranks.together():
         if ranks.first:
             state.save(index, pieces, {"linears": linears})
-    return linears, time.monotonic() - started
+    return linears
 
 
 def measured(
@@ -162,9 +174,8 @@ def _told(solution: Solution, events: list[Event]) -> tuple[dict[str, Any], dict
 
 def _quantize_head(
     decoder: st.Decoder, hidden: torch.Tensor, state: State, solve: Solve, ranks: Ranks
-) -> Generator[Event, None, tuple[list[dict[str, Any]], float]]:
-    """Solve and save the head; its record on the first process, and the seconds that it took."""
-    started = time.monotonic()
+) -> Generator[Event, None, list[dict[str, Any]]]:
+    """Solve and save the head; its record on the first process."""
     with ranks.together():
         norm = st.read(decoder, st.NORM).to(decoder.dtype)
         own = linear_inputs.measure_head(decoder, hidden, norm)
@@ -176,7 +187,7 @@ def _quantize_head(
             pieces, record, _ = yield from _named(st.HEAD, solving)
             state.save(decoder.config.layers, pieces, {"linears": [record]})
             records.append(record)
-    return records, time.monotonic() - started
+    return records
 
 
 def _noted(
@@ -234,8 +245,9 @@ def progress(nbytes: Mapping[str, int], name: str, kind: str) -> TensorDone:
     return TensorDone(name, kind, nbytes[name], done, sum(nbytes.values()))
 
 
-def summary(what: str, linears: list[dict[str, Any]], seconds: float, against: str) -> str:
-    """One line on a block or the head: how much is left of the loss that `against` names."""
+def summary(what: str, linears: list[dict[str, Any]], seconds: float, against: str, left: float = 0.0) -> str:
+    """One line on a block or the head: its share of the loss that `against` names, the seconds left."""
     loss, plain = (sum(linear[key] for linear in linears) for key in ("loss", "rtn_loss"))
     share = f"{loss / plain:.0%} of {against}'s loss" if plain else "no loss"
-    return f"{what}: {share}, {seconds:.1f} s"
+    rest = f", about {forecast.duration(left)} left" if left else ""
+    return f"{what}: {share}, {seconds:.1f} s{rest}"

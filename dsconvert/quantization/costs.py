@@ -8,6 +8,7 @@ input's rounding error costs after it (error_feedback.row_losses).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,13 +18,15 @@ from dsconvert.decoder import torch_decoder as st
 from dsconvert.decoder.linear_inputs import Group
 from dsconvert.decoder.sensitivity import sensitivities
 from dsconvert.events import Event, Step
-from dsconvert.quantization import error_feedback
+from dsconvert.quantization import error_feedback, forecast
+from dsconvert.quantization.forecast import Text
 from dsconvert.quantization.run_state import State
 
 if TYPE_CHECKING:
     import torch
 
 SENSITIVITY_TOKENS = 4096
+PASSES = 8.0  # see forecast.foretell: a linear is rounded to some ten types
 Cost = TypeVar("Cost")
 
 
@@ -48,18 +51,26 @@ def measure_blocks(
     that names a linear whose inputs are not finite.
     """
     layers, found = decoder.config.layers, dict[str, Cost]()
+    windows, length = hidden.shape[:2]
+    text = Text(windows, length, fixed=True)
+    ahead, took = forecast.foretell(decoder, text, PASSES, finished=len(known))[len(known) :], list[float]()
+    if ahead:
+        yield Step(f"measuring takes {forecast.told(ahead)}")
     for index in range(layers):
+        started = time.monotonic()
         block = st.load_block(decoder, index)
         if index < len(known):
             found |= known[index]
             linear_inputs.advance(decoder, block, hidden)
             continue
         own: dict[str, Cost] = {}
-        for place, group in enumerate(linear_inputs.walk(decoder, block, hidden)):
+        for place, group in enumerate(linear_inputs.walk(decoder, block, hidden, fixed=True)):
             own |= cost_of(place, group)
         keep(index, own)
         found |= own
-        yield Step(f"measured block {index + 1} of {layers}")
+        took.append(time.monotonic() - started)
+        rest = f", about {forecast.duration(forecast.left(ahead, took))} left" * (index + 1 < layers)
+        yield Step(f"measured block {index + 1} of {layers}{rest}")
     return found
 
 

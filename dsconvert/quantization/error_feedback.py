@@ -238,6 +238,21 @@ def rounding_losses(error: torch.Tensor, factor: Factor) -> torch.Tensor:
     return losses.clamp_(min=0)
 
 
+def both_losses(
+    error: torch.Tensor, factor: Factor, columns: torch.Tensor, dead: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The losses [N] of errors [K, N] without the damping and with it; `columns` is the factor's order.
+
+    Sets the errors of `dead` inputs to 0: the factor gives an input without any activity a pivot of 1.
+    """
+    import torch
+
+    damping = error.square().sum(0, dtype=torch.float64) * factor.shift
+    error[dead] = 0
+    losses = rounding_losses(error[columns], factor)
+    return losses, losses + damping
+
+
 def row_losses(factor: Factor) -> torch.Tensor:
     """What a squared rounding error at each step adds to the undamped loss, errors being independent: [K].
 

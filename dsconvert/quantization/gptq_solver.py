@@ -12,6 +12,7 @@ from dsconvert.errors import QuantizationError, UsageError
 from dsconvert.quantization import error_feedback
 from dsconvert.quantization.error_feedback import BLOCK, Grid
 from dsconvert.quantization.gptq_grid import Scheme, find_grid, to_codes
+from dsconvert.quantization.group_refinement import Groups, refine_groups
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +26,7 @@ class SolverOptions:
     scales found beforehand, unless `dynamic_groups` makes them of columns as they are walked (then the
     file needs desc_act). Without `act_order` a group's scales are found when the walk reaches it. With `mse`
     each range is that whose rounding costs least; without it, that from the least to the greatest weight.
+    After the walk scales, zero points and codes are refined in turn, `rounds` times at the most.
     """
 
     scheme: Scheme = field(default_factory=Scheme)
@@ -32,11 +34,17 @@ class SolverOptions:
     dynamic_groups: bool = False
     damp: float = 0.05
     mse: bool = True
+    rounds: int = 0
 
     @property
     def desc_act(self) -> bool:
         """Whether groups are not runs of original columns, which the file must say."""
         return self.act_order and self.dynamic_groups and self.scheme.group_size != -1
+
+    @property
+    def passes(self) -> float:
+        """How much work a solve is: the walk, the loss of plain rounding, rounds of scales and codes."""
+        return 2.0 + 5.0 * self.rounds
 
     @property
     def static_groups(self) -> bool:
@@ -112,7 +120,7 @@ def solve(W: torch.Tensor, H: torch.Tensor, options: SolverOptions) -> Solved:
         return _plain(rounded, error_feedback.loss(error, H), why)
     rtn_loss = error_feedback.rounding_loss(error[order.columns], factor)
     del error
-    solved = _walk(Wt, factor, order, options, rounded)
+    solved = _walk(Wt, H, factor, order, options, rounded)
     if not solved.loss <= rtn_loss:
         return _plain(rounded, rtn_loss, f"its loss {solved.loss:.4g} is above round-to-nearest's")
     return replace(solved, rtn_loss=rtn_loss)
@@ -202,7 +210,12 @@ def _static_grids(
 
 
 def _walk(
-    Wt: torch.Tensor, factor: error_feedback.Factor, order: _Order, options: SolverOptions, rounded: Solved
+    Wt: torch.Tensor,
+    H: torch.Tensor,
+    factor: error_feedback.Factor,
+    order: _Order,
+    options: SolverOptions,
+    rounded: Solved,
 ) -> Solved:
     """The columns in order, on grids by what the walk's roundings cost: each D times its square."""
     import torch
@@ -219,13 +232,35 @@ def _walk(
             scales[g], zeros[g] = find_grid(moved(), scheme, D[run] if options.mse else None)
         return Grid(scales, zeros, order.group[run], scheme.maxq)
 
-    codes, loss = error_feedback.walk(Wt[order.columns], factor, order.ends, grid_of)
+    codes, _, losses = error_feedback.walk_rows(Wt[order.columns], factor, order.ends, grid_of)
+    found = _refined(Wt, H, factor, order, options, Groups(codes, scales, zeros, losses))
     return replace(
         rounded,
-        codes=codes[inverse],
-        scales=scales.half(),
-        zeros=zeros.byte(),
+        codes=found.codes,
+        scales=found.scales.half(),
+        zeros=found.zeros.byte(),
         g_idx=torch.tensor(order.group, device=Wt.device)[inverse].int(),
-        loss=loss,
+        loss=float(found.losses.sum()),
         damp=factor.damp,
     )
+
+
+def _refined(
+    Wt: torch.Tensor,
+    H: torch.Tensor,
+    factor: error_feedback.Factor,
+    order: _Order,
+    options: SolverOptions,
+    walked: Groups,
+) -> Groups:
+    """The groups after refinement; codes are given in the walk's order, and returned in the file's."""
+    import torch
+
+    columns, rest = order.columns, (options.scheme, options.rounds)
+    if options.rounds and options.desc_act:  # groups are runs of the walk
+        steps = torch.arange(len(Wt), device=Wt.device)
+        walked = refine_groups(Wt[columns], H[columns][:, columns], factor, steps, walked, *rest)
+    found = replace(walked, codes=walked.codes[columns.argsort()])
+    if options.rounds and not options.desc_act:
+        found = refine_groups(Wt, H, factor, columns, found, *rest)
+    return found

@@ -17,7 +17,19 @@ from dsconvert.quantization.static_blocks import Blocks, BlockType
 if TYPE_CHECKING:
     import torch
 
-RUN = 256  # columns whose scales are refined between two matmuls: a super-block, or 8 blocks
+RUN = 256  # columns whose scales are refined between two matmuls, or one block if it is wider
+
+
+def refine(
+    Wt: torch.Tensor, H: torch.Tensor, shift: float, blocks: Blocks, columns: torch.Tensor, rounds: int
+) -> Blocks:
+    """Better blocks of W^T [K, N] after so many rounds of scales and codes; fewer where no code moves."""
+    for _ in range(rounds):
+        blocks = refine_scales(Wt, H, shift, blocks)
+        blocks, moves = descend(Wt, H, shift, blocks, columns)
+        if not moves:
+            break
+    return blocks
 
 
 def refine_scales(Wt: torch.Tensor, H: torch.Tensor, shift: float, blocks: Blocks) -> Blocks:
@@ -28,7 +40,8 @@ def refine_scales(Wt: torch.Tensor, H: torch.Tensor, shift: float, blocks: Block
     kind = blocks.kind
     found = replace(blocks, d=blocks.d.clone(), m=blocks.m.clone(), s=blocks.s.clone(), n=blocks.n.clone())
     E = Wt - found.weights()
-    for run, own in _gradients(E, H, shift, range(0, len(Wt), RUN), RUN):
+    width = max(RUN, kind.block)
+    for run, own in _gradients(E, H, shift, range(0, len(Wt), width), width):
         part = _part(found, run)
         levels = kind.levels(part.codes, E.dtype)
         before = part.weights()
@@ -213,8 +226,11 @@ def _refine_steps(own: _Own, part: Blocks, levels: torch.Tensor) -> None:
     per = kind.block // kind.sub
     for b in range(len(part.d)):
         at, sub = slice(b * kind.block, (b + 1) * kind.block), slice(b * per, (b + 1) * per)
-        u = levels[at] * part.s[sub].repeat_interleave(kind.sub, 0)
         H, G = own.H[at, at], own.G[at]
+        if kind.tied:
+            own.take(at, _refine_zero(G, H, levels[at], part.d[b], part.m[b], part.n[b], kind.offsets))
+            continue
+        u = levels[at] * part.s[sub].repeat_interleave(kind.sub, 0)[: len(G)]
         Hu = H @ u
         p, uu = (G * u).sum(0), (u * Hu).sum(0)
         if not kind.affine:
@@ -228,6 +244,42 @@ def _refine_steps(own: _Own, part: Blocks, levels: torch.Tensor) -> None:
         part.d[b] += x
         part.m[b] += y
         own.take(at, u * x + v * y)
+
+
+def _refine_zero(
+    G: torch.Tensor,
+    H: torch.Tensor,
+    levels: torch.Tensor,
+    d: torch.Tensor,
+    m: torch.Tensor,
+    zero: torch.Tensor,
+    limits: tuple[int, int],
+) -> torch.Tensor:
+    """The zero point of a block, it or a neighbour, and the step beside it, of least loss; changes all three.
+
+    Returns what the weights grow by: x (u - y) - d y, where d grows by x and the zero point by y.
+    """
+    import torch
+
+    u = levels - zero
+    Hu, Hv = H @ u, H.sum(1)
+    p, r = (G * u).sum(0), G.sum(0)
+    uu, uv, vv = (u * Hu).sum(0), Hv @ u, Hv.sum()
+    best, x0, y0 = torch.zeros_like(p), torch.zeros_like(p), torch.zeros_like(p)
+    for step in (0, -1, 1) if limits[0] < limits[1] else (0,):
+        y = (zero + step).clamp_(*limits) - zero
+        linear, across = p - y * r, uv - y * vv
+        square = uu - y * (uv + across)
+        x = _rounded(d, (linear + d * y * across) / square)
+        x = x.masked_fill_(d + x <= 0, 0)
+        change = x * (x * square - 2 * (linear + d * y * across)) + d * y * (d * y * vv + 2 * r)
+        better = change < best
+        best, x0, y0 = change.where(better, best), x.where(better, x0), y.where(better, y0)
+    change = (u - y0) * x0 - d * y0
+    d += x0
+    m.copy_(d)
+    zero += y0
+    return change
 
 
 def _half_step(d: torch.Tensor, x: torch.Tensor, p: torch.Tensor, uu: torch.Tensor) -> torch.Tensor:

@@ -83,7 +83,8 @@ class Solving:
     `settings` name what each linear becomes, `nbytes` are its bytes in the output; both in the order of the
     blocks, and the head last where it is quantized (`head`). `solve` takes a linear's name, weight W [N, K]
     and Hessian H [K, K]; `restore` returns the weights of a block that is finished, and is None where every
-    H is that of the checkpoint's own inputs. `against` names what is rounded without feedback.
+    H is that of the checkpoint's own inputs. `against` names what is rounded without feedback. `passes` is
+    how much work a solve is, by which the time of a run is foretold: see forecast.foretell.
     """
 
     settings: Mapping[str, str]
@@ -92,6 +93,7 @@ class Solving:
     restore: Restore | None
     head: bool = False
     against: str = "round-to-nearest"
+    passes: float = 2.0
 
 
 @dataclass(frozen=True)
@@ -215,5 +217,5 @@ def solve_blocks(run: Run, chosen: Solving) -> Generator[Event, None, None]:
         record = {key: value for key, value in event.as_dict().items() if key != "seconds"}
         return {tensor: from_array(array) for tensor, array in tensors.items()}, record, weight
 
-    rest = (chosen.restore, chosen.head, run.ranks, chosen.against)
+    rest = (chosen.restore, chosen.head, run.ranks, chosen.against, chosen.passes)
     yield from quantize_blocks(run.decoder, run.calibration.tokens, run.state, solve, *rest)

@@ -2,6 +2,7 @@
 
 A block of a row has a float16 step d and, of some types, a second one m; its sub-blocks have an integer
 scale s and an integer n. A weight is d s level - m n, where level is code - zero, or a value from a table.
+Where a block has a zero point of its own, n is that and m is d.
 The grid of every column is known before the walk, so the walk may go in any order: most active inputs first.
 """
 
@@ -22,7 +23,8 @@ class BlockType:
     """What the numbers of a block may be; `block` and `sub` are columns.
 
     Codes go from 0 to `top`; integer scales s between the two `scales`, integers n between the two `offsets`.
-    Where these two are equal nothing is stored. A table of `values` stands in for code - `zero`.
+    Where these two are equal nothing is stored. A table of `values` stands in for code - `zero`. With `tied`
+    m is d, which stays above 0, and n the zero point of a block without sub-blocks.
     """
 
     block: int
@@ -32,6 +34,7 @@ class BlockType:
     scales: tuple[int, int] = (1, 1)
     offsets: tuple[int, int] = (0, 0)
     values: tuple[float, ...] = ()
+    tied: bool = False
 
     @property
     def affine(self) -> bool:
@@ -49,7 +52,7 @@ class BlockType:
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """Weights of K inputs and N outputs as blocks hold them.
+    """Weights of K inputs and N outputs as blocks hold them; the last block may be short.
 
     `codes` uint8 [K, N]; `d` and `m` [K / block, N], values of float16; `s` and `n` [K / sub, N], whole
     numbers; all four in the weights' dtype.
@@ -77,12 +80,16 @@ class Blocks:
 
     def weights(self) -> torch.Tensor:
         """The weights that the blocks stand for, [K, N], as a reader computes them."""
-        sub, lows = self.kind.sub, self.lows
+        sub, steps, lows = self.kind.sub, self.steps, self.lows
         found = self.kind.levels(self.codes, self.d.dtype)
-        by_sub = found.view(-1, sub, found.shape[1])
-        by_sub.mul_(self.steps[:, None])
-        if lows is not None:
-            by_sub.add_(lows[:, None])
+        whole = len(found) // sub
+        for part, own in ((found[: whole * sub], slice(whole)), (found[whole * sub :], slice(whole, None))):
+            if not len(part):
+                continue
+            by_sub = part.view(len(steps[own]), -1, found.shape[1])
+            by_sub.mul_(steps[own, None])
+            if lows is not None:
+                by_sub.add_(lows[own, None])
         return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -47,17 +48,24 @@ def test_moments_are_those_of_the_inputs_that_transformers_gives(
         assert names == GROUPS
 
 
-@pytest.mark.parametrize("kept", [0.0, linear_inputs.KEPT])
+def only(windows: int) -> Callable[..., int]:
+    """Memory for what a linear is given in so many windows."""
+    return lambda decoder, all_windows, length, inputs: min(windows, all_windows)
+
+
+@pytest.mark.parametrize(("kept", "fixed"), [(0, False), (3, False), (99, False), (0, True)])
 def test_the_walk_and_advance_give_the_states_of_a_plain_run(
-    kept: float, monkeypatch: pytest.MonkeyPatch
+    kept: int, fixed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear_inputs, "KEPT", kept)
+    monkeypatch.setattr(linear_inputs, "room", only(kept))
+    monkeypatch.setitem(st.BATCH_TOKENS, "cpu", 40)  # several batches, of which some are kept
     _, decoder, windows = opened(num_key_value_heads=2)
+    assert len(windows) > 3
     walked, advanced = linear_inputs.embed(decoder, windows), linear_inputs.embed(decoder, windows)
     plain = walked.clone()
     for index in range(decoder.config.layers):
         block = st.load_block(decoder, index)
-        assert len(list(linear_inputs.walk(decoder, block, walked))) == 4
+        assert len(list(linear_inputs.walk(decoder, block, walked, fixed=fixed))) == 4
         linear_inputs.advance(decoder, block, advanced)
         plain = st.run_block(decoder, block, plain)
         assert torch.equal(walked, advanced)
@@ -70,13 +78,35 @@ def test_moments_are_the_same_where_no_memory_is_left(
 ) -> None:
     _, decoder, windows = opened(num_key_value_heads=2)
     found = []
-    for kept in (linear_inputs.KEPT, 0.0):
-        monkeypatch.setattr(linear_inputs, "KEPT", kept)
+    for kept, fixed in ((99, False), (3, False), (0, False), (0, True)):
+        monkeypatch.setattr(linear_inputs, "room", only(kept))
         hidden = linear_inputs.embed(decoder, windows)
-        walk = linear_inputs.walk(decoder, st.load_block(decoder, 0), hidden, diagonal)
+        walk = linear_inputs.walk(decoder, st.load_block(decoder, 0), hidden, diagonal, fixed)
         found.append([group.moment for group in walk])
-    for here, there in zip(*found, strict=True):
-        assert torch.equal(here, there)
+    for first, *others in zip(*found, strict=True):
+        assert all(torch.equal(first, other) for other in others)
+
+
+def test_every_linear_runs_once_where_none_is_replaced() -> None:
+    _, decoder, windows = opened()
+    block, runs = st.load_block(decoder, 0), dict[str, int]()
+
+    def seen(name: str) -> Callable[..., None]:
+        return lambda module, given, result: runs.update({name: runs.get(name, 0) + len(result)})
+
+    for name, linear in block.linears.items():
+        linear.register_forward_hook(seen(name))
+    list(linear_inputs.walk(decoder, block, linear_inputs.embed(decoder, windows), fixed=True))
+    assert runs == dict.fromkeys(block.linears, len(windows))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_numbers_of_16_bits_are_summed_in_float32(dtype: torch.dtype) -> None:
+    X = torch.randn(512, 300, generator=torch.Generator().manual_seed(2)).to(dtype)
+    moment = torch.zeros(300, 300)
+    linear_inputs._take_in(moment, X, 1.0)
+    exact = (2 / len(X) * X.double().T @ X.double()).tril()
+    assert float((moment.tril() - exact).abs().max() / exact.abs().max()) < 1e-6
 
 
 def test_a_moment_of_more_than_a_few_columns_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,6 +52,10 @@ def test_the_sample_is_quantized_and_passes_its_verdict(tmp_path: Path) -> None:
     solved = [e for e in events if e["event"] == "linearsolved"]
     assert len(solved) == 14
     assert all(e["loss"] < e["rtn_loss"] and e["fell_back"] is None for e in solved)
+    steps = [(at, e["text"]) for at, e in enumerate(events) if e["event"] == "step"]
+    (told,) = (at for at, text in steps if " for 2 blocks by this machine's speed" in text)
+    assert told < events.index(solved[0])
+    assert next(text for _, text in steps if text.startswith("block 1")).endswith(" left")
     (planned,) = (e for e in events if e["event"] == "planned")
     (finished,) = (e for e in events if e["event"] == "finished")
     assert planned["nbytes"] == [finished["nbytes"]]
@@ -81,7 +85,7 @@ def test_the_verdict_is_about_the_weights_in_the_folder(
         ({"bits": 8, "group_size": -1}, {"bits": 8, "group_size": -1, "desc_act": False}),
         ({"dynamic_groups": True}, {"bits": 4, "desc_act": True}),
         (
-            {"sym": False, "mse": False, "act_order": False, "damp": 0.05},
+            {"sym": False, "mse": False, "act_order": False, "damp": 0.05, "rounds": 2},
             {"sym": False, "damp_percent": 0.05},
         ),
     ],
@@ -94,6 +98,7 @@ def test_what_is_asked_stands_in_the_folder(
     assert settings.items() <= stated.items()
     assert stated == load_json(tmp_path / "out" / "quantize_config.json")
     assert stated["meta"]["calibration"]["tokens"] == 4 * 128
+    assert stated["meta"].get("rounds", 0) == asked.get("rounds", 0)
     assert str(model) not in json.dumps(stated)
     read, source = open_model(tmp_path / "out"), open_checkpoint(model)
     assert read.shapes() == source.shapes()
@@ -113,7 +118,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> Stopped:
     return lambda model, out, after, **asked: stop(lambda: run(model, out, **asked), out, after)
 
 
-@pytest.mark.parametrize("asked", [{}, {"dynamic_groups": True, "bits": 3}])
+@pytest.mark.parametrize("asked", [{}, {"dynamic_groups": True, "bits": 3, "rounds": 1}])
 def test_a_resumed_run_gives_the_same_bytes(
     tmp_path: Path, model: Path, stopped: Stopped, asked: dict[str, Any]
 ) -> None:
@@ -294,9 +299,9 @@ def test_the_plan_is_exact(tmp_path: Path, model: Path) -> None:
     assert load_config(tmp_path / "out").layers == 3
 
 
-@pytest.mark.parametrize("bits", [2, 8])
-def test_a_faithful_result_passes_at_every_width(tmp_path: Path, bits: int) -> None:
-    events = run("sample:", tmp_path / "out", effort="quick", bits=bits, group_size=-1)
+@pytest.mark.parametrize(("bits", "rounds"), [(2, 1), (8, 0)])
+def test_a_faithful_result_passes_at_every_width(tmp_path: Path, bits: int, rounds: int) -> None:
+    events = run("sample:", tmp_path / "out", effort="quick", bits=bits, rounds=rounds, group_size=-1)
     checks = [e for e in events if isinstance(e, Check)]
     assert len(checks) >= 5
     assert [check.detail for check in checks if not check.passed] == []

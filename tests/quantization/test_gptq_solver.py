@@ -11,24 +11,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from gptq_problems import ORDERS, direct_loss, label, problem
 
 from dsconvert.errors import QuantizationError, UsageError
 from dsconvert.quantization.gptq_grid import Scheme, find_grid, to_codes
 from dsconvert.quantization.gptq_solver import SolverOptions, round_to_nearest, solve
 
 F64 = npt.NDArray[np.float64]
-
-
-def problem(outputs: int, inputs: int, seed: int, dtype: torch.dtype = torch.float64) -> tuple[Any, Any]:
-    """Weights and a Hessian of correlated inputs whose channels differ in size."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    x = normal(4 * inputs, inputs // 4) @ normal(inputs // 4, inputs) + 0.5 * normal(4 * inputs, inputs)
-    x *= torch.exp(0.7 * normal(inputs))
-    return (normal(outputs, inputs) * 0.02).to(dtype), (2 / len(x) * x.T @ x).to(dtype)
 
 
 def naive_grid(w: F64, scheme: Scheme, cost: F64 | None) -> tuple[F64, F64]:
@@ -105,7 +94,6 @@ def naive_gptq(weights: F64, hessian: F64, options: SolverOptions) -> tuple[F64,
     return codes, scales, zeros, group_of.astype(float)
 
 
-ORDERS = ({}, {"act_order": True}, {"act_order": True, "dynamic_groups": True})
 CASES = [
     SolverOptions(Scheme(bits, group, sym), mse=mse, **order)
     for bits, group, sym, order, mse in itertools.product(
@@ -113,13 +101,6 @@ CASES = [
     )
     if mse or (group == 64 and bits in (2, 4))
 ]
-
-
-def label(options: SolverOptions) -> str:
-    s = options.scheme
-    words = [name for name in ("act_order", "dynamic_groups") if getattr(options, name)]
-    words += ["minmax"] * (not options.mse)
-    return "-".join([f"{s.bits}bit", f"g{s.group_size}", "sym" if s.sym else "asym", *words])
 
 
 @pytest.mark.parametrize("options", CASES, ids=label)
@@ -169,11 +150,6 @@ def test_an_enormous_input_spoils_no_output(sign: int, order: dict[str, bool], g
     solved, plain = solve(W, H, options), solve(W, H, dataclasses.replace(options, mse=False))
     lost = [direct_loss((W - s.dequantized())[2:3], H) for s in (solved, plain)]
     assert lost[0] < 0.1 * lost[1]
-
-
-def direct_loss(error: torch.Tensor, H: torch.Tensor) -> float:
-    e = error.double()
-    return float(torch.einsum("nk,kl,nl->", e, H.double(), e))
 
 
 @pytest.mark.parametrize(
