@@ -29,6 +29,7 @@ _ROLES = {
 }
 _WHOLE_MODEL = ("token_embd.weight", "output.weight")
 _ROUTER = "ffn_gate_inp.weight"  # float32 in every file: rounded, it takes another expert now and then
+_WIDE = "indexer.proj.weight"  # float32 where matrices are not quantized, as llama.cpp's converter has it
 _LAYER = re.compile(r"\bblk\.(\d+)\.")
 
 
@@ -94,6 +95,8 @@ def choose(
     for name in matrices:
         columns = shapes[name][-1]
         usual = mixture.flat if mixture.flat and len(shapes[name]) == 2 and not pure else mixture.default
+        if name.endswith(_WIDE) and QTYPES[mixture.default].block == 1:
+            usual = "f32"
         wanted = manual.get(name) or usual
         if name not in manual and not pure and QTYPES[mixture.default].block > 1:
             if name == "output.weight" or (tied and name == "token_embd.weight"):

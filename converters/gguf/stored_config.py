@@ -10,7 +10,7 @@ from dsconvert.errors import CheckpointError
 from dsconvert.models.architecture import Architecture
 from dsconvert.models.architectures import BY_GGUF_NAME, stored_architecture
 from dsconvert.models.config import ModelConfig
-from dsconvert.models.experts import GATINGS, SOFTMAX, Experts, Latent
+from dsconvert.models.experts import GATINGS, SOFTMAX, Experts, Indexer, Latent
 from dsconvert.models.rope import RopeScaling
 
 LIMIT, GREATEST = 1 << 31, 1e30  # as in config.json
@@ -122,7 +122,15 @@ def stored_latent(numbers: Numbers, prefix: str) -> Latent | None:
         nope=key - rope,
         rope=rope,
         value=numbers.count(at + "value_length_mla"),
+        indexer=stored_indexer(numbers, at + "indexer."),
     )
+
+
+def stored_indexer(numbers: Numbers, at: str) -> Indexer | None:
+    """The indexer of sparse attention, None for a file without; raises CheckpointError."""
+    if at + "head_count" not in numbers.file.keys:
+        return None
+    return Indexer(*(numbers.count(at + key) for key in ("head_count", "key_length", "top_k")))
 
 
 def stored_experts(numbers: Numbers, architecture: Architecture, layers: int) -> Experts | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dsconvert.models.architectures import find_architecture
 from dsconvert.models.config import ModelConfig
@@ -120,13 +120,32 @@ def attend(decoder: Decoder, block: Block, x: torch.Tensor) -> torch.Tensor:
 
 def attention(decoder: Decoder, block: Block, x: torch.Tensor) -> torch.Tensor:
     """What the attention of a block adds to states [batch, length, d]."""
+    states = block.module.input_layernorm(x)
+    result: torch.Tensor = block.module.self_attn(hidden_states=states, **arguments(decoder, x))[0]
+    return result
+
+
+def arguments(decoder: Decoder, x: torch.Tensor) -> dict[str, Any]:
+    """What attention is given beside states [batch, length, d]: the mask and the positions."""
     import torch
 
     positions = torch.arange(x.shape[1], device=x.device)[None]
-    result: torch.Tensor = block.module.self_attn(
-        hidden_states=block.module.input_layernorm(x),
-        attention_mask=None,  # none asks sdpa for its causal kernel
-        position_ids=positions,
-        position_embeddings=decoder.rotary(x, positions),
-    )[0]
-    return result
+    return {
+        "attention_mask": causal_mask(decoder, x),
+        "position_ids": positions,
+        "position_embeddings": decoder.rotary(x, positions),
+    }
+
+
+def causal_mask(decoder: Decoder, x: torch.Tensor, before: int = 0) -> torch.Tensor | None:
+    """What states [batch, length, d] may look at, `before` positions read earlier: bool [1, 1, length, all].
+
+    None asks sdpa for its causal kernel, where nothing else reads a mask; an indexer does.
+    """
+    import torch
+
+    length, latent = x.shape[1], decoder.config.latent
+    if (latent is None or latent.indexer is None) and (before == 0 or length == 1):
+        return None
+    seen = torch.ones((length, before + length), dtype=torch.bool, device=x.device)
+    return seen.tril(before)[None, None]

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from dsconvert.errors import CheckpointError
 from dsconvert.models.architectures import find_architecture
 from dsconvert.models.config import ModelConfig
-from dsconvert.models.experts import Experts
+from dsconvert.models.experts import Experts, Indexer
 from dsconvert.models.rope import corner
 
 Floats = npt.NDArray[np.float32]
@@ -65,6 +65,7 @@ class Numbers:
     scale: float
     softmax: float
     experts: Experts | None = None
+    indexer: Indexer | None = None
     within: float = math.inf
 
 

@@ -134,6 +134,7 @@ def numbers_of(config: ModelConfig, library: Any, rotary: Any) -> Numbers:
         scale=float(rotary.attention_scaling),
         softmax=float(attention.scaling),
         experts=config.experts,
+        indexer=config.latent.indexer if config.latent else None,
     )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dsconvert.decoder import torch_decoder as st
+from dsconvert.decoder.experts import causal_mask
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +24,7 @@ class Keys:
 
     def __init__(self) -> None:
         self._kept: dict[int, tuple[torch.Tensor, ...]] = {}
+        self._indexed: dict[int, torch.Tensor] = {}
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_: object, **__: object
@@ -36,9 +38,18 @@ class Keys:
         self._kept[layer_idx] = new
         return new
 
+    def update_indexer(self, keys: torch.Tensor, layer_idx: int, *_: object) -> torch.Tensor:
+        """Put the new keys [1, n, head_dim] of a layer's indexer behind the others; returns all of them."""
+        import torch
+
+        kept = self._indexed.get(layer_idx)
+        self._indexed[layer_idx] = keys if kept is None else torch.cat((kept, keys), -2)
+        return self._indexed[layer_idx]
+
     def crop(self, length: int) -> None:
         """Keep the first `length` positions of every layer."""
         self._kept = {layer: tuple(x[..., :length, :] for x in both) for layer, both in self._kept.items()}
+        self._indexed = {layer: keys[:, :length] for layer, keys in self._indexed.items()}
 
 
 class Continued:
@@ -75,7 +86,7 @@ class Continued:
         hidden = self._embedded(part)
         positions = torch.arange(at, at + hidden.shape[1], device=decoder.device)[None]
         settings = {
-            "attention_mask": _mask(hidden, at),
+            "attention_mask": causal_mask(decoder, hidden, at),
             "position_ids": positions,
             "position_embeddings": decoder.rotary(hidden, positions),
             "use_cache": True,
@@ -97,15 +108,3 @@ class Continued:
         if isinstance(part, np.ndarray) and part.ndim == 2:
             return torch.from_numpy(part).to(decoder.device, decoder.dtype)[None]
         return st.embed(self._embedding, np.array([part], np.int64), decoder.dtype)
-
-
-def _mask(hidden: torch.Tensor, at: int) -> torch.Tensor | None:
-    """What each position may look at, where something was read before it; None asks for the causal kernel."""
-    import torch
-
-    length = hidden.shape[1]
-    if at == 0 or length == 1:
-        return None
-    mask = torch.zeros((1, 1, length, at + length), dtype=hidden.dtype, device=hidden.device)
-    mask[..., at:] = torch.triu(torch.full((length, length), -torch.inf, dtype=hidden.dtype), 1)
-    return mask

@@ -16,7 +16,15 @@ import numpy as np
 import numpy.typing as npt
 
 from dsconvert.decoder import numpy_decoder
-from dsconvert.decoder.experts import Load, Names, Observer, StreamedExperts, attend, expert_names
+from dsconvert.decoder.experts import (
+    Load,
+    Names,
+    Observer,
+    StreamedExperts,
+    arguments,
+    attend,
+    expert_names,
+)
 from dsconvert.decoder.numpy_config import Numbers
 from dsconvert.decoder.torch_config import library_config, numbers_of, open_rotary, torch_classes
 from dsconvert.errors import UsageError
@@ -231,15 +239,7 @@ def run_block(
 
 def apply(decoder: Decoder, block: Block, x: torch.Tensor) -> torch.Tensor:
     """States [batch, length, d] through one block, with gradients where they are on."""
-    import torch
-
-    positions = torch.arange(x.shape[1], device=x.device)[None]
-    result = block.module(
-        x,
-        attention_mask=None,  # none asks sdpa for its causal kernel
-        position_ids=positions,
-        position_embeddings=decoder.rotary(x, positions),
-    )
+    result = block.module(x, **arguments(decoder, x))
     out: torch.Tensor = result[0] if isinstance(result, tuple) else result
     return out
 

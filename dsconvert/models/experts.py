@@ -41,9 +41,26 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class Indexer:
+    """What chooses the keys that a query attends to (DeepSeek sparse attention, V3.2, 2025): those of the
+    `top` best scores, which `heads` of `size` values give.
+    """
+
+    heads: int
+    size: int
+    top: int
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """The sizes by the letters that table shapes use."""
+        return {"iq": self.heads * self.size, "ik": self.size, "iw": self.heads}
+
+
+@dataclass(frozen=True)
 class Latent:
     """The widths of latent attention: of its vectors for queries (None without) and for keys and values, and
-    of each head: `nope` values without RoPE, `rope` with it, `value` of what is summed.
+    of each head: `nope` values without RoPE, `rope` with it, `value` of what is summed. Without an `indexer`
+    a query attends to all keys before it.
     """
 
     q_rank: int | None
@@ -51,6 +68,7 @@ class Latent:
     nope: int
     rope: int
     value: int
+    indexer: Indexer | None = None
 
     def dims(self, heads: int) -> dict[str, int]:
         """The sizes by the letters that table shapes use."""
@@ -63,6 +81,7 @@ class Latent:
             "kl": self.kv_rank,
             "nope": self.nope,
             "value": self.value,
+            **(self.indexer.dims if self.indexer else {}),
         }
 
 
@@ -161,5 +180,15 @@ def latent_keys(latent: Latent) -> dict[str, tuple[str, Any]]:
         "attention.key_length_mla": latent.nope + latent.rope,
         "attention.value_length_mla": latent.value,
         "rope.dimension_count": latent.rope,
+        **({} if latent.indexer is None else indexer_keys(latent.indexer)),
     }
     return {key: ("uint32", size) for key, size in sizes.items()}
+
+
+def indexer_keys(indexer: Indexer) -> dict[str, int]:
+    """The keys of a GGUF file on the indexer of sparse attention."""
+    return {
+        "attention.indexer.head_count": indexer.heads,
+        "attention.indexer.key_length": indexer.size,
+        "attention.indexer.top_k": indexer.top,
+    }

@@ -12,7 +12,7 @@ from dsconvert.decoder.numpy_config import Numbers
 from dsconvert.decoder.torch_config import read_numbers
 from dsconvert.errors import CheckpointError
 from dsconvert.models.config import ModelConfig
-from dsconvert.models.experts import Experts
+from dsconvert.models.experts import Experts, Indexer
 
 ROPE_CLOSE = 1e-5  # relative; float32 arithmetic of two programs differs by less
 
@@ -22,9 +22,11 @@ def differences(reference: Numbers, candidate: Numbers) -> tuple[str, ...]:
     names = ("norm_eps", "heads", "kv_heads", "head_dim", "context_length", "softmax")
     found = [text] if (text := rope_difference(reference, candidate)) else []
     found += _differing(reference, candidate, names)
-    if reference.experts and candidate.experts:
-        parts = tuple(part.name for part in fields(Experts))
-        found += [f"experts: {text}" for text in _differing(reference.experts, candidate.experts, parts)]
+    for what, kind in (("experts", Experts), ("indexer", Indexer)):
+        ours, theirs = getattr(reference, what), getattr(candidate, what)
+        if ours and theirs:
+            parts = tuple(part.name for part in fields(kind))
+            found += [f"{what}: {text}" for text in _differing(ours, theirs, parts)]
     return tuple(found)
 
 

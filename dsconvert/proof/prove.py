@@ -33,6 +33,7 @@ from dsconvert.proof.options import Mode, ProofOptions
 from dsconvert.proof.result import Report
 from dsconvert.proof.routing import routed_limits
 from dsconvert.proof.sources import Opened, Reference, StoredTensors, limits_name
+from dsconvert.proof.sparse import sparse_limits
 from dsconvert.proof.structure import check_structure, structure_faults
 from dsconvert.proof.text import Text, check_text, choose_text, handling
 from dsconvert.proof.thresholds import Thresholds, thresholds_for
@@ -106,6 +107,9 @@ def prove(
     where: dict[str, Any] = {"device": asked.device, "dtype": dtype}
     mode: Mode = "quick" if asked.effort == "quick" and not asked.engine else "full"
     chosen = choose(reference.config, chosen_text.windows, mode, free_memory())
+    limits, said_of_keys = sparse_limits(limits, reference.config, chosen.windows.length, asked)
+    if said_of_keys:
+        yield Step(said_of_keys)
     if faults:
         yield Step("comparing rows of the tensors that both have; models of other tensors are not run")
         comparison = compare_rows(opened, reference, asked, chosen)

@@ -70,10 +70,11 @@ def test_a_folder_in_torch_gives_the_logits_of_its_weights(name: str, quantized:
         np.testing.assert_allclose(found, wanted[at], atol=2e-4)
 
 
-@pytest.mark.parametrize(("kind", "name"), [(tiny_families, "qwen3"), (tiny_experts, "v3")])
+@pytest.mark.parametrize(("kind", "name"), [(tiny_families, "qwen3"), (tiny_experts, "v32")])
 def test_every_architecture_keeps_what_it_has_read(kind: Any, name: str, tmp_path: Path) -> None:
-    """Norms of heads, latent attention, experts."""
-    opened = open_output(kind.checkpoint(tmp_path / "m", name, num_hidden_layers=3))
+    """Norms of heads, latent attention, experts, keys that an indexer chose."""
+    more = {"index_topk": 16} if name == "v32" else {}
+    opened = open_output(kind.checkpoint(tmp_path / "m", name, num_hidden_layers=3, **more))
     model = torch_model(opened)
     ids = model.text.encode(SENTENCE)[:30]
     wanted = prompt_logits(opened.source, opened.config, [ids]).numpy()

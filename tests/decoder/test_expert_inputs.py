@@ -37,7 +37,7 @@ def given(model: Any) -> dict[str, Any]:
     return seen
 
 
-@pytest.mark.parametrize("name", ["v2", "v3", "qwen3moe"])
+@pytest.mark.parametrize("name", ["v2", "v32", "qwen3moe"])
 def test_the_sums_are_those_of_the_squared_inputs(name: str, tmp_path: Path) -> None:
     from dsconvert.checkpoints.checkpoint import open_checkpoint
 
@@ -69,6 +69,9 @@ def test_the_sums_are_those_of_the_squared_inputs(name: str, tmp_path: Path) -> 
         np.testing.assert_allclose(found.sums[f"{block}attn_v_b.weight"], [latents] * 4, rtol=2e-4)
         queries = seen[at + "self_attn.q_b_proj"][1].reshape(-1, 4, 96)[..., :64].double().square().sum(0)
         np.testing.assert_allclose(found.sums[f"{block}attn_k_b.weight"], queries.numpy(), rtol=2e-4)
+    if name == "v32":
+        for tensor, linear in (("attn_q_b", "wq_b"), ("attn_k", "wk"), ("proj", "weights_proj")):
+            same(f"indexer.{tensor}.weight", seen[f"{at}self_attn.indexer.{linear}"][0][0])
 
 
 def test_each_expert_is_rounded_by_its_own_importance(tmp_path: Path) -> None:

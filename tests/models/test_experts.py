@@ -51,11 +51,23 @@ def logits_of(name: str, folder: Path) -> Any:
 
 
 @runtime
-@pytest.mark.parametrize("scales", ["f32", "ue8m0", "f8_e8m0"])
-def test_fp8_is_read_as_torch_reads_it(scales: str, tmp_path: Path) -> None:
+def test_all_keys_and_chosen_ones_are_another_model(models: dict[str, Path], tmp_path: Path) -> None:
+    """The runtime's, too: where an indexer keeps all of 300 keys, and where it keeps 64."""
+    dense = shutil.copytree(models["v32"], tmp_path / "model")
+    tiny_experts.restate(dense, index_topk=2048)
+    every = logits(dense)
+    assert divergence(every, engine_logits(file_of(dense, tmp_path / "x.gguf"))) < LIMIT
+    assert divergence(logits(models["v32"]), every) > 0.1
+
+
+@runtime
+@pytest.mark.parametrize(
+    ("name", "scales"), [("v3", "f32"), ("v3", "ue8m0"), ("v3", "f8_e8m0"), ("v32", "f32")]
+)
+def test_fp8_is_read_as_torch_reads_it(name: str, scales: str, tmp_path: Path) -> None:
     """Rows of 320 and 288 give ragged blocks."""
     more = {"qk_rope_head_dim": 64, "intermediate_size": 544, "num_hidden_layers": 3}
-    model = tiny_experts.checkpoint(tmp_path / "model", "v3", **more)
+    model = tiny_experts.checkpoint(tmp_path / "model", name, **more)
     stored, plain = tiny_experts.to_fp8(model, scales)
     file = file_of(stored, tmp_path / "x.gguf")
     tensors = {name: tensor.numpy() for name, tensor in tiny_experts.weights(plain).items()}
@@ -102,16 +114,16 @@ MORE = {
     "v2-lite": set(),
     "v3": {"attention.q_lora_rank", "expert_weights_norm", *(f"rope.scaling.{key}" for key in SCALING)},
 }
+MORE["v32"] = MORE["v3"] | {f"attention.indexer.{key}" for key in ("head_count", "key_length", "top_k")}
 
 
 @pytest.mark.parametrize("name", tiny_experts.MLA)
 def test_keys_are_those_of_llama_cpp(name: str, models: dict[str, Path], tmp_path: Path) -> None:
     found = open_gguf(file_of(models[name], tmp_path / "x.gguf")).keys
-    keys = {
-        key.removeprefix("deepseek2."): value for key, value in found.items() if key.startswith("deepseek2.")
-    }
+    prefix = "deepseek32." if name == "v32" else "deepseek2."
+    keys = {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)}
     assert set(keys) == KEYS | MORE[name]
-    assert keys["expert_gating_func"] == (2 if name == "v3" else 1)
+    assert keys["expert_gating_func"] == (2 if name in ("v3", "v32") else 1)
     assert keys["attention.head_count_kv"] == 1
     sizes = ("attention.key_length", "attention.value_length", "attention.key_length_mla")
     assert [keys[key] for key in sizes] == [256 + 32, 256, 64 + 32]
@@ -169,7 +181,8 @@ def test_files_are_proven(name: str, quant: str, models: dict[str, Path], tmp_pa
     code, told = command("verify", out, "--against", models[name], "--windows", "1")
     assert code == 0, told
     assert "went to other experts" in told
-    assert "median KLD" in told
+    assert ("median KLD" in told) == (name != "v32")
+    assert ("keeps 64 keys of them" in told) == (name == "v32")
 
 
 def test_further_layers_are_left_out_and_said(models: dict[str, Path], tmp_path: Path) -> None:
@@ -214,6 +227,13 @@ def config(name: str, **changes: Any) -> Any:
         ("v2", {"topk_method": "noaux_tc"}, "topk_method"),
         ("qwen3moe", {"mlp_only_layers": [1]}, "mlp_only_layers names layers"),
         ("qwen3moe", {"decoder_sparse_step": 2}, "decoder_sparse_step is not 1"),
+        ("v32", {"scoring_func": "softmax"}, "this class scores by sigmoid"),
+        ("v32", {"q_lora_rank": None}, "q_lora_rank is null"),
+        ("v32", {"index_head_dim": 16}, "index_head_dim is 16, less than the 32 values"),
+        ("v32", {"index_topk": 0}, "index_topk is '0'"),
+        ("v32", {"layer_types": ["full_attention"] * 4}, "other layers than indexed_attention"),
+        ("v32", {"indexer_types": ["full", "shared"] * 2}, "indexer_types gives layers an indexer or none"),
+        ("v32", {"mlp_layer_types": ["sparse"] * 4}, "mlp_layer_types is not 2 times dense"),
         ("deepseek", {"scoring_func": "sigmoid"}, "this class scores by softmax"),
         ("deepseek", {"moe_layer_freq": 2}, "moe_layer_freq is not 1"),
     ],
@@ -231,6 +251,9 @@ YARN = tiny_experts.YARN
     [
         ("v2-lite", {"num_hidden_layers": 30}, "30 layers without q_lora_rank"),
         ("v3", {"rope_interleave": False}, "rope_interleave false"),
+        ("v32", {"rope_interleave": False}, "rope_interleave false"),
+        ("v32", {"index_head_dim": 96}, "index_head_dim 96"),
+        ("v32", {"index_head_dim": 32}, "index_head_dim 32"),
         ("v3", {"rope_scaling": YARN}, "mscale_all_dim"),
         ("v3", {"rope_scaling": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.0}}, "mscale, mscale_all_dim"),
         ("v3", {"rope_scaling": {"type": "linear", "factor": 4.0}}, "latent attention by yarn alone"),
@@ -254,8 +277,9 @@ def test_where_llama_cpp_differs_is_said() -> None:
 
     groups = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}
     assert "sum of their two best scores" in " ".join(notes(config("v2", **groups)))
-    assert "rms_norm_eps 1e-05" in " ".join(notes(config("v3", rms_norm_eps=1e-5)))
-    assert notes(config("v2")) == notes(config("v3")) == ()
+    for name in ("v3", "v32"):
+        assert "rms_norm_eps 1e-05" in " ".join(notes(config(name, rms_norm_eps=1e-5)))
+    assert notes(config("v2")) == notes(config("v3")) == notes(config("v32")) == ()
 
 
 def test_groups_count_only_where_the_method_goes_by_them() -> None:
@@ -282,7 +306,6 @@ def test_what_is_made_of_dense_models_only_says_so(
     [
         ("DeepseekV4ForCausalLM", "hyper-connections"),
         ("DeepseekV41ForCausalLM", "engrams"),
-        ("DeepseekV32ForCausalLM", "indexer"),
         ("DeepseekVLV2ForCausalLM", "no runtime"),
     ],
 )

@@ -118,3 +118,23 @@ def test_the_grid_of_scales_shifted_by_one(model: Path, tmp_path: Path) -> None:
     tiny_experts.save_file(tensors, wrong / "model.safetensors", {"format": "pt"})
     told = judged(file_of(wrong, tmp_path / "x.gguf", "q8_0"), right)
     assert f"FAIL  weights          {name}" in told
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_experts.checkpoint(tmp_path_factory.mktemp("sparse") / "model", "v32", num_hidden_layers=3)
+
+
+def test_an_indexer_of_other_weights_or_numbers(sparse: Path, tmp_path: Path) -> None:
+    file = open_gguf(file_of(sparse, tmp_path / "x.gguf", "q8_0"))
+    short = ("--windows", "1", "--length", "64")  # all keys are chosen
+    done = CliRunner().invoke(cli, ["verify", str(file.path), "--against", str(sparse), *short])
+    assert done.exit_code == 0, done.output
+    assert "the indexer, which keeps 64 keys, leaves none out of them; --length 128" in done.output
+    proj = np.zeros(file.tensors["blk.1.indexer.proj.weight"].blocks().shape, np.uint8)
+    told = judged(edited(file, tmp_path / "y.gguf", {}, stored={"blk.1.indexer.proj.weight": proj}), sparse)
+    assert "FAIL  weights          model.layers.1.self_attn.indexer.weights_proj.weight" in told
+    assert "FAIL  foretold KLD" in told
+    fewer = {"deepseek32.attention.indexer.top_k": ("uint32", 32)}
+    told = judged(edited(file, tmp_path / "z.gguf", fewer), sparse)
+    assert "FAIL  config           indexer: top is 32, the reference has 64" in told

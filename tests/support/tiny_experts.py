@@ -53,6 +53,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}, "num_mtp_layers": 0,
         },
     ),
+    "v32": (
+        "DeepseekV32ForCausalLM",
+        {
+            "num_hidden_layers": 4, "q_lora_rank": 256, "n_routed_experts": 16, "num_experts_per_tok": 4,
+            "n_shared_experts": 1, "first_k_dense_replace": 2, "n_group": 4, "topk_group": 2,
+            "rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+            "index_n_heads": 32, "index_head_dim": 64, "index_topk": 64,
+        },
+    ),
     "qwen3moe": (
         "Qwen3MoeForCausalLM",
         {
@@ -72,9 +81,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }  # fmt: skip
-MODEL_TYPES = {"v2": "deepseek_v2", "v2-lite": "deepseek_v2", "v3": "deepseek_v3"}
+MODEL_TYPES = {"v2": "deepseek_v2", "v2-lite": "deepseek_v2", "v3": "deepseek_v3", "v32": "deepseek_v32"}
 MODEL_TYPES |= {"qwen3moe": "qwen3_moe", "mixtral": "mixtral", "deepseek": "deepseek"}
-MLA = ("v2", "v2-lite", "v3")
+MLA = ("v2", "v2-lite", "v3", "v32")
 
 
 def random_model(name: str, seed: int = 3, **more: Any) -> Any:
@@ -170,9 +179,9 @@ def weights(folder: Path) -> dict[str, Any]:
 
 def is_fp8(name: str) -> bool:
     """Whether published checkpoints have a tensor in fp8: the matrices of the blocks, but the routers."""
-    return (name.startswith("model.layers.") and name.endswith("_proj.weight")) or name.endswith(
-        "with_mqa.weight"
-    )
+    matrices = ("with_mqa.weight", "indexer.wq_b.weight", "indexer.wk.weight")
+    layered = name.startswith("model.layers.") and not name.endswith("weights_proj.weight")
+    return (layered and name.endswith("_proj.weight")) or name.endswith(matrices)
 
 
 def to_fp8(folder: Path, scales: str = "f32") -> tuple[Path, Path]:
@@ -245,6 +254,8 @@ def stored(tensors: dict[str, Floats], heads: int = 4, nope: int = 64, pairs: in
         "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
         "mlp.gate": "ffn_gate_inp", "mlp.shared_experts.gate_proj": "ffn_gate_shexp",
         "mlp.shared_experts.up_proj": "ffn_up_shexp", "mlp.shared_experts.down_proj": "ffn_down_shexp",
+        "self_attn.indexer.wq_b": "indexer.attn_q_b", "self_attn.indexer.wk": "indexer.attn_k",
+        "self_attn.indexer.k_norm": "indexer.k_norm", "self_attn.indexer.weights_proj": "indexer.proj",
     }  # fmt: skip
     found: dict[str, Floats] = {}
     stacks: dict[str, dict[int, Floats]] = {}
@@ -253,8 +264,8 @@ def stored(tensors: dict[str, Floats], heads: int = 4, nope: int = 64, pairs: in
             found[tiny_families.WHOLE[name]] = array
             continue
         _, _, layer, rest = name.split(".", 3)
-        part = rest.removesuffix(".weight").replace("block_sparse_moe.", "mlp.")
-        if part == "mlp.gate.e_score_correction_bias":
+        part, _, end = rest.replace("block_sparse_moe.", "mlp.").rpartition(".")
+        if end == "e_score_correction_bias":
             found[f"blk.{layer}.exp_probs_b.bias"] = array
         elif part == "self_attn.kv_b_proj":
             both = array.reshape(heads, -1, array.shape[1])
@@ -267,5 +278,5 @@ def stored(tensors: dict[str, Floats], heads: int = 4, nope: int = 64, pairs: in
         elif rest in tiny_families.LAYER:
             found |= tiny_families.stored({name: array}, pairs)
         else:
-            found[f"blk.{layer}.{names[part]}.weight"] = array
+            found[f"blk.{layer}.{names[part]}.{end}"] = array
     return found | {name: np.stack([each[e] for e in sorted(each)]) for name, each in stacks.items()}

@@ -98,8 +98,13 @@ NORM_EPS = (
 
 def read_latent(get: Values) -> Latent:
     rank = get.stated("q_lora_rank")
-    sizes = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-    return Latent(None if rank is None else get.size("q_lora_rank"), *map(get.size, sizes))
+    return Latent(
+        q_rank=None if rank is None else get.size("q_lora_rank"),
+        kv_rank=get.size("kv_lora_rank"),
+        nope=get.size("qk_nope_head_dim"),
+        rope=get.size("qk_rope_head_dim"),
+        value=get.size("v_head_dim"),
+    )
 
 
 def read_experts(get: Values, gating: str, grouped: bool) -> Experts:

@@ -14,9 +14,6 @@ REFUSED: dict[str, str] = {
         "beside what V4 has it looks tables up by tokens (engrams), which neither transformers 5.23 nor the "
         "llama.cpp of that time runs"
     ),
-    "DeepseekV32ForCausalLM": (
-        f"an indexer chooses what its attention sees, which is not converted here; {_ELSEWHERE} (deepseek32)"
-    ),
     "DeepseekVLV2ForCausalLM": "neither transformers nor llama.cpp has this class, so no runtime reads it",
     "DeepseekOCRForCausalLM": f"its towers are not converted here; {_ELSEWHERE} (deepseek2-ocr)",
     "DeepseekOCR2ForCausalLM": f"its towers are not converted here; {_ELSEWHERE} (deepseek2-ocr)",
