@@ -47,7 +47,7 @@ from converters.gptq.reader import open_model
 from dsconvert.models.config import load_config
 from dsconvert.models.language_model import language_model
 from dsconvert.proof import compare
-from dsconvert.quantization.gptq_solver import round_to_nearest
+from dsconvert.quantization.gptq_solver import Solved, SolverOptions, round_to_nearest
 from dsconvert.quantization.run import draw
 
 Floats = npt.NDArray[np.float64]
@@ -75,7 +75,11 @@ def estimate(values: Floats) -> tuple[float, float]:
 @contextmanager
 def rounding() -> Iterator[None]:
     """While it lasts, linears are rounded to nearest, on scales that the solver's search finds for that."""
-    with mock.patch.object(flow, "solve", lambda W, H, options: round_to_nearest(W, options, H.diagonal())):
+
+    def solved(W: Any, H: Any, options: SolverOptions, factorize: object) -> Solved:
+        return round_to_nearest(W, options, H.diagonal())
+
+    with mock.patch.object(flow, "solve", solved):
         yield
 
 

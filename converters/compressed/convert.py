@@ -22,6 +22,7 @@ from dsconvert.checkpoints.safetensors_writer import Piece
 from dsconvert.checkpoints.source_files import check_unchanged
 from dsconvert.events import Event, Finished, Planned, Step, Warn
 from dsconvert.quantization.budget import beside_foretold
+from dsconvert.quantization.error_feedback import shared_factors
 from dsconvert.quantization.folder import write_quantized
 from dsconvert.quantization.gptq_solver import Solved, solve
 from dsconvert.quantization.plan import notes, rows_of, stored_tensors
@@ -111,11 +112,11 @@ def describe(job: Job) -> Iterator[Event]:
 
 def format_of(job: Job, calibration: Calibration) -> Format:
     """What a compressed-tensors folder adds to the run."""
-    model, options = job.model, job.options
+    model, options, factorize = job.model, job.options, shared_factors()
 
     def solved(name: str, W: torch.Tensor, H: torch.Tensor) -> Coded:
         scheme = job.schemes[name]
-        found = solve(W, H, options.solver(scheme))
+        found = solve(W, H, options.solver(scheme), factorize)
         stem = model.linears[name].stem
         parts = packed_of(found, scheme.bits, scheme.sym)
         tensors = {f"{stem}.{part}": array for part, array in parts.items()}

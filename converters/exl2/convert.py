@@ -21,6 +21,7 @@ from dsconvert.decoder import torch_decoder as st
 from dsconvert.events import Event, Planned, Step, TensorPlan
 from dsconvert.proof.sources import StoredTensors
 from dsconvert.quantization.allocate import Option, allocate
+from dsconvert.quantization.error_feedback import shared_factors
 from dsconvert.quantization.plan import notes
 from dsconvert.quantization.ranks import ALONE, Ranks
 from dsconvert.quantization.run import Coded, Format, Run, Solving, run
@@ -126,9 +127,10 @@ def describe(job: Job, choice: Choice) -> Iterator[Event]:
 
 def format_of(job: Job, calibration: Calibration, measured: Measured, choice: Choice) -> Format:
     """What EXL2 adds to the run."""
+    factorize = shared_factors()
 
     def solved(name: str, W: torch.Tensor, H: torch.Tensor) -> Coded:
-        found = solve(W, H, choice.groups[name], job.options.damp)
+        found = solve(W, H, choice.groups[name], job.options.damp, factorize)
         packed = packed_of(found, choice.groups[name])
         return found, packed.tensors(choice.stem(job, name)), found.weight
 

@@ -59,7 +59,12 @@ class Problem:
         return self.Wt.new_ones(len(self.Wt)) if self.factor is None else self.factor.D
 
 
-def prepare(W: torch.Tensor, H: torch.Tensor, damp: float) -> Problem:
+def prepare(
+    W: torch.Tensor,
+    H: torch.Tensor,
+    damp: float,
+    factorize: error_feedback.Factorize = error_feedback.factorize,
+) -> Problem:
     """Order the inputs of W [N, K] by the diagonal of H [K, K] = 2/n X^T X, and factor H in that order.
 
     Inputs that were never active get weight 0. Raises QuantizationError for weights that are not finite.
@@ -78,19 +83,25 @@ def prepare(W: torch.Tensor, H: torch.Tensor, damp: float) -> Problem:
         why = "no input of this linear was ever active"
         return Problem(W.T[order].contiguous(), order, None, int(dead.sum()), why)
     Wt = W.masked_fill(dead, 0).T[order].contiguous()
-    factor = error_feedback.factorize(H, dead, order, damp)
+    factor = factorize(H, dead, order, damp)
     why = "" if factor else "the Hessian is not positive definite at any damping"
     return Problem(Wt, order, factor, int(dead.sum()), why)
 
 
-def solve(W: torch.Tensor, H: torch.Tensor, groups: Sequence[Group], damp: float = 0.05) -> Solved:
+def solve(
+    W: torch.Tensor,
+    H: torch.Tensor,
+    groups: Sequence[Group],
+    damp: float = 0.05,
+    factorize: error_feedback.Factorize = error_feedback.factorize,
+) -> Solved:
     """Quantize W [N, K] to `groups` of rows so that tr((W-Q) H (W-Q)^T) is small.
 
     Both float32 on one device; neither is changed. Where H cannot be factored, or where rounding to nearest
     does better, the codes are those of round-to-nearest and `fell_back` says so. Raises QuantizationError
     for weights that are not finite or too large.
     """
-    problem = prepare(W, H, damp)
+    problem = prepare(W, H, damp, factorize)
     if problem.factor is None:
         plain = _nearest(problem, groups)
         loss = error_feedback.loss(problem.Wt - plain.values, H[problem.order][:, problem.order])

@@ -15,6 +15,7 @@ from dsconvert.calibration.record import Calibration
 from dsconvert.checkpoints.safetensors_reader import Stored, values
 from dsconvert.checkpoints.safetensors_writer import Piece
 from dsconvert.events import Event, Planned, Step, Warn
+from dsconvert.quantization.error_feedback import shared_factors
 from dsconvert.quantization.folder import write_quantized
 from dsconvert.quantization.gptq_solver import Solved, solve
 from dsconvert.quantization.plan import notes, rows_of, stored_tensors
@@ -72,10 +73,10 @@ def describe(job: Job) -> Iterator[Event]:
 
 def format_of(job: Job, calibration: Calibration) -> Format:
     """What GPTQ adds to the run."""
-    model, options = job.model, job.options
+    model, options, factorize = job.model, job.options, shared_factors()
 
     def solved(name: str, W: torch.Tensor, H: torch.Tensor) -> Coded:
-        found = solve(W, H, options.solver)
+        found = solve(W, H, options.solver, factorize)
         return found, packed_of(found, options.bits).tensors(model.linears[name].stem), found.dequantized()
 
     def restored(name: str, stored: Mapping[str, Stored]) -> torch.Tensor:

@@ -266,7 +266,7 @@ def _take_in(moment: torch.Tensor, X: torch.Tensor, share: float) -> None:
     if moment.ndim == 1:
         moment.lerp_(X.float().square().sum(0).mul_(2 / len(X)), share)
         return
-    halves = X.dtype != torch.float32 and _multiplies_halves(X.device.type, X.dtype)
+    halves = X.dtype != torch.float32 and multiplies_halves(X.device.type, X.dtype)
     X = X if halves else X.float()
     for i in range(0, len(moment), WIDTH):
         rows, own, before = moment[i : i + WIDTH, : i + WIDTH], X[:, i : i + WIDTH].T, X[:, : i + WIDTH]
@@ -275,7 +275,7 @@ def _take_in(moment: torch.Tensor, X: torch.Tensor, share: float) -> None:
 
 
 @cache
-def _multiplies_halves(device: str, dtype: torch.dtype) -> bool:
+def multiplies_halves(device: str, dtype: torch.dtype) -> bool:
     """Whether a device has products of 16-bit numbers that are summed, and returned, in float32.
 
     These are as exact as products of the same numbers in float32, and many times faster.

@@ -8,6 +8,7 @@ W_i + sum_{j<i} Err_j U_ji, Err = W - Q, and adds D_i (that value - Q_i)^2 to th
 
 from __future__ import annotations
 
+import weakref
 from bisect import bisect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -56,6 +57,10 @@ class Factor:
     damp: float
 
 
+# As `factorize`.
+Factorize = Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor", float], "Factor | None"]
+
+
 def factorize(H: torch.Tensor, dead: torch.Tensor, columns: torch.Tensor, damp: float) -> Factor | None:
     """Factor the damped H [K, K] in the order `columns`, in float64; None when no rung of the ladder will do.
 
@@ -74,6 +79,27 @@ def factorize(H: torch.Tensor, dead: torch.Tensor, columns: torch.Tensor, damp: 
             del L  # before U is turned round: a second float64 matrix would be the peak of the whole solve
             return Factor(U.flip(0, 1), pivots.flip(0).square().to(H.dtype), fraction * mean, fraction)
     return None
+
+
+def shared_factors() -> Factorize:
+    """`factorize` for linears one after the other: those with the same inputs, one H, share a factor.
+
+    The last one is kept until another H comes, or until its own is dropped.
+    """
+    import torch
+
+    kept: list[tuple[weakref.ref[torch.Tensor], torch.Tensor, float, Factor | None]] = []
+
+    def found(H: torch.Tensor, dead: torch.Tensor, columns: torch.Tensor, damp: float) -> Factor | None:
+        for own, order, fraction, factor in kept:
+            if own() is H and fraction == damp and torch.equal(order, columns):
+                return factor
+        kept.clear()  # before the next one takes its memory
+        factor = factorize(H, dead, columns, damp)
+        kept.append((weakref.ref(H, lambda _: kept.clear()), columns, damp, factor))
+        return factor
+
+    return found
 
 
 def _cholesky(

@@ -6,6 +6,7 @@ the sums of their inputs, the factors of these sums, the walk. The machine's spe
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -25,11 +26,15 @@ TRIANGLE = 1.3  # of half a product's time: what half a symmetric product takes
 
 @dataclass(frozen=True)
 class Speed:
-    """FLOP in a second: of products in the decoder's type, in float32, and of float64 Cholesky factors."""
+    """What is done in a second: FLOP of linears, of sums of inputs, of float32 products, of float64 Cholesky
+    factors; weights in the loops beside a product.
+    """
 
     runs: float
+    sums: float
     products: float
     factors: float
+    loops: float
 
 
 @dataclass(frozen=True)
@@ -55,29 +60,34 @@ class Text:
     fixed: bool
 
 
-def measure_speed(decoder: st.Decoder) -> Speed:
-    """Measure the device that the decoder runs on: a fraction of a second on a CPU."""
+def measure_speed(decoder: st.Decoder, clock: Callable[[], float] = time.perf_counter) -> Speed:
+    """Measure the device that the decoder runs on by the `clock`: a fraction of a second on a CPU."""
     import torch
 
-    def square(dtype: torch.dtype) -> torch.Tensor:
-        return torch.eye(SIDE, dtype=dtype, device=decoder.device) + 1 / SIDE
+    device, own = decoder.device, decoder.dtype
 
-    def seconds(work: Callable[[], object]) -> float:
+    def square(dtype: torch.dtype) -> torch.Tensor:
+        return torch.eye(SIDE, dtype=dtype, device=device) + 1 / SIDE
+
+    def speed(flop: float, work: Callable[[], object]) -> float:
         took = []
         for _ in range(TRIES):
-            started = time.perf_counter()
+            started = clock()
             work()
-            if decoder.device.type == "cuda":
-                torch.cuda.synchronize(decoder.device)
-            took.append(time.perf_counter() - started)
-        return sorted(took)[TRIES // 2]
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            took.append(clock() - started)
+        return flop / sorted(took)[TRIES // 2]
 
-    own, single, double = square(decoder.dtype), square(torch.float32), square(torch.float64)
-    products = 2 * SIDE**3 / seconds(lambda: single @ single)
+    single, half, double = square(torch.float32), square(own), square(torch.float64)
+    products = speed(2 * SIDE**3, lambda: single @ single)
+    runs = products if own == torch.float32 else speed(2 * SIDE**3, lambda: half @ half)
     return Speed(
-        runs=products if own.dtype == single.dtype else 2 * SIDE**3 / seconds(lambda: own @ own),
+        runs=runs,
+        sums=runs if linear_inputs.multiplies_halves(device.type, own) else products,
         products=products,
-        factors=SIDE**3 / 3 / seconds(lambda: torch.linalg.cholesky_ex(double)),
+        factors=speed(SIDE**3 / 3, lambda: torch.linalg.cholesky_ex(double)),
+        loops=torch.get_num_threads() / LOOPS if device.type == "cpu" else math.inf,
     )
 
 
@@ -94,30 +104,28 @@ def foretell(
     for index in range(decoder.config.layers):
         groups = [[shapes[name] for name in names] for names in linear_inputs.groups(decoder, index)]
         attention = 2.0 * text.windows * text.length**2 * decoder.config.hidden_size
-        parts = [_group(decoder, group, text, speed, passes) for group in groups]
+        parts = [group_seconds(decoder, group, text, speed, passes) for group in groups]
         block = _sum([Seconds(run=attention / speed.runs), *parts])
         found.append(block if index >= finished else Seconds(run=block.run))
     if head:
-        found.append(_group(decoder, [shapes[decoder.head]], replace(text, fixed=True), speed, passes))
+        found.append(group_seconds(decoder, [shapes[decoder.head]], replace(text, fixed=True), speed, passes))
     return found
 
 
-def _group(
+def group_seconds(
     decoder: st.Decoder, shapes: Sequence[tuple[int, ...]], text: Text, speed: Speed, passes: float
 ) -> Seconds:
-    """Linears [N, K] with the same inputs."""
-    import torch
-
+    """What linears [N, K] with the same inputs will take."""
     tokens, inputs = text.windows * text.length, shapes[0][1]
     weights = sum(outputs * inputs for outputs, inputs in shapes)
     again = 0.0
     if not text.fixed and len(shapes) > 1:  # of the linears before a last one, where its inputs are not kept
         given = max(outputs for outputs, _ in shapes)
         again = 1 - linear_inputs.room(decoder, text.windows, text.length, given) / text.windows
-    walk = passes * weights * (inputs / speed.products + LOOPS / torch.get_num_threads())
+    walk = passes * weights * (inputs / speed.products + 1 / speed.loops)
     return Seconds(
         run=2.0 * weights * tokens * (1 + again) / speed.runs,
-        sums=TRIANGLE * inputs**2 * tokens / speed.products,
+        sums=TRIANGLE * inputs**2 * tokens / speed.sums,
         solve=inputs**3 / 3 / speed.factors + walk,
     )
 

@@ -95,14 +95,20 @@ class _Order:
     found_before: bool
 
 
-def solve(W: torch.Tensor, H: torch.Tensor, options: SolverOptions) -> Solved:
+def solve(
+    W: torch.Tensor,
+    H: torch.Tensor,
+    options: SolverOptions,
+    factorize: error_feedback.Factorize = error_feedback.factorize,
+) -> Solved:
     """Quantize W [N, K] so that tr((W-Q) H (W-Q)^T) is small, for H [K, K] = 2/n X^T X of its inputs.
 
     Both on one device and in one floating-point type, float32 as a rule; neither is changed. Inputs that
     were never active (H_ii = 0) get weight 0. Damping grows tenfold, twice at the most, where H is not
     positive definite; then, or where H is not finite, or where the result is no better, the codes are
-    those of round-to-nearest and `fell_back` says so. Raises QuantizationError for weights that are not
-    finite or too large, UsageError for shapes or options that make no sense.
+    those of round-to-nearest and `fell_back` says so. `factorize` may be `error_feedback.shared_factors()`.
+    Raises QuantizationError for weights that are not finite or too large, UsageError for shapes or options
+    that make no sense.
     """
     _check(W, H, options)
     if not finite(H):
@@ -112,7 +118,7 @@ def solve(W: torch.Tensor, H: torch.Tensor, options: SolverOptions) -> Solved:
         return _plain(round_to_nearest(W, options), 0.0, "no input of this linear was ever active")
     Wt = W.masked_fill(dead, 0).T.contiguous()
     order = _order(H.diagonal(), options)
-    factor = error_feedback.factorize(H, dead, order.columns, options.damp)
+    factor = factorize(H, dead, order.columns, options.damp)
     rounded, error = _nearest(Wt, options, None if factor is None else H.diagonal())
     rounded = replace(rounded, dead=int(dead.sum()))
     if factor is None:

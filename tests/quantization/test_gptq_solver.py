@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import math
+import weakref
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ import torch
 from gptq_problems import ORDERS, direct_loss, label, problem
 
 from dsconvert.errors import QuantizationError, UsageError
+from dsconvert.quantization import error_feedback
 from dsconvert.quantization.gptq_grid import Scheme, find_grid, to_codes
 from dsconvert.quantization.gptq_solver import SolverOptions, round_to_nearest, solve
 
@@ -352,3 +355,34 @@ def test_cuda_finds_what_the_cpu_finds() -> None:
         assert there.codes.device.type == "cuda"
         assert there.loss == pytest.approx(here.loss, rel=0.02)
         assert (there.codes.cpu() == here.codes).float().mean() > 0.9
+
+
+def test_linears_with_the_same_inputs_share_a_factor(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    factorize = error_feedback.factorize
+
+    def counted(H: torch.Tensor, *rest: Any) -> error_feedback.Factor | None:
+        made.append(len(H))
+        return factorize(H, *rest)
+
+    monkeypatch.setattr(error_feedback, "factorize", counted)
+    shared, options = error_feedback.shared_factors(), SolverOptions(Scheme(4, 32), act_order=True)
+    (W, H), (V, _), (_, other) = (problem(8, 64, seed=seed, dtype=torch.float32) for seed in (1, 2, 3))
+    for weight, hessian, count in ((W, H, 1), (V, H, 1), (V, other, 2), (W, H, 3)):
+        found = solve(weight, hessian, options, shared)
+        assert len(made) == count
+        assert torch.equal(found.codes, solve(weight, hessian, options, factorize).codes)
+    solve(W, H, dataclasses.replace(options, damp=0.1), shared)
+    solve(W, H, dataclasses.replace(options, act_order=False, damp=0.1), shared)
+    assert len(made) == 5
+
+
+def test_a_shared_factor_goes_with_its_inputs() -> None:
+    shared, H = error_feedback.shared_factors(), problem(8, 64, seed=1)[1]
+    order = torch.arange(64)
+    factor = weakref.ref(shared(H, H.diagonal() == 0, order, 0.05).U)  # type: ignore[union-attr]
+    gc.collect()
+    assert factor() is not None
+    del H
+    gc.collect()
+    assert factor() is None
