@@ -133,9 +133,16 @@ def _open_compressed(path: Path, stated: dict[str, Any]) -> Opened:
     return open_folder(path, stated)
 
 
+def _open_mlx(path: Path, stated: dict[str, Any]) -> Opened:
+    from converters.mlx.opened import open_folder
+
+    return open_folder(path, stated)
+
+
 # How folders are opened, by the quant_method of their quantization_config; with their config.json.
 OPENERS: dict[str, Callable[[Path, dict[str, Any]], Opened]] = {
     "gptq": _open_gptq,
     "exl2": _open_exl2,
     "compressed-tensors": _open_compressed,
+    "mlx": _open_mlx,
 }

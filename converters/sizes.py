@@ -43,7 +43,7 @@ EXL2_RATES = (2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0)
 EXL2_HEAD = 6
 OF_OTHERS = ("f32", "tq1_0", "tq2_0", "mxfp4_moe", "nvfp4")  # for models that were trained for them
 # What runs a folder, by its quant_method.
-RUN_BY = {"gptq": "transformers", "exl2": "exllamav2", "compressed-tensors": "transformers"}
+RUN_BY = {"gptq": "transformers", "exl2": "exllamav2", "compressed-tensors": "transformers", "mlx": "mlx"}
 LLAMA_CPP = ("llama.cpp", "llama.cpp-cpu")
 NUMBERED = re.compile(r"(?:^|\.)(?:layers|blk)\.(\d+)\.")
 

@@ -16,6 +16,7 @@ COMMANDS = (
     "gguf",
     "gptq",
     "compressed",
+    "mlx",
     "exl2",
     "chat",
     "imatrix",

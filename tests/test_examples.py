@@ -29,7 +29,7 @@ def test_a_public_function_has_an_example(name: str) -> None:
 
 @pytest.mark.parametrize("module", OTHERS)
 def test_the_examples_of_a_module_hold(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    formats = r"converters\.(gptq|compressed|exl2)|dsconvert\.proof|converters\.gguf\.importance_file"
+    formats = r"converters\.(gptq|compressed|exl2|mlx)|dsconvert\.proof|converters\.gguf\.importance_file"
     if re.match(formats, module):
         pytest.importorskip("torch")
     monkeypatch.chdir(tmp_path)  # some examples write files

@@ -67,7 +67,7 @@ FACE = ("dsconvert.cli", "dsconvert.__main__", "dsconvert.commands", "dsconvert.
 NOT_BELOW = ("dsconvert.report", "dsconvert.chat", "dsconvert.streams")
 BEFORE_REPORT = tuple(name for name in TABLE if name not in NOT_BELOW)
 TABLE |= dict.fromkeys(FACE, ALL)
-FORMATS = ("converters.gguf", "converters.gptq", "converters.compressed", "converters.exl2")
+FORMATS = ("converters.gguf", "converters.gptq", "converters.compressed", "converters.exl2", "converters.mlx")
 TABLE |= dict.fromkeys(FORMATS, BEFORE_REPORT)
 TABLE |= dict.fromkeys(("converters.outputs", "converters.sizes"), (*BEFORE_REPORT, *FORMATS))
 # What does not keep the table yet: (module, what it imports) -> why.
@@ -201,6 +201,8 @@ STORAGE = (
     "converters.compressed.pack",
     "converters.compressed.unpack",
     "converters.exl2.pack",
+    "converters.mlx.pack",
+    "dsconvert.quantization.bit_stream",
 )
 
 

@@ -15,12 +15,13 @@ from converters.compressed.plan import Job, Options, prepare
 from converters.compressed.schemes import integer_weights, label_of
 from converters.compressed.settings import Groups, groups_of, ignored_linears, quantization_settings
 from converters.compressed.shapes import refusing_runtimes
-from converters.compressed.unpack import fields, integers
+from converters.compressed.unpack import integers
 from dsconvert.calibration.record import Calibration
 from dsconvert.checkpoints.safetensors_reader import Stored, values
 from dsconvert.checkpoints.safetensors_writer import Piece
 from dsconvert.checkpoints.source_files import check_unchanged
 from dsconvert.events import Event, Finished, Planned, Step, Warn
+from dsconvert.quantization.bit_stream import fields
 from dsconvert.quantization.budget import beside_foretold
 from dsconvert.quantization.error_feedback import shared_factors
 from dsconvert.quantization.folder import write_quantized

@@ -12,10 +12,11 @@ import numpy.typing as npt
 from converters.compressed import rounded
 from converters.compressed.floats import E2M1, E4M3, from_nibbles
 from converters.compressed.stated import Weights
-from converters.compressed.unpack import fields, integers
+from converters.compressed.unpack import integers
 from dsconvert.checkpoints.safetensors_reader import Stored, mapped_values
 from dsconvert.errors import CheckpointError
 from dsconvert.models.weights import widened
+from dsconvert.quantization.bit_stream import fields
 from dsconvert.quantization.gptq_grid import Scheme
 from dsconvert.quantization.plain_rounding import nearest_on_grid
 

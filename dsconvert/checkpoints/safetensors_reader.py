@@ -24,6 +24,7 @@ READABLE["f64"] = np.dtype("<f8")
 
 # The types of packed tensors.
 INTEGERS: dict[str, np.dtype[Any]] = {"i16": np.dtype("<i2"), "i32": np.dtype("<i4"), "i64": np.dtype("<i8")}
+INTEGERS["u32"] = np.dtype("<u4")
 INTEGERS |= dict.fromkeys(("u8", "f8_e4m3", "f8_e8m0"), np.dtype("u1"))  # small floats as their bytes
 
 

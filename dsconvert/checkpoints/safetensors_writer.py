@@ -20,7 +20,7 @@ from dsconvert.checkpoints.safetensors_reader import Stored, plain
 CHUNK = 16 << 20
 # The format's names of numpy's types; bf16 travels as its bits.
 NAMES = {"uint16": "BF16", "float16": "F16", "float32": "F32", "uint8": "U8"}
-NAMES |= {"int16": "I16", "int32": "I32", "int64": "I64"}
+NAMES |= {"int16": "I16", "int32": "I32", "int64": "I64", "uint32": "U32"}
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,11 +19,13 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 NAMES = ("calib", "calib_chat", "calib_column", "calib_samples", "calib_len", "seed", "offline")
 
 
-def calibration_options(text: str | None, length: int) -> Callable[[Command], Callable[..., Any]]:
+def calibration_options(
+    text: str | None, length: int, purpose: str = "."
+) -> Callable[[Command], Callable[..., Any]]:
     """Add the options to a command, which receives them as `calibration`.
 
-    `text` is the default text; without one, `calibration` is None unless the user names a text. Raises
-    UsageError for options that have no effect beside the others.
+    `text` is the default text; without one, `calibration` is None unless the user names a text. `purpose`
+    ends the help of --calib. Raises UsageError for options that have no effect beside the others.
     """
     options = (
         click.option(
@@ -31,7 +33,7 @@ def calibration_options(text: str | None, length: int) -> Callable[[Command], Ca
             default=text,
             show_default=text is not None,
             metavar="c4|wikitext2|builtin|FILE|DIR",
-            help="Calibration text" + ("." if text else ", to measure an importance matrix on the way."),
+            help="Calibration text" + purpose,
         ),
         click.option(
             "--calib-samples",

@@ -13,6 +13,7 @@ from dsconvert.commands import solver_options as solver
 from dsconvert.commands.budget_options import budget_options
 from dsconvert.commands.calibration_options import calibration_options
 from dsconvert.commands.given import given, refuse
+from dsconvert.commands.publish import Publish, publish_options
 from dsconvert.commands.run import command, on_each_rank
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ TEXT = ("calib", "calib_chat", "calib_column", "calib_samples", "calib_len", "se
 @shared.out_option()
 @shared.hub_options
 @shared.resume_option
+@publish_options
 @shared.force_option
 @shared.device_option
 @solver.language_option
@@ -80,6 +82,7 @@ def compressed(
     language_only: bool,
     lm_head: bool,
     effort: str,
+    publish: Publish,
     display: Display,
 ) -> int:
     """Quantize a checkpoint for vLLM, SGLang and transformers (compressed-tensors), and prove the result.
@@ -111,4 +114,6 @@ def compressed(
     )  # fmt: skip
     if budget is not None and given("group_size"):
         options = replace(options, group_sizes=(group_size,))
-    return on_each_rank(lambda ranks: convert(options, ranks), display.events)
+    return on_each_rank(
+        lambda ranks: convert(options, ranks), lambda events: display.events(publish.after(events))
+    )

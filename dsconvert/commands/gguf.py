@@ -88,7 +88,7 @@ def _overrides(
     metavar="FILE",
     help="Importance matrix (dsconvert imatrix, llama-imatrix): quantize what counts more exactly.",
 )
-@calibration_options(None, 512)
+@calibration_options(None, 512, ", to measure an importance matrix on the way.")
 @click.option(
     "--solver",
     type=click.Choice(["imatrix", "gptq"]),

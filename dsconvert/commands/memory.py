@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     "runtimes",
     callback=names,
     metavar="NAME,...",
-    help="Only these runtimes: eager, transformers, exllamav2, llama.cpp, llama.cpp-cpu.",
+    help="Only these runtimes: eager, transformers, exllamav2, llama.cpp, llama.cpp-cpu, mlx.",
 )
 @click.option(
     "--measure", is_flag=True, help="Run it, too: a GGUF file in llama.cpp, a 16-bit folder in torch."
@@ -136,6 +136,9 @@ def show(sized: Sized, asked: Question, found: Sequence[Row], measured: Sequence
     heads = ["type", "runtime", "bits", "weights", "batch", *map(str, asked.lengths)]
     heads += ["longest"] if asked.vram is not None else []
     console.table((_cells(sized, asked, row) for row in found), heads, frozenset(range(2, len(heads))))
+    bare = ", ".join(dict.fromkeys(row.runtime.name for row in found if row.runtime.bare))
+    if bare:
+        console.say(f"in {bare}: weights and cache alone, nothing else was measured")
     if measured:
         console.say()
         console.table(

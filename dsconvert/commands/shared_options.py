@@ -46,9 +46,9 @@ def _json_target(ctx: click.Context, param: click.Parameter, value: Path | None)
     return value
 
 
-def integer(ctx: click.Context, param: click.Parameter, value: str) -> int:
-    """The number that one of several choices is."""
-    return int(value)
+def integer(ctx: click.Context, param: click.Parameter, value: str | None) -> int:
+    """The number that one of several choices is, 0 where none was made."""
+    return int(value or 0)
 
 
 model_argument = click.argument("model_path", required=False, default="")

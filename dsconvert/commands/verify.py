@@ -46,7 +46,7 @@ def verify(
 ) -> int:
     """Prove an output against its checkpoint: token ids, chat template, weights, blocks, perplexity, KL.
 
-    OUTPUT is a GGUF file of any maker, a GPTQ, EXL2 or compressed-tensors folder or a 16-bit folder; of a
+    OUTPUT is a GGUF file of any maker, a GPTQ, EXL2, compressed-tensors, MLX or 16-bit folder; of a
     projector the weights and the embeddings of a picture are compared. --mmproj does that beside a text
     file, and asks both a question about the picture. The figures are named and defined as in llama.cpp's
     perplexity tool. Exit code 0: passed, 2: could not be compared, 3: a check failed.

@@ -26,6 +26,7 @@ class Runtime:
     `embedding` says whether cards hold the embedding; else host memory does. `caches` are the types that
     the cache may have, the usual one first. With `latent` the cache holds latent attention's own vectors, and
     not the keys and values that are made of them. One that is not `on_card` has all of it in host memory.
+    One that is `bare` was never measured: weights and cache are all that is counted of it.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Runtime:
     embedding: bool = True
     latent: bool = False
     on_card: bool = True
+    bare: bool = False
 
 
 # Bits per value of a cache's type, with its scales: ggml's blocks of 32, exllamav2's.
@@ -68,6 +70,7 @@ RUNTIMES = {
         Runtime("exllamav2", 2048, 8, 2, 0, 6, 6, False, 0, _TORCH, _HALF),
         Runtime("llama.cpp", 512, 20, 4, 0, 12, 4, True, 2, _TORCH, _GGML, embedding=False, latent=True),
         Runtime("llama.cpp-cpu", 512, 20, 4, 0, 12, 4, True, 2, 0, _GGML, latent=True, on_card=False),
+        Runtime("mlx", 0, 0, 0, 0, 0, 0, False, 0, 0, _HALF, bare=True),
     )
 }
 

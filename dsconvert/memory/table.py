@@ -82,10 +82,11 @@ def best(sized: Sized, asked: Question, found: Sequence[Row]) -> Row | None:
     """Of the rows of the smallest batch, the one with most bits in its blocks that holds the longest length.
 
     Of equals the one that needs no conversion. Where none holds it, the one that holds most tokens; None
-    where no row holds any, or no `vram` was asked for.
+    where no row holds any, or no `vram` was asked for. What is counted in part alone is not judged.
     """
     wanted = min(max(asked.lengths), sized.decoder.context)
-    fitting = [row for row in found if row.batch == min(asked.batches) and row.longest]
+    judged = [row for row in found if not row.runtime.bare]
+    fitting = [row for row in judged if row.batch == min(asked.batches) and row.longest]
     whole = [row for row in fitting if (row.longest or 0) >= wanted]
     return max(whole, key=_worth, default=max(fitting, key=lambda row: row.longest or 0, default=None))
 

@@ -59,8 +59,9 @@ class Architecture:
     are the keys of transformers' config class for them, `attributes` says what its layer calls a tensor that
     has another name on disk. `gguf_notes` are what the user of a GGUF file should know, `runtime_experts`
     what the runtime takes of experts whatever a file says. `stored_as` says by the keys and tensors of a GGUF
-    file whether it is of this class, where several have one name there. `mount` is set for a decoder inside a
-    bigger model, `beside` are the tables that its other parts may have.
+    file whether it is of this class, where several have one name there. `mlx` says whether mlx-lm takes
+    quantized tensors under the names that the checkpoint has, experts each on its own. `mount` is set for a
+    decoder inside a bigger model, `beside` are the tables that its other parts may have.
     """
 
     hf_class: str
@@ -83,6 +84,7 @@ class Architecture:
     gguf_notes: Callable[[ModelConfig], tuple[str, ...]] = lambda config: ()
     stored_as: Callable[[Mapping[str, Any], Collection[str]], bool] | None = None
     numpy_block: bool = True
+    mlx: bool = False
     groups: tuple[Role, ...] = SOLVE_ORDER
     mount: Mount | None = None
     beside: tuple[tuple[Row, ...], ...] = ()

@@ -11,6 +11,10 @@ PLAIN = frozenset(("bf16", "f16", "f32", "f64"))  # the types of weights as they
 # Methods whose 16-bit weights are quantized anew in every forward pass: without it they are another model.
 IN_FORWARD = frozenset(("bitnet",))
 DECODER_KEYS = ("text_config", "language_config")  # where config.json of a bigger model keeps its decoder's
+KEYS_OF_METHOD = (
+    "quantization_config",
+    "quantization",
+)  # what a config says of quantization; the second MLX's
 SOURCE = "Convert the 16-bit checkpoint that it was made from: each quantization loses"
 
 
@@ -30,6 +34,7 @@ _BNB = (
 QUANTIZED = (
     Form(r"\.(qweight|qzeros)", "GPTQ or AWQ", SOURCE),
     Form(r"\.q_weight", "EXL2", SOURCE),
+    Form(r"\.biases", "MLX", SOURCE),
     Form(r"\.weight_packed", "compressed-tensors", SOURCE),
     Form(r"\.(weight_scale_inv|weight_scale|scale_weight)", "fp8", SOURCE),
     Form(r"\.(absmax|nested_absmax|quant_map|nested_quant_map|quant_state\..+)", "bitsandbytes 4-bit", _BNB),
@@ -102,14 +107,33 @@ def quantized_form(dtypes: Mapping[str, str]) -> tuple[str, Form] | None:
 
 
 def stated_method(config: Mapping[str, Any]) -> str:
-    """The method of a config's quantization_config, also of a nested one; "" where none is stated."""
+    """The method of a config's quantization_config, also of a nested one; "" where none is stated.
+
+    MLX's states bits and groups alone, under two names.
+    """
+    stated = next(
+        (found for part in _parts(config) for key in KEYS_OF_METHOD if (found := part.get(key))), None
+    )
+    if not stated:
+        return ""
+    if not isinstance(stated, dict):
+        return "unnamed"
+    unnamed = "mlx" if {"bits", "group_size"} <= stated.keys() else "unnamed"
+    return str(stated.get("quant_method", unnamed))[:40] or "unnamed"
+
+
+def quantization_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config states of MLX's weights, also a nested one; empty where it states none."""
+    for key in reversed(KEYS_OF_METHOD):  # which is the order of mlx-lm
+        for part in _parts(config):
+            if isinstance(found := part.get(key), dict):
+                return found
+    return {}
+
+
+def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     parts = [config, *(config.get(key) for key in DECODER_KEYS)]
-    for part in parts:
-        stated = part.get("quantization_config") if isinstance(part, dict) else None
-        if stated:
-            method = stated.get("quant_method", "unnamed") if isinstance(stated, dict) else "unnamed"
-            return str(method)[:40] or "unnamed"
-    return ""
+    return [part for part in parts if isinstance(part, Mapping)]
 
 
 def is_left_over(method: str, dtypes: Mapping[str, str]) -> bool:
@@ -120,7 +144,7 @@ def is_left_over(method: str, dtypes: Mapping[str, str]) -> bool:
 
 def unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config without what it says of quantization, which is not the weights' any more."""
-    found = {k: v for k, v in config.items() if k not in ("quantization_config", "compression_config")}
+    found = {k: v for k, v in config.items() if k not in (*KEYS_OF_METHOD, "compression_config")}
     for key in DECODER_KEYS:
         if isinstance(found.get(key), dict):
             found[key] = unquantized(found[key])

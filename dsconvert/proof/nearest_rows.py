@@ -18,7 +18,7 @@ from dsconvert.proof.row_sums import NearestSums
 
 Values = npt.NDArray[np.float64]
 # The dB that a faithful matrix may lose against plain rounding: by importance, and by error feedback.
-MOST_LOST, MOST_LOST_FED, FED = 3.0, 5.0, ("gptq", "exl2", "w")
+MOST_LOST, MOST_LOST_FED, FED = 3.0, 5.0, ("gptq", "exl2", "w", "mlx")
 # The squared error of a linear's outputs by that of plain rounding: .06 to 1.4 on the sample, SmolLM2 and
 # random models, all types and settings; error feedback loses as its weights do, 2.03 times where the text
 # had few of the tokens. A linear that is zero: 2.6 (tq2_0), 3.7 (2-bit GPTQ), else 6.5 and more.

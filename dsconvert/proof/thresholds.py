@@ -72,6 +72,13 @@ LIMITS: dict[str, Thresholds] = {
     "w3a16": Thresholds(1.50, 3.00, 0.7),
     "w2a16": Thresholds(math.inf, math.inf, 1.0),
     "fp8": Thresholds(0.05, 1.05, 0.1),
+    # MLX's grid, with embedding and head on it too.
+    "mlx8": Thresholds(0.005, 1.01, 0.04),
+    "mlx6": Thresholds(0.05, 1.05, 0.1),
+    "mlx5": Thresholds(0.20, 1.25, 0.25),
+    "mlx4": Thresholds(0.70, 1.80, 0.4),
+    "mlx3": Thresholds(1.50, 3.00, 0.7),
+    "mlx2": Thresholds(math.inf, math.inf, 1.0),
     "exl2_8": Thresholds(0.005, 1.01, 0.04),
     "exl2_6": Thresholds(0.05, 1.05, 0.1),
     "exl2_5": Thresholds(0.20, 1.25, 0.25),
@@ -132,6 +139,12 @@ SNR_FLOOR: dict[str, float] = {
     "w4a16": 8.5,
     "w3a16": 3.5,
     "w2a16": 0.5,
+    "mlx8": 30.0,
+    "mlx6": 19.0,
+    "mlx5": 13.5,
+    "mlx4": 8.5,
+    "mlx3": 3.5,
+    "mlx2": 0.5,
     "fp8": 24.0,  # e4m3, a scale for 128 by 128: 31 and more
     # As GPTQ, by the average width of a tensor's codes; 5 and 6 bits between, 6 dB a bit.
     "exl2_8": 30.0,

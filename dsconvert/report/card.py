@@ -33,7 +33,8 @@ COLUMNS = (
     "checks",
 )
 # Of a kind of output: the library that reads it, and how it is used.
-LIBRARIES = {"GGUF": "gguf", "GPTQ": "transformers", "EXL2": "exllamav2"}
+LIBRARIES = {"GGUF": "gguf", "GPTQ": "transformers", "EXL2": "exllamav2", "MLX": "mlx"}
+LIBRARIES["compressed-tensors"] = "transformers"
 
 
 @dataclass(frozen=True)

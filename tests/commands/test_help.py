@@ -35,10 +35,17 @@ OWN = {
     "--calib": (("default", "help"), "gguf calibrates only where a text is named"),
     "--calib-len": (("default",), "llama.cpp measures importance on 512 tokens, GPTQ and EXL2 take 2048"),
     "--out": (("default", "help"), "imatrix has a fixed name, the others are named after model and settings"),
+    "--bits": (("type",), "each format has widths of its own"),
+    "--group-size": (("type", "default", "help"), "MLX has no whole rows, and another default"),
+    "--head-bits": (
+        ("default", "help"),
+        "exl2 has a head alone, 6 bits wide; MLX an embedding of the same bits",
+    ),
+    "--rounds": (("default", "help"), "gguf has a default by type, and takes it with --solver gptq"),
     "--effort": (("default", "type"), "a conversion may leave the proof out, and verify proves all there is"),
 }
-CONVERSIONS = ("gguf", "gptq", "compressed", "exl2", "imatrix")
-PROVING = ("gguf", "gptq", "compressed", "exl2", "verify", "compare")
+CONVERSIONS = ("gguf", "gptq", "compressed", "mlx", "exl2", "imatrix")
+PROVING = ("gguf", "gptq", "compressed", "mlx", "exl2", "verify", "compare")
 OUT, EFFORT = ["-o", "--out", "--outfile"], ["--effort", "--verify"]
 
 

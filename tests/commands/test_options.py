@@ -20,6 +20,7 @@ STARTED = {
     "gptq": "converters.gptq.convert.convert",
     "compressed": "converters.compressed.convert.convert",
     "exl2": "converters.exl2.convert.convert",
+    "mlx": "converters.mlx.convert.convert",
     "imatrix": "converters.gguf.importance_file.make",
     "verify": "dsconvert.proof.prove.prove",
     "compare": "dsconvert.proof.prove.prove",
@@ -29,6 +30,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "gptq": ("model",),
     "compressed": ("model",),
     "exl2": ("model",),
+    "mlx": ("model", "--calib", "builtin"),
     "imatrix": ("model",),
     "verify": ("x.gguf", "--against", "model"),
     "compare": ("x.gguf", "--against", "model"),
@@ -109,7 +111,7 @@ def test_an_option_reaches_its_field_and_no_other(
     name: str, option: click.Option, started: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    if (name, option.name) == ("gguf", "calib_chat"):
+    if name in ("gguf", "mlx") and option.name == "calib_chat":
         monkeypatch.setitem(ARGUMENTS, name, ("model",))  # a text of its own, beside which --calib is refused
         assert options_with(started, name, another(option))["chat"] == Path("7")
         return

@@ -150,14 +150,24 @@ def test_outputs_and_card_are_uploaded_in_one_commit(model: Path, hub: Hub, tmp_
     assert named == ["out.gguf", "two.gguf"]
 
 
-def test_a_folder_is_uploaded_with_all_its_files(model: Path, hub: Hub, tmp_path: Path) -> None:
-    calibration = ("--group-size", "32", "--calib", "builtin", "--calib-samples", "8", "--calib-len", "64")
+@pytest.mark.parametrize(
+    ("command", "library"),
+    [
+        ("gptq --bits 8 -g 32 --calib builtin --calib-samples 8 --calib-len 64", "transformers"),
+        ("compressed --scheme fp8-block", "transformers"),
+        ("mlx --bits 8 -g 32", "mlx"),
+    ],
+)
+def test_a_folder_is_uploaded_with_all_its_files(
+    model: Path, hub: Hub, tmp_path: Path, command: str, library: str
+) -> None:
+    name, *options = command.split()
     folder = tmp_path / "folder"
-    run("gptq", model, "--bits", "8", *calibration, "-o", folder, "--push-to", "lab/made", "--card")
+    run(name, model, *options, "-o", folder, "--push-to", "lab/made", "--card")
     here = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert hub.files["lab/made"] == here
     card_here = here["README.md"].decode()
-    assert front(card_here)["library_name"] == "transformers"
+    assert front(card_here)["library_name"] == library
     assert "| model.safetensors | " in card_here
 
 

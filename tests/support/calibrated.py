@@ -16,6 +16,7 @@ from converters.compressed import plan as compressed_plan
 from converters.exl2 import plan as exl2_plan
 from converters.gguf import output
 from converters.gptq import plan as gptq_plan
+from converters.mlx import plan as mlx_plan
 from dsconvert.calibration.request import CalibrationRequest
 from dsconvert.events import Event
 from dsconvert.quantization.plan import RunOptions
@@ -51,6 +52,12 @@ def compressed_options(model: Path | str, **asked: Any) -> compressed_plan.Optio
     """The options of `dsconvert compressed MODEL`, each by its option's name."""
     run, rest = _split(model, asked)
     return compressed_plan.Options(run, **rest)
+
+
+def mlx_options(model: Path | str, **asked: Any) -> mlx_plan.Options:
+    """The options of `dsconvert mlx MODEL`, each by its option's name; a text in them calibrates."""
+    run, rest = _split(model, asked)
+    return mlx_plan.Options(run, calibrated="calib" in asked, **rest)
 
 
 def gguf_options(model: Path | str, *quants: str, **asked: Any) -> output.Options:

@@ -293,6 +293,7 @@ V2 = Architecture(
     },
     gguf_notes=gguf_notes,
     numpy_block=False,
+    mlx=True,
 )
 V3 = replace(
     V2,

@@ -104,6 +104,7 @@ def gguf_keys(config: ModelConfig) -> Keys:
 ARCHITECTURES = (
     replace(
         deepseek2.V3,
+        mlx=False,  # it was not tried
         hf_class="DeepseekV32ForCausalLM",
         model_type="deepseek_v32",
         gguf="deepseek32",

@@ -91,5 +91,6 @@ LLAMA = Architecture(
     derived=rope_factors,
     # Llama 2 70B's shape.
     wide_values=lambda config: config.layers == 80 and config.heads != config.kv_heads,
+    mlx=True,
 )
 ARCHITECTURES = (LLAMA,)

@@ -63,6 +63,7 @@ def stored_as(keys: Mapping[str, Any], tensors: Collection[str]) -> bool:
 ARCHITECTURES = (
     replace(
         MISTRAL,
+        mlx=False,  # it stacks weights of experts, and leaves their scales behind
         hf_class="MixtralForCausalLM",
         model_type="mixtral",
         table=Table(_ROWS, DROP),

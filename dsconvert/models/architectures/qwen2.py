@@ -70,5 +70,6 @@ QWEN2 = Architecture(
     gguf_keys=lambda config: {**usual_keys(config), **head_keys(config)},
     words=r"\w*qwen2(ForCausalLM|Model|LMHeadModel)",
     wide_values=lambda config: config.layers == 80,
+    mlx=True,
 )
 ARCHITECTURES = (QWEN2,)

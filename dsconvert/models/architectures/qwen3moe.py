@@ -87,6 +87,7 @@ _NONE = ("head_dim", "max_window_layers")
 ARCHITECTURES = (
     replace(
         QWEN3,
+        mlx=False,  # it stacks weights of experts, and leaves their scales behind
         hf_class="Qwen3MoeForCausalLM",
         model_type="qwen3_moe",
         gguf="qwen3moe",

@@ -1,0 +1,138 @@
+"""The flow of `dsconvert mlx`: plan, solve block by block or round, write the folder, prove it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from converters.mlx import reader
+from converters.mlx.opened import open_folder
+from converters.mlx.pack import pack
+from converters.mlx.plan import Job, Options, prepare
+from converters.mlx.rounded import rounded_pieces
+from converters.mlx.settings import affine_settings, quantization_settings
+from converters.mlx.solver import SolverOptions, solve
+from dsconvert.calibration.record import Calibration
+from dsconvert.checkpoints.safetensors_reader import Stored
+from dsconvert.checkpoints.safetensors_writer import Piece
+from dsconvert.checkpoints.source_files import check_unchanged
+from dsconvert.decoder.numpy_decoder import EMBED, HEAD
+from dsconvert.events import Event, Finished, Planned, Step
+from dsconvert.quantization.folder import write_quantized
+from dsconvert.quantization.plan import notes, rows_of, stored_tensors
+from dsconvert.quantization.proof import prove_folder
+from dsconvert.quantization.ranks import ALONE, Ranks
+from dsconvert.quantization.run import Coded, Format, Solving, fixed, run
+
+if TYPE_CHECKING:
+    import torch
+
+
+def convert(options: Options, ranks: Ranks = ALONE) -> Iterator[Event]:
+    """Quantize a checkpoint to an MLX folder as `options` say, yielding what happens.
+
+    Of several `ranks`, processes that all call this, the first draws the text, writes and proves.
+    Raises ConversionError before any work for everything that can be known by then. A run that is stopped
+    leaves the blocks that it finished beside the output, for `resume`, and nothing under the final name.
+
+    >>> from pathlib import Path
+    >>> from converters.mlx.plan import Options
+    >>> from converters.outputs import open_output
+    >>> from dsconvert.quantization.plan import RunOptions
+    >>> run = RunOptions("sample:", out=Path("sample-mlx"), effort="off")
+    >>> events = list(convert(Options(run, bits=4)))
+    >>> opened = open_output(Path("sample-mlx"))
+    >>> opened.kind, opened.quant
+    ('MLX', 'mlx-4bit-64g')
+    """
+    started = time.monotonic()
+    with ranks.together():
+        job = prepare(options)
+    yield from describe(job)
+    if options.calibrated:
+        yield from run(job, fixed(lambda calibration: format_of(job, calibration)), ranks, started)
+    else:
+        yield from convert_rounded(job, started)
+
+
+def convert_rounded(job: Job, started: float) -> Iterator[Event]:
+    """Write a folder whose weights are rounded to nearest, in a stream, and prove it."""
+    yield Step(f"rounding to {job.options.bits} bits, and writing")
+    pieces = {out: piece for name in job.solved for out, piece in rounded_pieces(job, name).items()}
+    nbytes = write(job, {}, pieces)
+    yield Finished(str(job.out), nbytes, time.monotonic() - started)
+    yield from prove_folder(job, lambda: open_folder(job.out), stored_tensors(job.model, job.kinds))
+    check_unchanged(job.model.checkpoint.seen)  # else something else was proven
+
+
+def describe(job: Job) -> Iterator[Event]:
+    """What will be written, to the byte."""
+    yield from notes(job)
+    model, options = job.model, job.options
+    rows = tuple(rows_of(model, job.kinds, job.nbytes))
+    quant = f"mlx {options.bits} bits, group {options.group_size}"
+    yield Planned((str(job.out),), quant, rows, (job.total,), model.checkpoint.nbytes, "as it is")
+
+
+def format_of(job: Job, calibration: Calibration) -> Format:
+    """What an MLX folder adds to the run."""
+    model = job.model
+
+    def solved(name: str, W: torch.Tensor, H: torch.Tensor) -> Coded:
+        found = solve(W, H, solver_options(job, name))
+        parts = (found.codes, found.scales, found.biases)
+        codes, scales, biases = (part.T.contiguous().cpu().numpy() for part in parts)
+        packed = pack(codes, scales, biases, job.affine(name), job.dtype(name))
+        return found, {f"{model.linears[name].stem}.{p}": a for p, a in packed.items()}, found.dequantized()
+
+    def restored(name: str, stored: Mapping[str, Stored]) -> torch.Tensor:
+        import torch
+
+        linear = model.linears[name]
+        outputs, inputs = linear.shape
+        parts = {part: stored[f"{linear.stem}.{part}"] for part in reader.PARTS}
+        one = reader.Linear(outputs, inputs, job.affine(name), parts)
+        return torch.from_numpy(reader.weights(one, 0, one.outputs))
+
+    solving = Solving(
+        settings={name: job.affine(name).type for name in job.solved},
+        nbytes={name: job.nbytes(name) for name in job.solved},
+        solve=solved,
+        restore=restored,
+        head=HEAD in model.linears,
+    )
+    return Format(
+        solving,
+        write=lambda pieces, fell_back: write(job, provenance(job, calibration, fell_back), pieces),
+        opened=lambda: open_folder(job.out),
+        planned=stored_tensors(model, job.kinds),
+    )
+
+
+def solver_options(job: Job, name: str) -> SolverOptions:
+    """How a linear is solved."""
+    options = job.options
+    return SolverOptions(job.affine(name), job.dtype(name), options.act_order, options.damp, options.mse)
+
+
+def provenance(job: Job, calibration: Calibration, fell_back: Mapping[str, str]) -> Mapping[str, Any]:
+    """What the weights depend on besides the checkpoint, and which linears fell back."""
+    options = job.options
+    found: dict[str, Any] = {"damp": options.damp, "act_order": options.act_order, "mse": options.mse}
+    found["calibration"] = calibration.report.as_dict()
+    return found | ({"round_to_nearest": fell_back} if fell_back else {})
+
+
+def write(job: Job, provenance: Mapping[str, Any], pieces: Mapping[str, Piece]) -> int:
+    """The folder, of what is kept and of the linears' `pieces`; returns the bytes of its weights.
+
+    An embedding is rounded now: it has no inputs that a calibration could measure.
+    """
+    model = job.model
+    embedding = rounded_pieces(job, EMBED) if EMBED in model.linears else {}
+    raw = {**model.raw, "quantization": affine_settings(job)}
+    settings = quantization_settings(job, provenance)
+    stated = replace(job, model=replace(model, raw=raw))
+    return write_quantized(stated, {**embedding, **pieces}, settings, model.files)
