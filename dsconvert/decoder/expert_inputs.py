@@ -43,7 +43,7 @@ def observe(
         add = partial(_add, sums[spec.gguf], counts[spec.gguf])
         if spec.row.transform is HEADS_TURNED:
             assert latent is not None  # no other layout has such rows
-            watchers.setdefault(_queries(block), []).append(partial(_of_queries, block, latent, many, add))
+            watchers.setdefault(queries_of(block), []).append(partial(_of_queries, block, latent, many, add))
         else:
             for number, name in enumerate(spec.names):
                 where = slice(None) if spec.row.transform is HEADS else slice(number, number + 1)
@@ -79,7 +79,7 @@ def _add(
     counts[where] += len(squares)
 
 
-def _queries(block: st.Block) -> str:
+def queries_of(block: st.Block) -> str:
     """The linear whose outputs are the queries."""
     ends = ("q_b_proj.weight", "q_proj.weight")
     return next(name for end in ends for name in block.linears if name.endswith(end))
@@ -89,6 +89,6 @@ def _of_queries(
     block: st.Block, latent: Latent, heads: int, add: Callable[..., None], x: torch.Tensor
 ) -> None:
     """Count the queries of inputs [batch, length, K], without what RoPE turns, for each head."""
-    queries = block.linears[_queries(block)].forward(x)
+    queries = block.linears[queries_of(block)].forward(x)
     each = queries.reshape(*x.shape[:2], heads, latent.nope + latent.rope)
     add(slice(None), each[..., : latent.nope], heads)

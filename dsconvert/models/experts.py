@@ -15,6 +15,7 @@ SOFTMAX, SIGMOID = "softmax", "sigmoid"
 GATINGS = {SOFTMAX: 1, SIGMOID: 2}  # llama.cpp's expert_gating_func
 _L = "model.layers.{i}."
 _A = _L + "self_attn."
+RUNTIME_BEST = 2  # as Experts.best, of llama.cpp, whatever a file says
 GATED = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -38,6 +39,16 @@ class Experts:
     groups_used: int = 1
     normalised: bool = False
     scale: float = 1.0
+
+    @property
+    def best(self) -> int:
+        """Of how many of its best scores the sum is by which a group is taken: V3's two, V2's one."""
+        return 2 if self.gating == SIGMOID else 1
+
+    @property
+    def chosen_otherwise(self) -> bool:
+        """Whether llama.cpp takes groups by another rule than the model."""
+        return self.groups > 1 and self.best != RUNTIME_BEST
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from dsconvert.proof.numpy_compare import compare_in_numpy, knows
 from dsconvert.proof.options import Mode, ProofOptions
 from dsconvert.proof.result import Report
 from dsconvert.proof.routing import routed_limits
+from dsconvert.proof.runtime_rule import judge_rule, rule_for
 from dsconvert.proof.sources import Opened, Reference, StoredTensors, limits_name
 from dsconvert.proof.sparse import sparse_limits
 from dsconvert.proof.structure import check_structure, structure_faults
@@ -117,6 +118,9 @@ def prove(
         comparison = yield from compare_output(opened, reference, chosen_text.windows, chosen, asked, where)
     found = list(judge(comparison, limits).checks)
     yield from found
+    if opened.kind == "GGUF" and comparison.states is not None:
+        own = comparison.states[1]
+        found += yield from judge_rule(opened.source, opened.config, own, chosen.windows, **where)
     engine = None
     if asked.engine and comparison.tokens is not None:
         engine, others = yield from run_engine(opened, reference, chosen_text, limits, comparison, where)
@@ -193,7 +197,10 @@ def run_engine(
             engine, pages, encode(own.tokenizer, pages), reference.tokenizer.first_id, own.template
         )
         yield from checks
-        found = yield from runtime.engine_figures(engine, (pair[0], pair[1]), windows, comparison.states)
+        types = {name: str(kind) for name, _, kind in opened.stored}
+        found = yield from runtime.engine_figures(
+            engine, (pair[0], pair[1]), windows, comparison.states, types
+        )
     judged = runtime.judge_engine(found, limits)
     yield from judged
     return found, [*checks, *judged]
@@ -278,7 +285,7 @@ def compare_in_torch(
     return (
         yield from comparing.compare(
             *pair, config, chosen.windows, candidate_config=opened.config, token_bytes=lengths,
-            keep_states=asked.engine is not None, **where,
+            keep_states=asked.engine is not None or rule_for(config) is not None, **where,
         )
     )  # fmt: skip
 

@@ -7,7 +7,7 @@ runtime's arithmetic; from the second to the third should be nothing but chance.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dsconvert.decoder import torch_decoder as st
+from dsconvert.decoder.experts import Observer
 from dsconvert.events import Check, Event, Step
 from dsconvert.proof.figures import (
     Estimate,
@@ -27,6 +28,7 @@ from dsconvert.proof.figures import (
     summary,
 )
 from dsconvert.proof.runtime_rounding import rounded_inputs, rounding
+from dsconvert.proof.runtime_rule import RuntimeRule, rule_for
 from dsconvert.proof.scores import hidden_states, scored_states
 from dsconvert.proof.thresholds import ENGINE_LIMITS, EngineLimits, Thresholds
 from dsconvert.runtimes.llamacpp import Engine
@@ -65,10 +67,12 @@ def engine_figures(
     pair: tuple[st.Decoder, st.Decoder],
     windows: Windows,
     states: tuple[torch.Tensor, torch.Tensor] | None = None,
+    types: Mapping[str, str] | None = None,
 ) -> Generator[Event, None, EngineFigures]:
     """Run the prediction and the engine over the windows; `pair` are the reference and the file.
 
     `states` are the final ones of both, see compare.Comparison; where there are none both are run once more.
+    `types` are those of the file's tensors, by its own names.
     Yields Steps. Holds both heads and one window's logits. Raises what decoders and engine raise.
     """
     file = pair[1]
@@ -78,7 +82,7 @@ def engine_figures(
         second = yield from hidden_states(file, windows)
         states = scored_states(pair[0], norm, first, windows), scored_states(file, file_norm, second, windows)
     yield Step("running the file's weights with activations rounded as llama.cpp rounds them")
-    hidden = yield from hidden_states(file, windows, partial(rounded_inputs, file))
+    hidden = yield from hidden_states(file, windows, partial(as_runtime, file, rule_for(file.config), types))
     predicted = rounding(file, file.head)(scored_states(file, file_norm, hidden, windows))
     runs = ((states[0], base_head), (states[1], head), (predicted, head))
     parts: dict[str, list[dict[str, object]]] = {name: [] for name in PAIRS}
@@ -96,6 +100,15 @@ def engine_figures(
             for name, (a, b) in PAIRS.items():
                 parts[name].append(log_figures(logs[a], logs[b], targets) | places)
     return _summaries({name: joined(part) for name, part in parts.items()})
+
+
+def as_runtime(
+    file: st.Decoder, rule: RuntimeRule | None, types: Mapping[str, str] | None, block: st.Block
+) -> Mapping[str, Observer]:
+    """Let a block choose experts by the runtime's `rule`; how it rounds what matrices are applied to."""
+    if rule is not None:
+        rule.install(block)
+    return rounded_inputs(file, block, types)
 
 
 def _summaries(tokens: dict[str, TokenFigures]) -> EngineFigures:

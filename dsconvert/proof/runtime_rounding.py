@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from dsconvert.decoder import torch_decoder as st
 from dsconvert.decoder.experts import Observer
+from dsconvert.proof.latent_rounding import absorb, halves
 
 if TYPE_CHECKING:
     import torch
@@ -72,8 +73,19 @@ def rounding(decoder: st.Decoder, name: str) -> Rounding:
     return ROUNDINGS[decoder.source.dtype(name)]
 
 
-def rounded_inputs(decoder: st.Decoder, block: st.Block) -> Mapping[str, Observer]:
-    """What makes a block round the input of each linear as the runtime does; see
+def rounded_inputs(
+    decoder: st.Decoder, block: st.Block, types: Mapping[str, str] | None = None
+) -> Mapping[str, Observer]:
+    """What makes a block round the input of each matrix as the runtime does; see
     `torch_decoder.run_block`.
+
+    The block itself is changed where it has latent attention. `types` are those of the file's tensors by its
+    own names, without them those of the decoder's source.
     """
-    return {name: rounding(decoder, name) for name in block.linears}
+    experts = (name for names in decoder.experts[block.index] for name in names)
+    found: dict[str, Observer] = {name: rounding(decoder, name) for name in (*block.linears, *experts)}
+    if decoder.config.latent is None:
+        return found
+    output = next(name for name in block.linears if name.endswith("o_proj.weight"))
+    keys, values = (ROUNDINGS[kind] for kind in halves(decoder, block.index, types or {}))
+    return found | {output: absorb(decoder, block, keys, values, rounding(decoder, output))}

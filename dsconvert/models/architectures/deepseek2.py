@@ -255,10 +255,10 @@ def gguf_keys(config: ModelConfig) -> Keys:
 def gguf_notes(config: ModelConfig) -> tuple[str, ...]:
     """Where llama.cpp computes something else than the model's authors; the file is the same for both."""
     notes = []
-    if config.experts is not None and config.experts.gating == SOFTMAX and config.experts.groups > 1:
+    if config.experts is not None and config.experts.chosen_otherwise:
         notes.append(
             "llama.cpp takes groups of experts by the sum of their two best scores, this model by the best: "
-            "some tokens go to other experts there (mean KL .03 on random models of 4 groups)"
+            "some go to other experts there (mean KL .03 on a random model of 4 groups); verify says how many"
         )
     if config.norm_eps != NORM_EPS:
         notes.append(
