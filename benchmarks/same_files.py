@@ -1,11 +1,14 @@
-"""Compares whole files with llama-quantize's: every tensor's type and bytes, for every mixture.
+"""Compares whole files with llama.cpp's: every tensor's type and bytes, for every mixture.
 
     python benchmarks/same_files.py MODEL_PATH... [--quants q4_0,q4_k_m] [--imatrix FILE | --calib TEXT]
+    python benchmarks/same_files.py MODEL_PATH... --converter PATH/convert_hf_to_gguf.py
 
-For each model (a checkpoint folder, `sample:`) our bf16 GGUF goes through llama_model_quantize, and the
-checkpoint through ours, both with the importance matrix if there is one: a file that is given, or with
---calib the one that `dsconvert imatrix` makes of the text (builtin, c4, a file). ggml's own reader reads the
-matrix for llama_model_quantize. Exit code 1 when any tensor differs. See llama_quantize.py for the libraries.
+For each model (a checkpoint folder, `sample:`, or tiny:NAME, a random one of tests/support/tiny_experts.py)
+our bf16 GGUF goes through llama_model_quantize, and the checkpoint through ours, both with the importance
+matrix if there is one: a file that is given, or with --calib the one that `dsconvert imatrix` makes of the
+text (builtin, c4, a file). ggml's own reader reads the matrix for llama_model_quantize. With --converter our
+f32 and bf16 files are held against those of llama.cpp's converter instead. Exit code 1 when any tensor
+differs. llama_quantize.py and llama_convert.py say what they need.
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ from converters.gguf.parse import open_gguf
 from converters.outputs import open_reference
 from dsconvert.calibration.request import CalibrationRequest
 
-QUANTIZE = Path(__file__).with_name("llama_quantize.py")
+QUANTIZE, CONVERT = (Path(__file__).with_name(f"llama_{name}.py") for name in ("quantize", "convert"))
+SUPPORT = Path(__file__).resolve().parents[1] / "tests" / "support"
 SAMPLES, LENGTH = 16, 256  # windows of the calibration text, and their tokens
 
 
@@ -58,8 +62,58 @@ def measured(model: str, text: str, out: Path) -> Path:
 
 
 def defaults(with_imatrix: bool) -> list[str]:
-    """Every quantization that can be made."""
-    return [name for name in MIXTURES if name != "f32" and (with_imatrix or not needs_importance(name))]
+    """Every quantization that llama-quantize makes too: it has no file type for nvfp4."""
+    made = (name for name in MIXTURES if name not in ("f32", "nvfp4"))
+    return [name for name in made if with_imatrix or not needs_importance(name)]
+
+
+def checkpoint(model: str, folder: Path) -> str:
+    """The model as a path; of tiny:NAME a random one made in the folder."""
+    kind, _, name = model.partition(":")
+    if kind != "tiny":
+        return model
+    sys.path.append(str(SUPPORT))
+    import tiny_experts
+
+    return str(tiny_experts.checkpoint(folder / f"tiny-{name}", name))
+
+
+def told(model: str, quant: str, first: Path, second: Path) -> int:
+    """Print how two files compare; how many tensors differ."""
+    count, different = compare(first, second)
+    print(f"{model:<40} {quant:<8} {count:4d} tensors, {len(different)} differ", *different[:3], flush=True)
+    return len(different)
+
+
+def against_converter(model: str, path: str, script: Path, folder: Path) -> int:
+    """Hold our files of 32 and 16 bits against those of llama.cpp's converter; how many tensors differ."""
+    failed = 0
+    for quant in ("f32", "bf16"):
+        mine, theirs = (folder / f"{name}.gguf" for name in ("ours", "theirs"))
+        ours(path, quant, mine)
+        command = [sys.executable, str(CONVERT), str(script), path, str(theirs), quant]
+        subprocess.run(command, check=True, capture_output=True)
+        failed += told(model, quant, mine, theirs)
+    return failed
+
+
+def against_quantizer(model: str, path: str, given: argparse.Namespace, folder: Path) -> int:
+    """Hold our files of every quantization against llama_model_quantize's; how many tensors differ."""
+    source, mine, theirs = (folder / f"{name}.gguf" for name in ("bf16", "ours", "theirs"))
+    imatrix = given.imatrix
+    if given.calib is not None:
+        imatrix = measured(path, given.calib, folder / "imatrix.gguf")
+    package = ["--package", given.package] if given.package else []
+    extra = [*package, *(["--imatrix", str(imatrix)] if imatrix is not None else [])]
+    quants = given.quants.split(",") if given.quants else defaults(imatrix is not None)
+    failed = 0
+    ours(path, "bf16", source)
+    for quant in quants:
+        ours(path, quant, mine, imatrix)
+        command = [sys.executable, str(QUANTIZE), str(source), str(theirs), quant, *extra]
+        subprocess.run(command, check=True, capture_output=True)
+        failed += told(model, quant, mine, theirs)
+    return failed
 
 
 def main() -> int:
@@ -71,30 +125,17 @@ def main() -> int:
     parser.add_argument("--imatrix", type=Path, help="an importance matrix that fits every model given")
     parser.add_argument("--calib", metavar="TEXT", help="make each model's matrix of this text")
     parser.add_argument("--package", help="folder of the unpacked npm package")
+    parser.add_argument("--converter", type=Path, help="llama.cpp's convert_hf_to_gguf.py")
     given = parser.parse_args()
-    weighted = given.imatrix is not None or given.calib is not None
-    quants = (given.quants or ",".join(defaults(weighted))).split(",")
-    package = ["--package", given.package] if given.package else []
     failed = 0
-    with tempfile.TemporaryDirectory() as folder:
-        source, mine, theirs = (Path(folder) / f"{name}.gguf" for name in ("bf16", "ours", "theirs"))
+    with tempfile.TemporaryDirectory() as name:
         for model in given.models:
-            ours(model, "bf16", source)
-            imatrix = given.imatrix
-            if given.calib is not None:
-                imatrix = measured(model, given.calib, Path(folder) / "imatrix.gguf")
-            extra = [*package, *(["--imatrix", str(imatrix)] if imatrix is not None else [])]
-            for quant in quants:
-                ours(model, quant, mine, imatrix)
-                command = [sys.executable, str(QUANTIZE), str(source), str(theirs), quant, *extra]
-                subprocess.run(command, check=True, capture_output=True)
-                count, different = compare(mine, theirs)
-                failed += len(different)
-                print(
-                    f"{model:<40} {quant:<8} {count:4d} tensors, {len(different)} differ",
-                    *different[:3],
-                    flush=True,
-                )
+            folder = Path(name)
+            path = checkpoint(model, folder)
+            if given.converter is not None:
+                failed += against_converter(model, path, given.converter, folder)
+            else:
+                failed += against_quantizer(model, path, given, folder)
     return 1 if failed else 0
 
 
