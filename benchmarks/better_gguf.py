@@ -114,12 +114,15 @@ def made(
         given.reference.name, *quants, out=out, effort="off", force=True, **text, **more
     )
     options = replace(options, calibration=None) if plain else options
+    several = len(quants) > 1
+    paths = {quant: out.with_name(f"{out.stem}-{quant}.gguf") if several else out for quant in quants}
+    if all(path.exists() for path in paths.values()):
+        return paths
     started = time.monotonic()
     for _ in convert(options):
         pass
     print(f"# {out.stem} {', '.join(quants)}: {time.monotonic() - started:.0f} s", flush=True)
-    several = len(quants) > 1
-    return {quant: out.with_name(f"{out.stem}-{quant}.gguf") if several else out for quant in quants}
+    return paths
 
 
 def tensor_nbytes(path: Path) -> int:
@@ -176,7 +179,7 @@ def draw(given: Given, quants: tuple[str, ...], seed: int, knapsack: bool) -> Fi
         "feedback": made(given, folder / f"feedback-{seed}.gguf", quants, seed, rounds=given.rounds),
     }
     if knapsack:
-        from dsconvert.quantization.budget import Budget
+        from converters.gguf.budget import Budget
 
         measurement = folder / f"measurement-{seed}"
         for column, solver in (("knapsack", "imatrix"), ("both", "gptq")):
@@ -265,11 +268,12 @@ def prepared(given: argparse.Namespace, folder: Path) -> str:
     """The model that is asked for."""
     if not (given.padded or given.dithered):
         return str(given.model)
-    work = given.work or folder
-    model = smollm2.dithered(smollm2.make(work / "hf", work), work / "dithered")
+    model = folder / "dithered"
+    if not model.exists():
+        smollm2.dithered(smollm2.make(folder / "hf", folder), model)
     if not given.padded:
         return str(model)
-    return str(work / "padded" if (work / "padded").exists() else padded(model, work / "padded"))
+    return str(folder / "padded" if (folder / "padded").exists() else padded(model, folder / "padded"))
 
 
 def main() -> int:
@@ -291,7 +295,8 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=0)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
+        folder = asked.work or Path(temporary)
+        folder.mkdir(exist_ok=True)
         if asked.kills:
             model = tiny.tiny_checkpoint(folder / "model", layers=6, d=128, ff=352)
             resumed = calibrated.killed_and_resumed("gguf", model, folder, asked.kills)
