@@ -5,7 +5,7 @@
 Embedding and head stay in 16 bits everywhere. Of GGUF files all linears have one type, by importance and by
 error feedback with two rounds, or types by knapsack with feedback in as many bytes. EXL2 gets the bits of
 each type, GPTQ groups of 32 and 64. Bits per weight are those of the linears' bytes. Text and figures are
-those of better_gguf.py: draws of calibration windows, the built-in evaluation text, 256 tokens a window.
+those of better_gguf.py.
 """
 
 from __future__ import annotations
