@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import fsum
 
 from converters.compressed.fused import of_one_scheme
 from converters.compressed.pack import integer_nbytes
-from converters.compressed.schemes import INTEGERS, label_of, schemes_named
+from converters.compressed.schemes import label_of, schemes_named
 from converters.compressed.shapes import check_group, check_shapes, fits
 from dsconvert.errors import UsageError
 from dsconvert.quantization.allocate import Option
@@ -15,13 +15,19 @@ from dsconvert.quantization.budget import Budget, Nats
 from dsconvert.quantization.gptq_grid import Scheme
 
 SIZES = (32, 64, 128)  # of groups, where none is asked for
+# Types, where none are named: what 2 bits leave is too much for a cost to be foretold, so that a smaller size
+# must ask for them.
+USUAL = ("w3a16", "w4a16", "w5a16", "w6a16", "w8a16")
+SMALLEST = ("w2a16", *USUAL)
 Shapes = Mapping[str, tuple[int, ...]]
 Candidates = dict[str, dict[str, Scheme]]  # by the name of a linear, then by label, the smallest first
 
 
-def schemes_of(budget: Budget, sizes: tuple[int, ...], sym: bool) -> list[Scheme]:
-    """The schemes to choose from; raises UsageError for unknown ones, and for a floor above all."""
-    every = {name: schemes_named(name, sizes, sym) for name in budget.types or INTEGERS}
+def schemes_of(budget: Budget, sizes: tuple[int, ...], sym: bool, usual: Iterable[str]) -> list[Scheme]:
+    """The schemes to choose from, `usual` ones where none are named; raises UsageError for unknown ones, and
+    for a floor above all.
+    """
+    every = {name: schemes_named(name, sizes, sym) for name in budget.types or usual}
     least = min(scheme.bits for scheme in schemes_named(budget.floor, sizes, sym)) if budget.floor else 0
     found = [scheme for group in every.values() for scheme in group if scheme.bits >= least]
     for scheme in found:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from converters.compressed import fed_linears
 from converters.compressed.nearest import rounded_pieces
 from converters.compressed.opened import open_folder
 from converters.compressed.pack import pack
@@ -22,6 +24,7 @@ from dsconvert.checkpoints.safetensors_writer import Piece
 from dsconvert.checkpoints.source_files import check_unchanged
 from dsconvert.events import Event, Finished, Planned, Step, Warn
 from dsconvert.quantization.bit_stream import fields
+from dsconvert.quantization.blocks import Restore
 from dsconvert.quantization.budget import beside_foretold
 from dsconvert.quantization.error_feedback import shared_factors
 from dsconvert.quantization.folder import write_quantized
@@ -29,7 +32,7 @@ from dsconvert.quantization.gptq_solver import Solved, solve
 from dsconvert.quantization.plan import notes, rows_of, stored_tensors
 from dsconvert.quantization.proof import prove_folder
 from dsconvert.quantization.ranks import ALONE, Ranks
-from dsconvert.quantization.run import Coded, Format, Run, Solving, fixed, run
+from dsconvert.quantization.run import Coded, Format, Run, SolveOne, Solving, fixed, run
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +60,7 @@ def convert(options: Options, ranks: Ranks = ALONE) -> Iterator[Event]:
     started = time.monotonic()
     with ranks.together():
         job = prepare(options)
-    if not options.row.calibrated:
+    if not options.calibrated:
         yield from describe(job)
         yield from convert_rounded(job, started)
         return
@@ -98,10 +101,10 @@ def describe(job: Job) -> Iterator[Event]:
         bits = 8 * sum(map(job.nbytes, job.schemes)) / job.weights
         schemes = sorted(set(job.schemes.values()), key=lambda one: (one.bits, -one.group_size))
         quant = f"{bits:.3f} bits per weight, {', '.join(map(label_of, schemes))}"
-    elif options.row.calibrated:
+    elif options.row.bits:
         quant += f", group {options.group_size}" + ("" if options.sym else ", asymmetric")
     yield Planned((str(job.out),), quant, rows, (job.total,), model.checkpoint.nbytes, "as it is")
-    if not options.row.calibrated:
+    if not options.row.bits:
         if model.config.experts:
             yield Warn("transformers will not read this: it fuses experts, and cannot fuse compressed ones")
         return
@@ -113,20 +116,44 @@ def describe(job: Job) -> Iterator[Event]:
 
 def format_of(job: Job, calibration: Calibration) -> Format:
     """What a compressed-tensors folder adds to the run."""
-    model, options, factorize = job.model, job.options, shared_factors()
+    integers = bool(job.options.row.bits)
+    solving = Solving(
+        settings=job.kinds,
+        nbytes={name: job.nbytes(name) for name in job.model.linears},
+        solve=integer_solver(job) if integers else fed_linears.solver(job),
+        restore=integer_restorer(job) if integers else fed_linears.restorer(job),
+        head=job.options.lm_head,
+        passes=job.options.solver(job.options.grid).passes if integers else 1.0,
+    )
+    return Format(
+        solving,
+        write=lambda pieces, fell_back: write(job, provenance(job, calibration, fell_back), pieces),
+        opened=lambda: open_folder(job.out),
+        planned=stored_tensors(job.model, job.kinds),
+    )
+
+
+def integer_solver(job: Job) -> SolveOne:
+    """Solves a linear in its scheme."""
+    factorize = shared_factors()
 
     def solved(name: str, W: torch.Tensor, H: torch.Tensor) -> Coded:
         scheme = job.schemes[name]
-        found = solve(W, H, options.solver(scheme), factorize)
-        stem = model.linears[name].stem
+        found = solve(W, H, job.options.solver(scheme), factorize)
+        stem = job.model.linears[name].stem
         parts = packed_of(found, scheme.bits, scheme.sym)
-        tensors = {f"{stem}.{part}": array for part, array in parts.items()}
-        return found, tensors, found.dequantized()
+        return found, {f"{stem}.{part}": array for part, array in parts.items()}, found.dequantized()
+
+    return solved
+
+
+def integer_restorer(job: Job) -> Restore:
+    """The weights of a finished linear."""
 
     def restored(name: str, stored: Mapping[str, Stored]) -> torch.Tensor:
         import torch
 
-        linear, scheme = model.linears[name], job.schemes[name]
+        linear, scheme = job.model.linears[name], job.schemes[name]
         (outputs, inputs), bits = linear.shape, scheme.bits
         parts = {key.removeprefix(f"{linear.stem}."): one for key, one in stored.items()}
         codes = fields(values(parts["weight_packed"]), bits, inputs)
@@ -135,20 +162,7 @@ def format_of(job: Job, calibration: Calibration) -> Format:
         group = np.arange(inputs) // scheme.width(inputs)
         return torch.from_numpy(integers(codes, scales, zeros, group, bits))
 
-    solving = Solving(
-        settings=job.kinds,
-        nbytes={name: job.nbytes(name) for name in model.linears},
-        solve=solved,
-        restore=restored,
-        head=options.lm_head,
-        passes=options.solver(options.grid).passes,
-    )
-    return Format(
-        solving,
-        write=lambda pieces, fell_back: write(job, provenance(job, calibration, fell_back), pieces),
-        opened=lambda: open_folder(job.out),
-        planned=stored_tensors(model, job.kinds),
-    )
+    return restored
 
 
 def packed_of(solved: Solved, bits: int, sym: bool) -> dict[str, Any]:
@@ -174,7 +188,20 @@ def write(job: Job, provenance: Mapping[str, Any], pieces: Mapping[str, Piece]) 
     groups: Groups = [(["Linear"], row.weights)]
     if job.options.budget is not None:
         groups = groups_of({model.linears[name].stem: scheme for name, scheme in job.schemes.items()})
-    elif row.calibrated:
+    elif row.bits:
         groups = [(["Linear"], integer_weights(job.options.grid))]
+    else:
+        pieces = {**pieces, **_typed(job, pieces)}
     settings = quantization_settings(row, groups, ignored_linears(model), provenance)
     return write_quantized(job, pieces, settings, model.files)
+
+
+def _typed(job: Job, pieces: Mapping[str, Piece]) -> dict[str, Piece]:
+    """The pieces of the linears in the types of the scheme, which a run's state has bytes for."""
+    row, linears = job.options.row, job.model.linears.values()
+    types = {
+        f"{linear.stem}.{part}": kind
+        for linear in linears
+        for part, (kind, _) in row.shapes(*linear.shape).items()
+    }
+    return {name: replace(pieces[name], dtype=kind) for name, kind in types.items()}

@@ -1,12 +1,13 @@
-"""What each scheme of integers costs of each linear: nats, foretold by plain rounding of some outputs.
+"""What each scheme of integers costs of each linear: nats, foretold by solving some of its outputs.
 
-On scales chosen as the solver chooses them, weighed by what errors cost after its feedback; see
-dsconvert.quantization.costs.
+Outputs do not hang on one another, so some stand for all. They are solved with the inputs of one half of the
+text and judged by those of the other: on its own text a solution always looks better than it is, the more so
+the fewer bits. See dsconvert.quantization.costs for the unit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from converters.compressed.choice import Candidates
@@ -17,8 +18,7 @@ from dsconvert.decoder import torch_decoder as st
 from dsconvert.errors import ConversionError
 from dsconvert.events import Event, Step
 from dsconvert.quantization.costs import (
-    Fed,
-    after_feedback,
+    halves,
     kept_blocks,
     linear_nats,
     measure_blocks,
@@ -26,14 +26,15 @@ from dsconvert.quantization.costs import (
     sensitivities_on_some,
     some_outputs,
 )
+from dsconvert.quantization.error_feedback import Factorize, shared_factors
 from dsconvert.quantization.gptq_grid import Scheme
-from dsconvert.quantization.gptq_solver import round_to_nearest
+from dsconvert.quantization.gptq_solver import solve
 from dsconvert.quantization.run import Run
 
 if TYPE_CHECKING:
     import torch
 
-OUTPUTS = 256  # of a linear's outputs as many are rounded, evenly spread
+OUTPUTS = 128  # of a linear's outputs as many are solved, evenly spread
 WINDOWS = 32  # of the calibration windows as many are measured on
 Nats = dict[str, float]  # by label
 
@@ -44,34 +45,36 @@ def measure(begun: Run, options: Options, choices: Candidates) -> Generator[Even
     Raises QuantizationError that names a linear whose inputs, weights or gradients are not finite.
     """
     decoder, state, tokens = begun.decoder, begun.state, begun.calibration.tokens[:WINDOWS]
-    layers = decoder.config.layers
+    layers, factorize = decoder.config.layers, shared_factors()
     known = kept_blocks(state, layers + (st.HEAD in choices), parsed)
     if len(known) == layers + (st.HEAD in choices):
         return {name: nats for found in known for name, nats in found.items()}
     yield Step(f"measuring what schemes cost on {len(tokens)} windows")
     s = yield from sensitivities_on_some(decoder, tokens, options.run.calibration.seed)
     hidden = linear_inputs.embed(decoder, tokens)
+    judged = halves(tokens)[-1].size
 
-    def cost_of(place: int, group: linear_inputs.Group) -> dict[str, Nats]:
-        fed, found = after_feedback(group.moment, options.damp, options.act_order), dict[str, Nats]()
+    def cost_of(place: int, group: linear_inputs.Group, unseen: linear_inputs.Group) -> dict[str, Nats]:
+        found: dict[str, Nats] = {}
         for name in (name for name in group.names if name in choices):
             W = st.read(decoder, decoder.head if name == st.HEAD else name)
-            weights, own = s[name].to(W.device), choices[name].values()
+            H, weights, own = (group.moment, unseen.moment), s[name].to(W.device), choices[name].values()
             try:
-                nats = linear_costs(W, group.moment, weights, own, options, fed)
+                nats = linear_costs(W, *H, weights, own, options, factorize)
             except ConversionError as error:
                 raise type(error)(error.what, where=name, why=error.why, hint=error.hint) from None
-            share = group.rows / tokens.size  # of the tokens, for an expert
+            share = unseen.rows / judged  # of the tokens, for an expert
             found[name] = {label: share * cost for label, cost in nats.items()}
         return found
 
     def keep(index: int, found: Mapping[str, Nats]) -> None:
         state.keep(record_of(index), found)
 
-    nats = yield from measure_blocks(decoder, hidden, cost_of, known, keep)
+    nats = yield from measure_blocks(decoder, hidden, cost_of, known, keep, unseen=True)
     if st.HEAD in choices:
         norm = st.read(decoder, st.NORM).to(decoder.dtype)
-        nats |= (found := cost_of(0, linear_inputs.measure_head(decoder, hidden, norm)))
+        groups = [linear_inputs.measure_head(decoder, part, norm) for part in halves(hidden)]
+        nats |= (found := cost_of(0, groups[0], groups[-1]))
         keep(layers, found)
     return nats
 
@@ -79,20 +82,23 @@ def measure(begun: Run, options: Options, choices: Candidates) -> Generator[Even
 def linear_costs(
     W: torch.Tensor,
     H: torch.Tensor,
+    unseen: torch.Tensor,
     s: torch.Tensor,
-    schemes: Any,
+    schemes: Iterable[Scheme],
     options: Options,
-    fed: Fed | None,
+    factorize: Factorize,
 ) -> Nats:
-    """The nats of a linear W [N, K] by label, given its Hessian [K, K] and sensitivities [N]."""
+    """The nats of a linear W [N, K] by label, given its sensitivities [N].
+
+    Some of its outputs are solved with the Hessian `H` [K, K] and judged by an `unseen` one, of other text.
+    """
     at, weight = some_outputs(s, OUTPUTS)
-    rows = W[at].masked_fill(H.diagonal() == 0, 0)
-    pivots, loss = (None, None) if fed is None else (fed.pivots, fed.loss)
+    rows = W[at].contiguous()
 
     def left(scheme: Scheme) -> torch.Tensor:
-        return rows - round_to_nearest(rows, options.solver(scheme), pivots).dequantized()
+        return rows - solve(rows, H, options.solver(scheme), factorize).dequantized()
 
-    return {label_of(one): linear_nats(left(one), H, weight, loss) for one in schemes}
+    return {label_of(one): linear_nats(left(one), unseen, weight, None) for one in schemes}
 
 
 def parsed(found: Mapping[str, Any]) -> dict[str, Nats]:

@@ -10,9 +10,9 @@ EXPERTS = ".experts."
 
 def fused_with(name: str, among: Collection[str]) -> tuple[str, ...]:
     """The weights that are multiplied by together with this one, itself too, as far as they are `among`."""
-    stem, _, last = name.removesuffix(".weight").rpartition(".")
+    stem, dot, last = name.removesuffix(".weight").rpartition(".")
     members = next((group for group in FUSED if last in group), (last,))
-    return tuple(one for member in members if (one := f"{stem}.{member}.weight") in among)
+    return tuple(one for member in members if (one := f"{stem}{dot}{member}.weight") in among)
 
 
 def of_one_scheme(names: Iterable[str]) -> dict[str, tuple[str, ...]]:

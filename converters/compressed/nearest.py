@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache, partial
 
 from converters.compressed.fused import fused_with
@@ -17,7 +17,7 @@ def rounded_pieces(job: Job) -> dict[str, Piece]:
     """The tensors of every linear, by name; each is made when it is written, from the checkpoint's rows."""
     source, linears = job.model.source, job.model.linears
     shapes = {name: (linear.shape[0], linear.shape[1]) for name, linear in linears.items()}
-    together = _largest(source, shapes)
+    together = largest_together(job)
     found: dict[str, Piece] = {}
     for name, linear in linears.items():
         outputs, inputs = shapes[name]
@@ -46,14 +46,13 @@ def _rows(source: WeightSource, name: str) -> Rows:
     return lambda start, stop: widened(source.rows(name, start, stop))
 
 
-def _largest(source: WeightSource, shapes: Mapping[str, tuple[int, int]]) -> Callable[[str], float]:
+def largest_together(job: Job) -> Callable[[str], float]:
     """What gives the largest magnitude of a linear and of those that are fused with it; each is read once."""
+    source, linears = job.model.source, job.model.linears
 
     @cache
     def own(name: str) -> float:
-        return largest(Weight(*shapes[name], _rows(source, name)))
+        outputs, inputs = linears[name].shape
+        return largest(Weight(outputs, inputs, _rows(source, name)))
 
-    def together(name: str) -> float:
-        return max(map(own, fused_with(name, shapes)))
-
-    return together
+    return lambda name: max(map(own, fused_with(name, linears)))

@@ -8,12 +8,22 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from converters.compressed.choice import SIZES, Candidates, candidates, nbytes, schemes_of, smallest
+from converters.compressed.choice import (
+    SIZES,
+    SMALLEST,
+    USUAL,
+    Candidates,
+    candidates,
+    nbytes,
+    schemes_of,
+    smallest,
+)
 from converters.compressed.schemes import Row, label_of, scheme_of
 from converters.compressed.shapes import check_floats, check_shapes
 from dsconvert.calibration.request import check_chat
 from dsconvert.checkpoints.output_plan import check_distinct, check_files, look
 from dsconvert.checkpoints.safetensors_header import BITS
+from dsconvert.errors import UsageError
 from dsconvert.libraries import TORCH, need
 from dsconvert.memory.peak import left_on_card
 from dsconvert.memory.runtimes import RUNTIMES
@@ -44,6 +54,7 @@ class Options:
     rounds: int = 0
     language_only: bool = False
     lm_head: bool = False
+    fed: bool = False  # four-bit floats by error feedback, and not rounded to nearest
     budget: Budget | None = None  # instead of `scheme` and `group_size`: schemes by cost, within it
     group_sizes: tuple[int, ...] = SIZES  # of these
 
@@ -51,6 +62,11 @@ class Options:
     def row(self) -> Row:
         """The scheme's row of the table; raises UsageError."""
         return scheme_of(self.scheme)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether linears are solved on calibration text."""
+        return bool(self.row.bits) or self.fed
 
     @property
     def grid(self) -> Scheme:
@@ -110,19 +126,22 @@ class Job:
     def measured_by(self) -> str:
         """How costs are measured, which hang on how the linears will be solved."""
         options = self.options
-        return f"gptq, act-order {options.act_order}, damp {options.damp:g}, mse {options.mse}"
+        return (
+            f"gptq, act-order {options.act_order}, damp {options.damp:g}, mse {options.mse}, "
+            f"rounds {options.rounds}"
+        )
 
     @property
     def kinds(self) -> dict[str, str]:
         """What each linear becomes, by name."""
-        if not self.options.row.calibrated:
+        if not self.options.row.bits:
             return dict.fromkeys(self.model.linears, self.options.row.type)
         return {name: f"w{self.schemes[name].bits}a16" for name in self.model.linears}
 
     def nbytes(self, name: str) -> int:
         """Bytes of a linear in the output."""
         shape = self.model.linears[name].shape
-        if self.options.row.calibrated:
+        if self.options.row.bits:
             return nbytes(shape, self.schemes[name])
         return sum(BITS[kind] // 8 * prod(part) for kind, part in self.options.row.shapes(*shape).values())
 
@@ -153,11 +172,16 @@ class Job:
 
 def prepare(options: Options) -> Job:
     """Open, validate and plan; refuses by name every shape that readers could not take, before any work."""
-    run, row = options.run, options.row
-    if row.calibrated:
+    run = options.run
+    if options.fed and not options.row.four_bit:
+        raise UsageError(
+            f"{options.scheme} is not made by error feedback",
+            hint="nvfp4a16 and mxfp4a16 are, and integers",
+        )
+    if options.calibrated:
         need(*TORCH, what="calibration")
     check_chat(run.calibration.chat)
-    model, tokenizer = open_model(run, options.language_only, options.lm_head, row.calibrated)
+    model, tokenizer = open_model(run, options.language_only, options.lm_head, options.calibrated)
     out = output_folder(run, default_name(options, origin(model.checkpoint.folder, model.config)[1]))
     job = with_schemes(Job(options, model, tokenizer, out))
     check_output(job, job.total)
@@ -167,16 +191,21 @@ def prepare(options: Options) -> Job:
 def with_schemes(job: Job) -> Job:
     """The job with the schemes of its linears, whose shapes they fit; with those to choose from."""
     options, shapes = job.options, job.model.shapes
-    if not options.row.calibrated:
+    if not options.row.bits:
         check_floats(shapes, options.row)
         return job
     if options.budget is None:
         check_shapes(shapes, options.grid)
         return replace(job, schemes=dict.fromkeys(shapes, options.grid))
     check_linears(shapes)
-    choices = candidates(shapes, schemes_of(options.budget, options.group_sizes, options.sym))
-    job, measurement = replace(job, schemes=smallest(choices), choices=choices), options.budget.measurement
-    check_enough(8 * sum(map(job.nbytes, shapes)), job.allowed_bits, options.budget.words)
+    measurement = options.budget.measurement
+    for usual in (USUAL, SMALLEST):
+        choices = candidates(shapes, schemes_of(options.budget, options.group_sizes, options.sym, usual))
+        job = replace(job, schemes=smallest(choices), choices=choices)
+        least = 8 * sum(map(job.nbytes, shapes))
+        if least <= job.allowed_bits:
+            break
+    check_enough(least, job.allowed_bits, options.budget.words)
     if measurement is None:
         return job
     if look(measurement) is not None:
@@ -192,5 +221,5 @@ def default_name(options: Options, model: str) -> str:
     head, asym = "-head" if options.lm_head else "", "" if options.sym else "-asym"
     if options.budget is not None:
         return f"{model}-compressed-{options.budget.name}{asym}{head}"
-    label = label_of(options.grid) if options.row.calibrated else options.scheme
+    label = label_of(options.grid) if options.row.bits else options.scheme
     return f"{model}-{label}{head}"

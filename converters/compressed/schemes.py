@@ -24,9 +24,9 @@ Shapes = dict[str, tuple[str, tuple[int, ...]]]  # type and shape of stored tens
 class Row:
     """A scheme: `format` is how config.json calls what it stores, `type` how tables call its weights.
 
-    Integers have `bits`, and are solved with error feedback on calibration text. The others are rounded to
-    nearest: `shapes` gives what they store of N outputs and K inputs, K a multiple of `width`, and `pieces`
-    makes it; `weights` and `activations` is what config.json says of them.
+    Integers have `bits`, and are solved with error feedback on calibration text. Of the others `shapes` gives
+    what they store of N outputs and K inputs, K a multiple of `width`, and `pieces` makes it, rounded to
+    nearest; `weights` and `activations` is what config.json says of them.
     """
 
     name: str
@@ -40,9 +40,9 @@ class Row:
     activations: Mapping[str, Any] | None = None
 
     @property
-    def calibrated(self) -> bool:
-        """Whether it is solved on calibration text."""
-        return bool(self.bits)
+    def four_bit(self) -> bool:
+        """Whether it is one of four-bit floats, which can be solved too."""
+        return self.weights.get("num_bits") == 4
 
 
 def _fp8_shapes(outputs: int, inputs: int) -> Shapes:

@@ -74,7 +74,7 @@ def measure(
         return {name: options for found in known for name, options in found.items()}
     weights = yield from sensitivities_on_some(decoder, tokens, seed)
 
-    def cost_of(place: int, group: linear_inputs.Group) -> Measured:
+    def cost_of(place: int, group: linear_inputs.Group, same: linear_inputs.Group) -> Measured:
         options: Measured = {}
         for name in group.names:
             W = st.read(decoder, name)

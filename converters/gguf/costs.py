@@ -21,7 +21,6 @@ from dsconvert.decoder import linear_inputs
 from dsconvert.decoder import torch_decoder as st
 from dsconvert.events import Event
 from dsconvert.quantization.costs import (
-    Fed,
     after_feedback,
     linear_nats,
     measure_blocks,
@@ -64,12 +63,12 @@ def measure(
     s = yield from sensitivities_on_some(decoder, tokens, seed)
     hidden = linear_inputs.embed(decoder, tokens)
 
-    def cost_of(place: int, group: linear_inputs.Group) -> dict[str, Nats]:
-        fed = after_feedback(group.moment, DAMP) if feedback else None
+    def cost_of(place: int, group: linear_inputs.Group, same: linear_inputs.Group) -> dict[str, Nats]:
+        L = after_feedback(group.moment, DAMP) if feedback else None
         found: dict[str, Nats] = {}
         for name in (name for name in group.names if name in types):
             W = st.read(decoder, name)
-            nats = linear_costs(W, group.moment, s[name].to(W.device), types[name], fed)
+            nats = linear_costs(W, group.moment, s[name].to(W.device), types[name], L)
             share = group.rows / tokens.size  # of the tokens, for an expert
             found[name] = {kind: share * cost for kind, cost in nats.items()}
         return found
@@ -80,15 +79,15 @@ def measure(
 
 
 def linear_costs(
-    W: torch.Tensor, H: torch.Tensor, s: torch.Tensor, types: Sequence[QType], fed: Fed | None = None
+    W: torch.Tensor, H: torch.Tensor, s: torch.Tensor, types: Sequence[QType], L: torch.Tensor | None = None
 ) -> Nats:
     """The nats of a linear W [N, K] by type, given its Hessian [K, K] and sensitivities [N].
 
-    Rounded with the importance that a matrix of the same inputs has; with `fed`, after error feedback.
+    Rounded with the importance that a matrix of the same inputs has; with `L` [K], after error feedback.
     """
     at, weight = some_outputs(s, OUTPUTS)
-    rows, importance, loss = W[at].contiguous(), _column_weights(H), None if fed is None else fed.loss
-    return {kind.name: linear_nats(_left(rows, kind, importance), H, weight, loss) for kind in types}
+    rows, importance = W[at].contiguous(), _column_weights(H)
+    return {kind.name: linear_nats(_left(rows, kind, importance), H, weight, L) for kind in types}
 
 
 def _column_weights(H: torch.Tensor) -> Floats:
@@ -149,7 +148,7 @@ def _ends(
     counts = np.bincount(tokens.ravel(), minlength=decoder.config.vocab_size)
     rows = sampled(counts)
     tied = decoder.head == st.EMBED
-    fed = after_feedback(H, DAMP) if feedback and not tied else None
+    L = after_feedback(H, DAMP) if feedback and not tied else None
     importance: dict[str, Floats] = {}
     if not tied:
         importance = {st.EMBED: s[st.EMBED].cpu().numpy(), decoder.head: _column_weights(H)}
@@ -165,7 +164,7 @@ def _ends(
                 p = _frequencies(counts).to(R.device)
                 cost += _looked_up_nats(R, rows.weights(p), s[st.EMBED].to(R.device))
             if name == decoder.head:
-                cost += linear_nats(R, H, rows.weights(s[st.HEAD].to(R.device)), fed.loss if fed else None)
+                cost += linear_nats(R, H, rows.weights(s[st.HEAD].to(R.device)), L)
             nats.setdefault(name, {})[qtype.name] = cost
     return Costs(nats, importance)
 

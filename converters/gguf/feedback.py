@@ -21,29 +21,14 @@ from converters.gguf.block_fields import FIELDS, Bytes, Floats, Unpacked, pack, 
 from converters.gguf.qtypes import QType
 from converters.gguf.rounding import dequantize
 from dsconvert.quantization import error_feedback
-from dsconvert.quantization.error_feedback import Factor
+from dsconvert.quantization.known_inputs import Inputs
 from dsconvert.quantization.refinement import refine
 from dsconvert.quantization.static_blocks import Blocks, walk
 
 if TYPE_CHECKING:
     import torch
 
-DAMP = 0.05
 SLAB = 1 << 26  # weights that are solved at once: 256 MB of float32, and three times that beside it
-
-
-@dataclass(frozen=True, eq=False)
-class Inputs:
-    """What a linear's inputs say: H [K, K] = 2/n X^T X, factored in the order `columns`, and its diagonal as
-    the `importance` of an importance matrix. Without a factor `why` says why there is none.
-    """
-
-    H: torch.Tensor
-    columns: torch.Tensor
-    dead: torch.Tensor
-    importance: Floats
-    factor: Factor | None
-    why: str | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,20 +52,6 @@ class Solved:
 def solvable(qtype: QType) -> bool:
     """Whether a type's codes can be chosen by error feedback."""
     return qtype.name in FIELDS
-
-
-def measured(H: torch.Tensor, damp: float = DAMP) -> Inputs:
-    """What H says, which is not changed."""
-    diagonal = H.diagonal()
-    columns, dead = diagonal.argsort(descending=True, stable=True), diagonal == 0
-    importance = (diagonal.double() / 2).float().cpu().numpy()
-    factor, why = None, None
-    if bool(dead.all()):
-        why = "no input of this linear was ever active"
-    else:
-        factor = error_feedback.factorize(H, dead, columns, damp)
-        why = None if factor else "the Hessian is not positive definite at any damping"
-    return Inputs(H, columns, dead, importance, factor, why)
 
 
 def solve(W: torch.Tensor, inputs: Inputs, qtype: QType, rounds: int, importance: Floats | None) -> Solved:

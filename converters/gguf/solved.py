@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from converters.gguf import feedback
 from converters.gguf.block_fields import Bytes
 from converters.gguf.calibrate import check_measurable, linears, measured_keys
-from converters.gguf.feedback import Inputs, solvable, solve
+from converters.gguf.feedback import solvable, solve
 from converters.gguf.layout import KeyValues
 from converters.gguf.plan import Job, with_keys
 from converters.gguf.qtypes import QType
@@ -35,6 +35,7 @@ from dsconvert.models.language_model import language_model
 from dsconvert.models.stored_rows import stored_rows
 from dsconvert.models.tensor_table import HEADS_TURNED, SOLVE_ORDER, Spec, plan
 from dsconvert.quantization.blocks import collected
+from dsconvert.quantization.known_inputs import DAMP, remembering
 from dsconvert.quantization.linears import Linear, Selection
 from dsconvert.quantization.plan import RunOptions
 from dsconvert.quantization.ranks import Ranks
@@ -109,7 +110,7 @@ class Feeding:
         types = [(o.quant, t.name, t.qtype.name) for o in self.job.outputs for t in o.tensors.values()]
         digest = hashlib.sha256(repr(types).encode()).hexdigest()[:12]
         quants, rounds = ", ".join(self.job.options.quants), rounds_text(self.job)
-        return f"solver gptq of {quants}, types {digest}, damp {feedback.DAMP:g}, rounds {rounds}"
+        return f"solver gptq of {quants}, types {digest}, damp {DAMP:g}, rounds {rounds}"
 
     @property
     def head(self) -> bool:
@@ -194,7 +195,7 @@ def start(stack: ExitStack, job: Job, ranks: Ranks) -> Generator[Event, None, Be
     keys: KeyValues = {
         **measured_keys(run.calibration, entries),
         "dsconvert.solver": ("string", "gptq"),
-        "dsconvert.solver.damp": ("float32", feedback.DAMP),
+        "dsconvert.solver.damp": ("float32", DAMP),
         "dsconvert.solver.rounds": ("string", rounds_text(job)),
     }
     return Begun(with_keys(job, keys), feeding, run)
@@ -229,13 +230,7 @@ def _passes(feeding: Feeding) -> float:
 def _solver(feeding: Feeding) -> Callable[[str, torch.Tensor, torch.Tensor], Coded]:
     """Solves a linear for every output; linears with the same inputs share the factor of their H."""
     asked = feeding.job.options.rounds
-    seen: list[tuple[torch.Tensor, Inputs]] = []
-
-    def inputs_of(H: torch.Tensor) -> Inputs:
-        if not seen or seen[0][0] is not H:
-            seen[:] = []  # before the next factor takes its memory
-            seen.append((H, feedback.measured(H)))
-        return seen[0][1]
+    inputs_of = remembering()
 
     def solved(name: str, W: torch.Tensor, H: torch.Tensor) -> Coded:
         inputs = inputs_of(H)

@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 
 INTEGERS = ("w2a16", "w3a16", "w4a16", "w5a16", "w6a16", "w8a16")
 FLOATS = ("fp8-block", "nvfp4a16", "mxfp4a16")
+FED = ("nvfp4a16", "mxfp4a16")  # by error feedback where a text is named
+INTEGER = ("group_size", "sym", "rounds")
 # What has no effect where weights are rounded to nearest.
-SOLVER = ("group_size", "act_order", "sym", "damp", "mse", "rounds", "resume")
+SOLVER = ("act_order", "damp", "mse", "resume")
 TEXT = ("calib", "calib_chat", "calib_column", "calib_samples", "calib_len", "seed")
 
 
@@ -44,7 +46,7 @@ TEXT = ("calib", "calib_chat", "calib_column", "calib_samples", "calib_len", "se
     "scheme",
     named="--scheme",
     counted="in the linears that are quantized",
-    usual="w2a16 to w8a16, each in groups of 32, 64, 128",
+    usual="w3a16 to w8a16, each in groups of 32, 64, 128; w2a16 where a size asks for it",
 )
 @solver.group_size_option
 @solver.act_order_option
@@ -88,18 +90,22 @@ def compressed(
     """Quantize a checkpoint for vLLM, SGLang and transformers (compressed-tensors), and prove the result.
 
     MODEL_PATH is a Hugging Face folder, a .safetensors file, a hub id, or `sample:` (the embedded sample);
-    default: the current folder. Integers are solved by GPTQ with calibration, block by block; fp8-block,
-    nvfp4a16 and mxfp4a16 are rounded to nearest, without. Several GPUs: torchrun --nproc-per-node N -m
-    dsconvert compressed ... Exit code 0: quantized and proven, 2: stopped, 3: a check failed.
+    default: the current folder. Integers are solved by GPTQ with calibration, block by block, and where
+    --calib is given nvfp4a16 and mxfp4a16 too; else these and fp8-block are rounded to nearest. Several GPUs:
+    torchrun --nproc-per-node N -m dsconvert compressed ... Exit code 0: quantized and proven, 2: stopped,
+    3: a check failed.
 
     \b
     Example:
       dsconvert compressed sample: --scheme w4a16 --calib builtin --calib-samples 32
       dsconvert compressed sample: --bpw 4.5 --calib builtin --calib-samples 32
     """  # fmt: skip
+    fed = scheme in FED and bool(given("calib", "calib_chat"))
     if scheme in FLOATS:
-        where = f"with {scheme}, which is rounded to nearest"
-        refuse(*SOLVER, *TEXT, where=where, hint="Leave it out, or choose a scheme of integers")
+        refuse(*INTEGER, where=f"with {scheme}", hint="Leave it out, or choose a scheme of integers")
+    if scheme in FLOATS and not fed:
+        hint = "Give --calib c4 too" if scheme in FED else "Leave it out, or choose a scheme of integers"
+        refuse(*SOLVER, *TEXT, where=f"with {scheme}, which is rounded to nearest", hint=hint)
     from converters.compressed.convert import convert
     from converters.compressed.plan import Options
     from dsconvert.quantization.plan import RunOptions
@@ -110,7 +116,7 @@ def compressed(
     )  # fmt: skip
     options = Options(
         run=run, scheme=scheme, group_size=group_size, act_order=act_order, sym=sym, damp=damp, mse=mse,
-        rounds=rounds, language_only=language_only, lm_head=lm_head, budget=budget,
+        rounds=rounds, language_only=language_only, lm_head=lm_head, fed=fed, budget=budget,
     )  # fmt: skip
     if budget is not None and given("group_size"):
         options = replace(options, group_sizes=(group_size,))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dsconvert.decoder import linear_inputs
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
 SENSITIVITY_TOKENS = 4096
 PASSES = 8.0  # see forecast.foretell: a linear is rounded to some ten types
 Cost = TypeVar("Cost")
+Windows = TypeVar("Windows", "torch.Tensor", "st.IntArray")
 
 
 def sensitivities_on_some(
@@ -40,17 +40,20 @@ def sensitivities_on_some(
 def measure_blocks(
     decoder: st.Decoder,
     hidden: torch.Tensor,
-    cost_of: Callable[[int, Group], Mapping[str, Cost]],
+    cost_of: Callable[[int, Group, Group], Mapping[str, Cost]],
     known: Sequence[Mapping[str, Cost]] = (),
     keep: Callable[[int, Mapping[str, Cost]], None] = lambda index, found: None,
+    unseen: bool = False,
 ) -> Generator[Event, None, dict[str, Cost]]:
     """What linears cost, by tensor name; takes the states [n, length, d] through all blocks, in place.
 
-    `cost_of` is given each group of linears with its place in the block; `known` are the costs of the first
-    blocks, which are not measured again, and `keep` is given those of each that is. Raises QuantizationError
-    that names a linear whose inputs are not finite.
+    `cost_of` is given the place of each group of linears in the block and the group itself, twice: with
+    `unseen` as the first half of the windows has it, to solve with, and as the second, to judge by. `known`
+    are the costs of the first blocks, which are not measured again, and `keep` is given those of each that
+    is. Raises QuantizationError that names a linear whose inputs are not finite.
     """
     layers, found = decoder.config.layers, dict[str, Cost]()
+    parts = halves(hidden) if unseen else [hidden]
     windows, length = hidden.shape[:2]
     text = Text(windows, length, fixed=True)
     ahead, took = forecast.foretell(decoder, text, PASSES, finished=len(known))[len(known) :], list[float]()
@@ -64,14 +67,21 @@ def measure_blocks(
             linear_inputs.advance(decoder, block, hidden)
             continue
         own: dict[str, Cost] = {}
-        for place, group in enumerate(linear_inputs.walk(decoder, block, hidden, fixed=True)):
-            own |= cost_of(place, group)
+        walks = (linear_inputs.walk(decoder, block, part, fixed=True) for part in parts)
+        for place, groups in enumerate(zip(*walks, strict=True)):  # so that each walk comes to its end
+            own |= cost_of(place, groups[0], groups[-1])
         keep(index, own)
         found |= own
         took.append(time.monotonic() - started)
         rest = f", about {forecast.duration(forecast.left(ahead, took))} left" * (index + 1 < layers)
         yield Step(f"measured block {index + 1} of {layers}{rest}")
     return found
+
+
+def halves(windows: Windows) -> list[Windows]:
+    """The windows [n, ...] in two parts, views of them; one is a part by itself."""
+    half = len(windows) // 2
+    return [windows[:half], windows[half:]] if half else [windows]
 
 
 def kept_blocks(
@@ -102,35 +112,21 @@ def some_outputs(s: torch.Tensor, count: int) -> tuple[slice, torch.Tensor]:
     return at, weights * (s.sum() / weights.sum().clamp(min=1e-30))
 
 
-@dataclass(frozen=True, eq=False)
-class Fed:
-    """What a squared rounding error of each input costs where error feedback makes up for it, float32 [K].
+def after_feedback(H: torch.Tensor, damp: float) -> torch.Tensor | None:
+    """What a squared rounding error of each input [K] adds to the loss where error feedback makes up for it.
 
-    `loss` is what it adds to the loss without damping, `pivots` what the walk itself counts it as.
-    """
-
-    loss: torch.Tensor
-    pivots: torch.Tensor
-
-
-def after_feedback(H: torch.Tensor, damp: float, by_activity: bool = True) -> Fed | None:
-    """What errors cost after feedback that walks the inputs of H [K, K] most active first, or as they are.
-
-    None where H cannot be factored: nothing is fed back then.
+    None where H [K, K] cannot be factored: nothing is fed back then.
     """
     import torch
 
-    diagonal = H.diagonal()
-    columns = torch.arange(len(H), device=H.device)
-    if by_activity:
-        columns = diagonal.argsort(descending=True, stable=True)
-    dead = diagonal == 0
+    columns = torch.argsort(H.diagonal(), descending=True, stable=True)
+    dead = H.diagonal() == 0
     factor = error_feedback.factorize(H, dead, columns, damp) if bool((~dead).any()) else None
     if factor is None:
         return None
-    found = Fed(torch.empty_like(factor.D), torch.empty_like(factor.D))
-    found.loss[columns], found.pivots[columns] = error_feedback.row_losses(factor), factor.D
-    return found
+    loss = torch.empty_like(factor.D)
+    loss[columns] = error_feedback.row_losses(factor)
+    return loss
 
 
 def linear_nats(R: torch.Tensor, H: torch.Tensor, s: torch.Tensor, loss: torch.Tensor | None) -> float:

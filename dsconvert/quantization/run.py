@@ -74,6 +74,8 @@ class Solved(Protocol):
 # A linear solved: how it went, the output's tensors, and the weights [N, K] that these stand for; None for
 # them where the blocks behind are given what the checkpoint's own give (`Solving.restore`).
 Coded = tuple[Solved, Mapping[str, npt.NDArray[Any]], "torch.Tensor | None"]
+# Solves the linear of this name, given its weight W [N, K] and Hessian H [K, K].
+SolveOne = Callable[[str, "torch.Tensor", "torch.Tensor"], Coded]
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class Solving:
 
     settings: Mapping[str, str]
     nbytes: Mapping[str, int]
-    solve: Callable[[str, torch.Tensor, torch.Tensor], Coded]
+    solve: SolveOne
     restore: Restore | None
     head: bool = False
     against: str = "round-to-nearest"

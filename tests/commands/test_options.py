@@ -44,11 +44,12 @@ FIELDS = {"calib": "text", "calib_samples": "samples", "calib_len": "length", "c
 VALUES = {"quants": "q8_0", "overrides": "x=q8_0", "split_max_size": "7M", "max_kld": "0.25",
           "max_ppl_ratio": "0.25", "min_top1": "0.25", "bpw": "3.5", "damp": "0.25", "size": "7M",
           "vram": "7GB", "types": "q4_0,q8_0", "floor": "q4_0"}  # fmt: skip
-# What of gguf's options has a meaning only beside another, or in place of it.
-BESIDE = dict.fromkeys(("rounds", "resume"), ("--solver", "gptq"))
-BESIDE |= dict.fromkeys(("bpw", "types", "floor", "measurement"), ("--bpw", "9"))
-BESIDE["solver"] = ("--calib-len", "9")  # error feedback has a default of its own
-BESIDE |= {"size": ("--size", "1M"), "vram": ("--vram", "1GB"), "context": ("--vram", "1GB")}
+# What has a meaning only beside another option, or in place of it.
+BUDGET = dict.fromkeys(("bpw", "types", "floor", "measurement"), ("--bpw", "9"))
+BUDGET |= {"size": ("--size", "1M"), "vram": ("--vram", "1GB"), "context": ("--vram", "1GB")}
+SOLVER = dict.fromkeys(("rounds", "resume"), ("--solver", "gptq"))
+SOLVER["solver"] = ("--calib-len", "9")  # error feedback has a default of its own
+BESIDE = {"gguf": BUDGET | SOLVER, "compressed": BUDGET}
 
 
 def options_of(name: str) -> list[click.Option]:
@@ -115,8 +116,8 @@ def test_an_option_reaches_its_field_and_no_other(
         monkeypatch.setitem(ARGUMENTS, name, ("model",))  # a text of its own, beside which --calib is refused
         assert options_with(started, name, another(option))["chat"] == Path("7")
         return
-    if name == "gguf":
-        monkeypatch.setitem(ARGUMENTS, name, (*ARGUMENTS[name], *BESIDE.get(str(option.name), ())))
+    beside = BESIDE.get(name, {}).get(str(option.name), ())
+    monkeypatch.setitem(ARGUMENTS, name, (*ARGUMENTS[name], *beside))
     before, after = options_with(started, name, ()), options_with(started, name, another(option))
     assert before.keys() == after.keys()
     changed = {field for field in before if before[field] != after[field]}

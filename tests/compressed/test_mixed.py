@@ -30,7 +30,7 @@ from dsconvert.models.config import load_json
 from dsconvert.proof.sources import Opened
 from dsconvert.proof.types_by_cost import types_by_cost
 from dsconvert.quantization.budget import Budget, choose
-from dsconvert.quantization.costs import after_feedback
+from dsconvert.quantization.error_feedback import shared_factors
 from dsconvert.quantization.gptq_grid import Scheme
 from dsconvert.quantization.gptq_solver import SolverOptions, solve
 
@@ -72,11 +72,11 @@ def test_a_mixture_is_proven_and_told_of(made: tuple[Path, list[Event]]) -> None
     stored = open_model(folder / "out").checkpoint.tensors.values()
     assert types.nbytes == sum(tensor.nbytes for tensor in stored)
     assert foretold.measured == next(check.value for check in checks if check.name == "mean KLD")
-    assert 0 < foretold.nats < foretold.measured  # by far: foretold on the few tokens that it is solved on
+    assert 0 < foretold.nats < foretold.measured  # by far: of 512 tokens
     labels = schemes_in(folder / "out")
     assert len(set(labels.values())) > 1
     alike = {name: (nbytes, nats) for name, nbytes, nats in types.rules}
-    assert {"w4a16-128g", "w4a16-32g", "w8a16-128g", "w2a16-64g"} <= alike.keys()
+    assert {"w4a16-128g", "w4a16-32g", "w8a16-128g", "w3a16-64g"} <= alike.keys()
     assert all(nats > types.nats for nbytes, nats in alike.values() if nbytes <= types.nbytes)
 
 
@@ -140,7 +140,7 @@ def test_the_choice_is_the_best_of_all() -> None:
     shapes = {
         f"l.{i}.{n}_proj.weight": (64, 128) for i in range(2) for n in ("q", "k", "v", "o", "gate", "up")
     }
-    choices = candidates(shapes, schemes_of(Budget(types=("w2a16", "w4a16-32g", "w8a16")), (64,), True))
+    choices = candidates(shapes, schemes_of(Budget(types=("w2a16", "w4a16-32g", "w8a16")), (64,), True, ()))
     nats = {
         name: {label: rng.uniform(0.5, 2) * 4.0**-one.bits for label, one in own.items()}
         for name, own in choices.items()
@@ -167,12 +167,15 @@ def test_what_is_foretold_is_what_the_solver_leaves(act_order: bool) -> None:
     H, schemes = 2 / 900 * x.T @ x, [Scheme(bits, 32, bits != 3) for bits in (3, 4, 8)]
     H[5], H[:, 5] = 0, 0  # an input that is never active
     options = calibrated.compressed_options("sample:", act_order=act_order)
-    found = costs.linear_costs(W, H, s, schemes, options, after_feedback(H, options.damp, act_order))
+    factor = shared_factors()
+    found = costs.linear_costs(W, H, H, s, schemes, options, factor)
     for scheme in schemes:
-        E = W - solve(W, H, SolverOptions(scheme, act_order)).dequantized()
-        E[:, 5] = 0
+        solved = solve(W, H, SolverOptions(scheme, act_order))
+        E = W - solved.dequantized()
         real = float((((E @ H) * E).sum(1) * s).sum()) / 4
-        assert found[label_of(scheme)] == pytest.approx(real, rel=0.3)
+        assert found[label_of(scheme)] == pytest.approx(real, rel=1e-5)
+    other = costs.linear_costs(W, H, 2 * H, s, schemes, options, factor)  # it is judged by the second one
+    assert other == pytest.approx({label: 2 * nats for label, nats in found.items()})
 
 
 def test_patterns_match_what_they_are_of_and_nothing_else() -> None:
@@ -206,6 +209,7 @@ def test_experts_of_a_layer_have_one_scheme() -> None:
     ]
     found = of_one_scheme([*names, "m.layers.0.mlp.shared_experts.up_proj.weight"])
     assert [len(members) for members in found.values()] == [6, 6, 1]
+    assert of_one_scheme(["lm_head.weight"]) == {"lm_head.weight": ("lm_head.weight",)}
 
 
 def test_types_and_floor_bound_the_choice(tmp_path: Path) -> None:

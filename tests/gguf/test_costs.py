@@ -53,9 +53,9 @@ def test_a_linear_costs_what_the_sum_over_its_outputs_says() -> None:
 def test_after_feedback_it_costs_what_independent_roundings_leave() -> None:
     """By the paper's form: with the damped H = U D U^T, errors R U^-1 of roundings R."""
     W, H, s = a_linear()
-    fed = after_feedback(H, costs.DAMP)
-    assert fed is not None
-    found = costs.linear_costs(W, H, s, [QTYPES["q4_k"]], fed)["q4_k"]
+    L = after_feedback(H, costs.DAMP)
+    assert L is not None
+    found = costs.linear_costs(W, H, s, [QTYPES["q4_k"]], L)["q4_k"]
     R = W.double().numpy() - rounded(W.numpy(), "q4_k", (H.diagonal() / 2).numpy())
     order = np.argsort(-H.diagonal().numpy(), kind="stable")
     h = H.double().numpy()[np.ix_(order, order)]

@@ -4,48 +4,35 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from functools import cache
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from fed_problems import K, N, naive_walk, problem
 
 from converters.gguf import feedback
 from converters.gguf.block_fields import FIELDS, pack, unpack
 from converters.gguf.qtypes import QTYPES, QType
 from converters.gguf.rounding import dequantize
 from dsconvert.quantization import refinement
+from dsconvert.quantization.known_inputs import Inputs, measured
 from dsconvert.quantization.refinement import descend, refine_scales
 from dsconvert.quantization.static_blocks import Blocks, walk
 
 F64 = npt.NDArray[np.float64]
 TYPES = list(FIELDS)
-K, N = 512, 24
 
 
-@cache
-def problem(rows: int = N, columns: int = K) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights, and H of inputs that lie near 40 dimensions and are of very different size."""
-    generator = torch.Generator().manual_seed(1)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    X = normal(2000, 40) @ normal(40, columns) + 0.3 * normal(2000, columns)
-    X *= torch.exp(0.7 * normal(columns))
-    return normal(rows, columns) * 0.02, 2 / len(X) * X.T @ X
-
-
-def begun(qtype: QType, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, feedback.Inputs, Blocks]:
+def begun(qtype: QType, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, Inputs, Blocks]:
     """W^T, its inputs, and the blocks that the importance matrix gives."""
     W, H = (part.to(dtype) for part in problem())
-    inputs = feedback.measured(H)
+    inputs = measured(H)
     rows = feedback.weighted(W.float().numpy(), qtype, inputs.importance)[0]
     return W.T.contiguous(), inputs, feedback.to_blocks(rows, qtype, W)
 
 
-def losses(Wt: torch.Tensor, inputs: feedback.Inputs, blocks: Blocks) -> torch.Tensor:
+def losses(Wt: torch.Tensor, inputs: Inputs, blocks: Blocks) -> torch.Tensor:
     """E H E^T of each row, H with the damping."""
     assert inputs.factor is not None
     E = (Wt - blocks.weights()).double()
@@ -67,22 +54,6 @@ def test_blocks_are_numbers_and_numbers_are_blocks(name: str) -> None:
         assert np.array_equal(feedback.from_blocks(blocks, qtype), rows)
 
 
-def naive_walk(Wt: F64, H: F64, columns: npt.NDArray[np.int64], blocks: Blocks) -> npt.NDArray[np.uint8]:
-    """The codes by the paper: Cholesky of the inverse, a column at a time."""
-    kind, W, codes = blocks.kind, Wt.T[:, columns].copy(), np.zeros(Wt.shape, np.uint8)
-    U = np.linalg.cholesky(np.linalg.inv(H[np.ix_(columns, columns)])).T
-    steps = blocks.steps.numpy()
-    lows = np.zeros_like(steps) if blocks.lows is None else blocks.lows.numpy()
-    levels = np.array(kind.values) if kind.values else np.arange(kind.top + 1.0) - kind.zero
-    for i, column in enumerate(columns):
-        a, c = steps[column // kind.sub], lows[column // kind.sub]
-        values = a[:, None] * levels + c[:, None]
-        codes[column] = abs(W[:, i, None] - values).argmin(1)
-        error = (W[:, i] - np.take_along_axis(values, codes[column][:, None].astype(int), 1)[:, 0]) / U[i, i]
-        W[:, i:] -= error[:, None] * U[i, i:]
-    return codes
-
-
 @pytest.mark.parametrize("name", TYPES)
 def test_the_walk_is_the_papers(name: str) -> None:
     Wt, inputs, start = begun(QTYPES[name])
@@ -98,7 +69,7 @@ def test_the_walk_is_the_papers(name: str) -> None:
 def test_independent_inputs_leave_ggmls_bytes(name: str) -> None:
     """H = c I. Of the types whose codes ggml chooses for a scale before it is rounded, a few differ."""
     qtype, W = QTYPES[name], problem()[0].float()
-    inputs = feedback.measured(0.5 * torch.eye(K))
+    inputs = measured(0.5 * torch.eye(K))
     rows = feedback.weighted(W.numpy(), qtype, inputs.importance)[0]
     start = feedback.to_blocks(rows, qtype, W)
     assert inputs.factor is not None
@@ -184,9 +155,9 @@ def test_every_step_lowers_the_loss_of_every_row(name: str) -> None:
 
 def test_a_row_that_is_no_better_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     qtype, (W, H) = QTYPES["q4_k"], (part.float() for part in problem())
-    inputs = feedback.measured(H)
+    inputs = measured(H)
 
-    def worse_in_two_rows(Wt: torch.Tensor, inputs: feedback.Inputs, start: Blocks, rounds: int) -> Blocks:
+    def worse_in_two_rows(Wt: torch.Tensor, inputs: Inputs, start: Blocks, rounds: int) -> Blocks:
         found = solve_blocks(Wt, inputs, start, rounds)
         found.codes[:, 3:5] = 0
         return found
@@ -205,7 +176,7 @@ def test_a_row_that_is_no_better_stays_as_it_was(monkeypatch: pytest.MonkeyPatch
 
 def test_slabs_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     qtype, (W, H) = QTYPES["q3_k"], (part.float() for part in problem())
-    inputs = feedback.measured(H)
+    inputs = measured(H)
     whole = feedback.solve(W, inputs, qtype, 1, None)
     monkeypatch.setattr(feedback, "SLAB", 10 * K)
     parts = feedback.solve(W, inputs, qtype, 1, None)
@@ -219,14 +190,14 @@ def test_inputs_without_activity_or_factor_are_told() -> None:
     H = H.clone()
     H[32:80] = 0
     H[:, 32:80] = 0
-    inputs, qtype = feedback.measured(H), QTYPES["q4_k"]
+    inputs, qtype = measured(H), QTYPES["q4_k"]
     found = feedback.solve(W, inputs, qtype, 1, inputs.importance)
     assert found.dead == 48
     assert found.fell_back is None
     assert found.loss < 0.5 * found.rtn_loss
     assert np.isfinite(dequantize(found.rows, qtype)).all()
     for broken, why in ((torch.zeros_like(H), "ever active"), (-torch.eye(K), "not positive definite")):
-        inputs = feedback.measured(broken)
+        inputs = measured(broken)
         found = feedback.solve(W, inputs, qtype, 1, None)
         assert why in (found.fell_back or "")
         assert np.array_equal(found.rows, feedback.weighted(W.numpy(), qtype, None)[0])

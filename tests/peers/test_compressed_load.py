@@ -167,6 +167,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 OPTIONS = [f"--scheme {name} --group-size 32" for name in INTEGERS]
+OPTIONS += ["--bpw 4.5", "--bpw 3.5 --lm-head --types w2a16-32g,w3a16,w5a16,w8a16"]
 OPTIONS += ["--scheme w4a16", "--group-size -1", "--asym --group-size 64", "--scheme w3a16 --asym"]
 
 
@@ -180,10 +181,13 @@ def test_logits_are_those_of_our_reader(tmp_path: Path, source: Path, options: s
     assert apart("AutoModelForCausalLM", source, out, given) < EXACT
 
 
+@pytest.mark.parametrize("text", [(), TEXT], ids=["nearest", "solved"])
 @pytest.mark.parametrize("scheme", ["nvfp4a16", "mxfp4a16"])
-def test_logits_of_four_bit_floats_are_those_of_our_reader(tmp_path: Path, source: Path, scheme: str) -> None:
+def test_logits_of_four_bit_floats_are_those_of_our_reader(
+    tmp_path: Path, source: Path, scheme: str, text: tuple[str, ...]
+) -> None:
     """The package makes bf16 of them, whatever the model's type is."""
-    out, given = quantized(source, tmp_path / "out", "--scheme", scheme), {"input_ids": ids(512)}
+    out, given = quantized(source, tmp_path / "out", "--scheme", scheme, *text), {"input_ids": ids(512)}
     assert apart("AutoModelForCausalLM", source, out, given, True, "bfloat16") < EXACT
 
 

@@ -49,8 +49,11 @@ def logprobs(folder: Path, ids: list[int]) -> Any:
     return np.array(json.loads(done.stdout.splitlines()[-1]))
 
 
-@pytest.mark.parametrize("options", [(), ("--asym",)], ids=["symmetric", "asymmetric"])
-def test_vllm_gives_the_logits_of_our_readers_weights(tmp_path: Path, options: tuple[str, ...]) -> None:
+OPTIONS = {"symmetric": "", "asymmetric": "--asym", "several groups of settings": "--bpw 4.3 --types w4a16"}
+
+
+@pytest.mark.parametrize("options", [words.split() for words in OPTIONS.values()], ids=list(OPTIONS))
+def test_vllm_gives_the_logits_of_our_readers_weights(tmp_path: Path, options: list[str]) -> None:
     out, dense = tmp_path / "out", tmp_path / "dense"
     text = ("--calib", "builtin", "--calib-samples", "8", "--calib-len", "128", "--effort", "off")
     done = CliRunner().invoke(cli, ["compressed", "sample:", *text, *options, "-o", str(out)])
