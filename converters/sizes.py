@@ -11,36 +11,26 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from math import prod
 from pathlib import Path
 
-from converters.exl2.settings import HEADS, bits_of, groups_for
 from converters.exl2.shapes import HEAD_WEIGHT
-from converters.exl2.shapes import check_shapes as check_exl2
+from converters.folder_sizes import calibrated, folder_types
 from converters.gguf import mixtures
 from converters.gguf.file_types import MIXTURES
 from converters.gguf.qtypes import QTYPES
-from converters.gptq.pack import stored_shapes
-from converters.gptq.shapes import Layout
-from converters.gptq.shapes import check_shapes as check_gptq
 from dsconvert.checkpoints.checkpoint import open_checkpoint
 from dsconvert.checkpoints.locate import find, unfetched
 from dsconvert.checkpoints.remote_model import RemoteModel
 from dsconvert.checkpoints.source_files import weight_files
 from dsconvert.checkpoints.weight_files import open_weights
-from dsconvert.errors import QuantizationError, UsageError
+from dsconvert.errors import UsageError
 from dsconvert.memory.model import Made, Sized, Weights, decoder_of, stored_specs, weights_of
 from dsconvert.models.architectures import find_architecture
 from dsconvert.models.config import ModelConfig, load_config, load_json, normalise
 from dsconvert.models.diagnosis import stated_method
-from dsconvert.models.tensor_table import SOLVE_ORDER, Spec, expand
-from dsconvert.quantization.gptq_grid import Scheme
+from dsconvert.models.tensor_table import Spec, expand
 from dsconvert.vision.config import has_towers, towers_alone
 
-GROUP = 128  # of the GPTQ types listed
-GPTQ_BITS = (2, 3, 4, 8)
-EXL2_RATES = (2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0)
-EXL2_HEAD = 6
 OF_OTHERS = ("f32", "tq1_0", "tq2_0", "mxfp4_moe", "nvfp4")  # for models that were trained for them
 # What runs a folder, by its quant_method.
 RUN_BY = {"gptq": "transformers", "exl2": "exllamav2", "compressed-tensors": "transformers", "mlx": "mlx"}
@@ -90,73 +80,14 @@ def _of_config(
         beside = sum(spec.values for spec in expand(table, vision) if not spec.row.optional)
     name = shlex.quote(model or ".")
     types = [*_plain(specs, beside), *_gguf(name, config, specs, beside)]
-    if calibrated(config):
-        types[1:1] = [*_exl2(name, specs, beside), *_gptq(name, specs, beside)]
+    types[1:1] = folder_types(name, config, specs, beside)
     count = sum(spec.values for spec in specs) + beside
     return Sized(model or folder.name, folder, decoder_of(config), count, tuple(types), notes)
-
-
-def calibrated(config: ModelConfig) -> bool:
-    """Whether a model is one of those that are run on calibration text: all linears see every token."""
-    return config.experts is None and config.latent is None
 
 
 def _plain(specs: list[Spec], beside: int) -> Iterator[Made]:
     weights = weights_of(specs, lambda spec: 2 * spec.values, 2 * beside)
     yield Made("bf16", ("eager", "transformers"), weights, "")
-
-
-def _linears(specs: list[Spec]) -> dict[str, tuple[int, ...]]:
-    """The linears of the blocks, every expert one: their shapes [outputs, inputs] by name."""
-    chosen = [spec for spec in specs if _is_linear(spec)]
-    return {name: spec.source for spec in chosen for name in spec.names}
-
-
-def _is_linear(spec: Spec) -> bool:
-    return spec.role in SOLVE_ORDER and spec.hf.endswith(".weight")
-
-
-def _gptq(model: str, specs: list[Spec], beside: int) -> Iterator[Made]:
-    for bits in GPTQ_BITS:
-        scheme = Scheme(bits, GROUP, True)
-        try:
-            check_gptq(_linears(specs), Layout(scheme))
-        except QuantizationError:
-            continue
-        weights = weights_of(specs, partial(_gptq_size, scheme), 2 * beside)
-        yield Made(
-            f"gptq {bits}",
-            ("transformers",),
-            weights,
-            f"dsconvert gptq {model} --bits {bits}",
-        )
-
-
-def _gptq_size(scheme: Scheme, spec: Spec) -> int:
-    if not _is_linear(spec):
-        return 2 * spec.values
-    outputs, inputs = spec.source
-    parts = stored_shapes("", outputs, inputs, scheme.groups(inputs), scheme.bits).values()
-    return spec.many * sum({"I32": 4, "F16": 2}[kind] * prod(shape) for kind, shape in parts)
-
-
-def _exl2(model: str, specs: list[Spec], beside: int) -> Iterator[Made]:
-    try:
-        check_exl2(_linears(specs))
-    except QuantizationError:
-        return
-    for rate in EXL2_RATES:
-        weights = weights_of(specs, partial(_exl2_size, rate), 2 * beside)
-        yield Made(f"exl2 {rate:g}", ("exllamav2",), weights, f"dsconvert exl2 {model} --bpw {rate:g}")
-
-
-def _exl2_size(rate: float, spec: Spec) -> int:
-    if _is_linear(spec):
-        return int(rate * spec.values / 8)
-    if spec.role == "head":
-        outputs, inputs = spec.source
-        return bits_of(inputs, outputs, groups_for(inputs, HEADS[EXL2_HEAD])) // 8
-    return 2 * spec.values
 
 
 def _gguf(model: str, config: ModelConfig, specs: list[Spec], beside: int) -> Iterator[Made]:

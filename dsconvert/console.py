@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 PASSED, FAILED, STOPPED = 0, 3, 2
-HIDDEN = ("dsconvert.pre_tokenizer.",)  # shown as a table of steps
 BLOCK_INTERVAL = 5.0
 PLAIN_INTERVAL = 2.0  # seconds between progress lines where there is no terminal
 
@@ -260,34 +259,6 @@ def visible(text: str) -> str:
 
 def _cut(text: str, width: int = 90) -> str:
     return text if len(text) <= width else text[: width - 3] + "..."
-
-
-def show_summary(found: Mapping[str, Any], every_tensor: bool) -> None:
-    """What `inspect` found in a file: sizes, keys, types, the tokenizer's steps, on request every tensor."""
-    say(", ".join(found["files"]))
-    say(
-        f"  GGUF version {found['version']}, {size(found['bytes'])}, {found['weights']:,} weights, "
-        f"{found['bits_per_weight']} bits per weight"
-    )
-    say(f"  pairing id {found['pairing_id'] or 'none'}")
-    say()
-    show_mapping({key: value for key, value in found["keys"].items() if not key.startswith(HIDDEN)})
-    say()
-    rows = (
-        (name, t["tensors"], f"{t['weights']:,}", f"{t['bytes']:,}") for name, t in found["types"].items()
-    )
-    table(rows, ("type", "tensors", "weights", "bytes"), frozenset({1, 2, 3}))
-    spec = found["pre_tokenizer"]
-    if spec:
-        say()
-        show_steps(spec, spec["runtime"])
-    if every_tensor:
-        say()
-        rows = (
-            (t["name"], "x".join(map(str, t["shape"])), t["type"], f"{t['bytes']:,}")
-            for t in found["tensors"]
-        )
-        table(rows, ("tensor", "shape", "type", "bytes"), frozenset({3}))
 
 
 def show_steps(spec: Mapping[str, Any], runtime: str | None) -> None:

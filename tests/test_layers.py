@@ -69,7 +69,8 @@ BEFORE_REPORT = tuple(name for name in TABLE if name not in NOT_BELOW)
 TABLE |= dict.fromkeys(FACE, ALL)
 FORMATS = ("converters.gguf", "converters.gptq", "converters.compressed", "converters.exl2", "converters.mlx")
 TABLE |= dict.fromkeys(FORMATS, BEFORE_REPORT)
-TABLE |= dict.fromkeys(("converters.outputs", "converters.sizes"), (*BEFORE_REPORT, *FORMATS))
+TABLE |= dict.fromkeys(("converters.outputs", "converters.folder_sizes"), (*BEFORE_REPORT, *FORMATS))
+TABLE["converters.sizes"] = (*BEFORE_REPORT, *FORMATS, "converters.folder_sizes")
 # What does not keep the table yet: (module, what it imports) -> why.
 EXCEPTIONS: dict[tuple[str, str], str] = {}
 

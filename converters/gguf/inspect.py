@@ -44,7 +44,13 @@ def summary(file: GGUFFile) -> dict[str, Any]:
         "keys": {key: shorten(value) for key, value in file.keys.items()},
         "pre_tokenizer": pre_tokenizer(file.keys),
         "tensors": [
-            {"name": t.name, "shape": list(t.shape), "type": t.qtype.name, "bytes": t.nbytes}
+            {
+                "name": t.name,
+                "shape": list(t.shape),
+                "type": t.qtype.name,
+                "bytes": t.nbytes,
+                "bits_per_weight": round(8 * t.nbytes / t.values, 4) if t.values else 0.0,
+            }
             for t in file.tensors.values()
         ],
     }

@@ -1,27 +1,34 @@
-"""`dsconvert inspect`: what a GGUF file holds, and whether two files belong together."""
+"""`dsconvert inspect`: what a GGUF file or a model folder holds, and whether two files belong together."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from dsconvert.commands.run import command
 
 if TYPE_CHECKING:
+    from converters.gguf.parse import GGUFFile
     from dsconvert.commands.display import Display
+
+HIDDEN = ("dsconvert.pre_tokenizer.",)  # shown as a table of steps
 
 
 @command
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 def inspect(files: tuple[Path, ...], tensors: bool, display: Display) -> int:
-    """Show what GGUF files hold: keys, types, sizes, the tokenizer's regex spec, the pairing id.
+    """Show what GGUF files and model folders hold: keys, types, sizes, bits per weight, what made them.
 
-    A DeepSeek-VL projector is checked for what a runtime needs and does not ask for. Two files are checked
-    for being a pair. Exit code 3: something is missing, or the two are not a pair.
+    A folder is a checkpoint, a GPTQ, EXL2, compressed-tensors or MLX folder of any maker, or `sample:`. Of a
+    GGUF file the tokenizer's regex spec and the pairing id are shown, too. A DeepSeek-VL projector is checked
+    for what a runtime needs and does not ask for. Two files are checked for being a pair. Exit code 3:
+    something is missing, or the two are not a pair.
 
     \b
     Example:
@@ -29,10 +36,61 @@ def inspect(files: tuple[Path, ...], tensors: bool, display: Display) -> int:
     """
     from converters.gguf.inspect import judge, summary
     from converters.gguf.parse import open_gguf
+    from converters.outputs import open_output
+    from dsconvert.checkpoints.locate import SAMPLES, locate
+    from dsconvert.proof.folder_summary import folder_summary
+
+    opened: list[GGUFFile] = []
+    for path in files:
+        if str(path) in SAMPLES or os.path.isdir(path):
+            found = folder_summary(open_output(locate(str(path)) if str(path) in SAMPLES else path))
+        else:
+            opened.append(open_gguf(path))
+            found = summary(opened[-1])
+        display.result(found, partial(show, found, tensors))
+    return display.events(judge(opened))
+
+
+def show(found: Mapping[str, Any], every_tensor: bool) -> None:
+    """What a file or a folder holds, as people read it; on request every tensor."""
     from dsconvert import console
 
-    opened = [open_gguf(path) for path in files]
-    for file in opened:
-        found = summary(file)
-        display.result(found, partial(console.show_summary, found, tensors))
-    return display.events(judge(opened))
+    kind = f"GGUF version {found['version']}" if "version" in found else f"{found['kind']}, {found['quant']}"
+    console.say(", ".join(found["files"]))
+    console.say(
+        f"  {kind}, {console.size(found['bytes'])}, {found['weights']:,} weights, "
+        f"{found['bits_per_weight']} bits per weight"
+    )
+    if "version" in found:
+        console.say(f"  pairing id {found['pairing_id'] or 'none'}")
+    for note in (found.get("tokenizer"), *found.get("notes", ())):
+        if note:
+            console.say(f"  {note}")
+    console.say()
+    console.show_mapping({key: value for key, value in found["keys"].items() if not key.startswith(HIDDEN)})
+    console.say()
+    rows = (
+        (name, t["tensors"], f"{t['weights']:,}", f"{t['bytes']:,}", f"{_bits(t):.2f}")
+        for name, t in found["types"].items()
+    )
+    console.table(rows, ("type", "tensors", "weights", "bytes", "bits"), frozenset({1, 2, 3, 4}))
+    if spec := found.get("pre_tokenizer"):
+        console.say()
+        console.show_steps(spec, spec["runtime"])
+    if every_tensor:
+        console.say()
+        rows = (
+            (
+                t["name"],
+                "x".join(map(str, t["shape"])),
+                t["type"],
+                f"{t['bytes']:,}",
+                f"{t['bits_per_weight']:.2f}",
+            )
+            for t in found["tensors"]
+        )
+        console.table(rows, ("tensor", "shape", "type", "bytes", "bits"), frozenset({3, 4}))
+
+
+def _bits(size: Mapping[str, int]) -> float:
+    return 8 * size["bytes"] / size["weights"] if size["weights"] else 0.0

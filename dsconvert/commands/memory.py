@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     "runtimes",
     callback=names,
     metavar="NAME,...",
-    help="Only these runtimes: eager, transformers, exllamav2, llama.cpp, llama.cpp-cpu, mlx.",
+    help="Only these runtimes: eager, transformers, exllamav2, llama.cpp, llama.cpp-cpu, vllm, mlx.",
 )
 @click.option(
     "--measure", is_flag=True, help="Run it, too: a GGUF file in llama.cpp, a 16-bit folder in torch."

@@ -70,6 +70,7 @@ RUNTIMES = {
         Runtime("exllamav2", 2048, 8, 2, 0, 6, 6, False, 0, _TORCH, _HALF),
         Runtime("llama.cpp", 512, 20, 4, 0, 12, 4, True, 2, _TORCH, _GGML, embedding=False, latent=True),
         Runtime("llama.cpp-cpu", 512, 20, 4, 0, 12, 4, True, 2, 0, _GGML, latent=True, on_card=False),
+        Runtime("vllm", 0, 0, 0, 0, 0, 0, False, 0, 0, _HALF, bare=True),
         Runtime("mlx", 0, 0, 0, 0, 0, 0, False, 0, 0, _HALF, bare=True),
     )
 }

@@ -77,6 +77,27 @@ def test_weights_are_those_of_the_files_that_are_made(quant: str, tmp_path: Path
     assert made.weights.total < out.stat().st_size
 
 
+@pytest.mark.parametrize(
+    "words", ["mlx --bits 5", "compressed --scheme nvfp4a16", "compressed --scheme fp8-block"]
+)
+def test_weights_are_those_of_the_folders_that_are_made(words: str, tmp_path: Path) -> None:
+    """By their own command, which the table names; and of them weights and cache alone are counted."""
+    command, option, value = words.split()
+    out = tmp_path / "out"
+    done = CliRunner().invoke(cli, [command, "sample:", option, value, "--effort", "off", "-o", str(out)])
+    assert done.exit_code == 0, done.output
+    (made,) = sizes_of(str(out)).types
+    name = f"mlx {value}" if command == "mlx" else value
+    (foretold,) = (one for one in sizes_of("sample:").types if one.type == name)
+    assert made.weights == foretold.weights
+    assert foretold.command.startswith(f"dsconvert {command} sample: {option} {value}")
+    (row,) = found("sample:", "--types", name, "--seq", "1024", "--vram", "24GB")["rows"]
+    assert row["peaks"][0]["bytes"] == made.weights.total + 2 * 2 * 128 * 1024 * 2
+    told = run("sample:", "--types", f"{name},bf16", "--vram", "24GB")
+    assert "weights and cache alone" in told
+    assert "best for 24.00 GiB: bf16" in told
+
+
 def test_weights_of_a_gptq_folder_are_those_of_its_type(tmp_path: Path) -> None:
     """A folder with the tensors of one, all zeros."""
     options = tiny.Tiny(d=128, ff=256)
@@ -144,7 +165,7 @@ def test_a_cache_of_fewer_bits_is_smaller_and_only_where_there_is_one() -> None:
 def test_options_that_make_no_sense_are_said() -> None:
     assert "no type is left" in run("sample:", "--types", "q4_9", code=2)
     assert "'q9' is no type of a cache" in run("sample:", "--cache", "q9", code=2)
-    assert "runtime 'vllm' is unknown" in run("sample:", "--runtime", "vllm", code=2)
+    assert "runtime 'sglang' is unknown" in run("sample:", "--runtime", "sglang", code=2)
     assert "not a list of whole numbers" in run("sample:", "--batch", "0", code=2)
     assert "not a size" in run("sample:", "--vram", "big", code=2)
     assert "5 cards cannot share" in run("sample:", "--gpus", "5", code=2)
