@@ -47,7 +47,7 @@ from converters.gguf.convert import convert
 from converters.gguf.opened import open_file
 from converters.gguf.parse import open_gguf
 from converters.outputs import open_reference
-from dsconvert.decoder import linear_inputs
+from dsconvert.decoder import block_walk, linear_inputs
 from dsconvert.decoder import torch_decoder as st
 from dsconvert.models.weights import WeightSource
 from dsconvert.proof import compare
@@ -140,7 +140,7 @@ def own_losses(given: Given, paths: dict[str, Path]) -> dict[str, dict[str, floa
 
     def groups() -> Iterator[linear_inputs.Group]:
         for index in range(reference.config.layers):
-            yield from linear_inputs.walk(decoder, st.load_block(decoder, index), hidden, fixed=True)
+            yield from block_walk.walk(decoder, st.load_block(decoder, index), hidden, fixed=True)
         if not reference.config.tied:
             yield linear_inputs.measure_head(decoder, hidden, st.read(decoder, st.NORM).to(decoder.dtype))
 

@@ -28,7 +28,7 @@ from held_out import held_out
 
 from converters.outputs import open_output, open_reference
 from dsconvert.cli import cli
-from dsconvert.decoder import linear_inputs
+from dsconvert.decoder import block_walk, linear_inputs
 from dsconvert.decoder import torch_decoder as st
 from dsconvert.proof.sources import Opened, Reference
 from tokenizer_tools.library import ids
@@ -76,7 +76,7 @@ def moments(reference: Reference) -> dict[str, Doubles]:
     decoder = st.open_decoder(reference.source, reference.config, st.pick_device("cpu"), torch.float32)
     hidden, found = linear_inputs.embed(decoder, text.tokens[:WINDOWS]), {}
     for index in range(min(reference.config.layers, BLOCKS)):
-        for group in linear_inputs.walk(decoder, st.load_block(decoder, index), hidden):
+        for group in block_walk.walk(decoder, st.load_block(decoder, index), hidden):
             found |= dict.fromkeys(group.names, group.moment.double().numpy())
     return found
 

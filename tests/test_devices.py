@@ -18,7 +18,7 @@ from defects import L, noisy, zeroed
 from devices import DEVICES
 from random_llama import make, tokens
 
-from dsconvert.decoder import linear_inputs
+from dsconvert.decoder import block_walk, linear_inputs
 from dsconvert.decoder import torch_decoder as st
 from dsconvert.proof import checks, compare, logprob_file
 from dsconvert.proof.block_sample import compare_blocks
@@ -96,7 +96,7 @@ def test_moments_are_those_of_a_cpu(device: str, diagonal: bool) -> None:
     for name in (device, "cpu"):
         decoder = st.open_decoder(source, config, torch.device(name), FLOAT32)
         hidden = linear_inputs.embed(decoder, tokens(config, 5, 48))
-        groups = linear_inputs.walk(decoder, st.load_block(decoder, 0), hidden, diagonal)
+        groups = block_walk.walk(decoder, st.load_block(decoder, 0), hidden, diagonal)
         moments.append([group.moment for group in groups])
         assert all(moment.device.type == name for moment in moments[-1])
         assert hidden.device == CPU  # states wait in host memory

@@ -104,9 +104,9 @@ def describe(job: Job) -> Iterator[Event]:
     elif options.row.bits:
         quant += f", group {options.group_size}" + ("" if options.sym else ", asymmetric")
     yield Planned((str(job.out),), quant, rows, (job.total,), model.checkpoint.nbytes, "as it is")
+    if model.config.experts:
+        yield Warn("transformers will not read this: it fuses experts, and cannot fuse compressed ones")
     if not options.row.bits:
-        if model.config.experts:
-            yield Warn("transformers will not read this: it fuses experts, and cannot fuse compressed ones")
         return
     for runtime, rule in refusing_runtimes(model.shapes, job.schemes).items():
         yield Warn(f"{runtime} will not read this: {rule.partition(': ')[2]}")
@@ -137,9 +137,9 @@ def integer_solver(job: Job) -> SolveOne:
     """Solves a linear in its scheme."""
     factorize = shared_factors()
 
-    def solved(name: str, W: torch.Tensor, H: torch.Tensor) -> Coded:
+    def solved(name: str, W: torch.Tensor, H: torch.Tensor, few: str | None) -> Coded:
         scheme = job.schemes[name]
-        found = solve(W, H, job.options.solver(scheme), factorize)
+        found = solve(W, H, job.options.solver(scheme), factorize, few)
         stem = job.model.linears[name].stem
         parts = packed_of(found, scheme.bits, scheme.sym)
         return found, {f"{stem}.{part}": array for part, array in parts.items()}, found.dequantized()

@@ -15,7 +15,7 @@ from converters.compressed.stated import Weights
 from converters.compressed.stored import KINDS, Linear
 from dsconvert.checkpoints.safetensors_reader import Stored
 from dsconvert.quantization.blocks import Restore
-from dsconvert.quantization.known_inputs import remembering
+from dsconvert.quantization.known_inputs import remembering, untrusted
 from dsconvert.quantization.run import Coded, SolveOne
 
 if TYPE_CHECKING:
@@ -29,13 +29,13 @@ def solver(job: Job) -> SolveOne:
     options, kind = job.options, FED[job.options.scheme]
     inputs_of, together = remembering(options.damp, options.act_order), largest_together(job)
 
-    def solved(name: str, W: torch.Tensor, H: torch.Tensor) -> Coded:
+    def solved(name: str, W: torch.Tensor, H: torch.Tensor, few: str | None) -> Coded:
         import torch
 
         linear = job.model.linears[name]
         whole = GLOBAL in options.row.shapes(*linear.shape)
         by = global_scale(together(name)) if whole else np.float32(1)
-        found = solve(W, inputs_of(H), kind, by, options.mse)
+        found = solve(W, inputs_of(H) if few is None else untrusted(H, few), kind, by, options.mse)
         parts = {"weight_packed": found.nibbles, "weight_scale": found.scales}
         parts |= {GLOBAL: np.array([by])} if whole else {}
         tensors = {f"{linear.stem}.{part}": array for part, array in parts.items()}

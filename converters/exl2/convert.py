@@ -129,7 +129,7 @@ def format_of(job: Job, calibration: Calibration, measured: Measured, choice: Ch
     """What EXL2 adds to the run."""
     factorize = shared_factors()
 
-    def solved(name: str, W: torch.Tensor, H: torch.Tensor) -> Coded:
+    def solved(name: str, W: torch.Tensor, H: torch.Tensor, few: str | None) -> Coded:
         found = solve(W, H, choice.groups[name], job.options.damp, factorize)
         packed = packed_of(found, choice.groups[name])
         return found, packed.tensors(choice.stem(job, name)), found.weight

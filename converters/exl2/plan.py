@@ -13,6 +13,7 @@ from converters.exl2.settings import HEADS, Group, bits_of, groups_for, settings
 from converters.exl2.shapes import HEAD_WEIGHT, check_shapes
 from dsconvert.calibration.request import check_chat
 from dsconvert.checkpoints.output_plan import check_distinct, check_files, look
+from dsconvert.decoder.linear_inputs import check_dense
 from dsconvert.errors import UsageError
 from dsconvert.libraries import TORCH, need
 from dsconvert.models.language_model import Inner
@@ -140,6 +141,7 @@ def prepare(options: Options) -> Job:
     if options.head_bits not in (*HEADS, PLAIN):
         raise UsageError(f"{options.head_bits} bits are not a setting of the head", hint="Use --head-bits 6")
     model, tokenizer = open_model(run, language_only=True)
+    check_dense(model.config, model.checkpoint.folder)
     out = output_folder(run, default_name(options, origin(model.checkpoint.folder, model.config)[1]))
     known = None
     if options.measurement is not None and look(options.measurement) is not None:

@@ -7,7 +7,7 @@ no linear hangs on another. What is finished lies beside the output, for --resum
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -39,7 +39,7 @@ from dsconvert.quantization.known_inputs import DAMP, remembering
 from dsconvert.quantization.linears import Linear, Selection
 from dsconvert.quantization.plan import RunOptions
 from dsconvert.quantization.ranks import Ranks
-from dsconvert.quantization.run import Coded, Run, Solving, begin, solve_blocks
+from dsconvert.quantization.run import Coded, Run, SolveOne, Solving, begin, solve_blocks
 from dsconvert.quantization.run_state import check_state
 from tokenizer_tools.load import TokenizerData
 
@@ -227,12 +227,12 @@ def _passes(feeding: Feeding) -> float:
     return sum(each) / len(kinds)
 
 
-def _solver(feeding: Feeding) -> Callable[[str, torch.Tensor, torch.Tensor], Coded]:
+def _solver(feeding: Feeding) -> SolveOne:
     """Solves a linear for every output; linears with the same inputs share the factor of their H."""
     asked = feeding.job.options.rounds
     inputs_of = remembering()
 
-    def solved(name: str, W: torch.Tensor, H: torch.Tensor) -> Coded:
+    def solved(name: str, W: torch.Tensor, H: torch.Tensor, few: str | None) -> Coded:
         inputs = inputs_of(H)
         # As the file has it that this one is held to.
         importance = feeding.job.importance.get("output.weight") if name == st.HEAD else inputs.importance

@@ -10,7 +10,7 @@ from converters.gptq import pack as packing
 from converters.gptq.opened import open_folder
 from converters.gptq.plan import Job, Options, prepare
 from converters.gptq.settings import quantization_settings
-from converters.gptq.shapes import HEAD_RULE, refusing_runtimes
+from converters.gptq.shapes import EXPERTS_RULE, HEAD_RULE, refusing_runtimes
 from dsconvert.calibration.record import Calibration
 from dsconvert.checkpoints.safetensors_reader import Stored, values
 from dsconvert.checkpoints.safetensors_writer import Piece
@@ -67,6 +67,8 @@ def describe(job: Job) -> Iterator[Event]:
     if bits in (2, 3) or not job.options.sym:
         asym = "" if job.options.sym else " --asym"
         yield Warn(f"for vLLM: dsconvert compressed MODEL_PATH --scheme w{bits}a16{asym}")
+    if model.config.experts:
+        yield Warn(f"transformers will not read this: {EXPERTS_RULE}")
     if job.options.lm_head:
         yield Warn(f"transformers will not read this: {HEAD_RULE}")
 
@@ -75,8 +77,8 @@ def format_of(job: Job, calibration: Calibration) -> Format:
     """What GPTQ adds to the run."""
     model, options, factorize = job.model, job.options, shared_factors()
 
-    def solved(name: str, W: torch.Tensor, H: torch.Tensor) -> Coded:
-        found = solve(W, H, options.solver, factorize)
+    def solved(name: str, W: torch.Tensor, H: torch.Tensor, few: str | None) -> Coded:
+        found = solve(W, H, options.solver, factorize, few)
         return found, packed_of(found, options.bits).tensors(model.linears[name].stem), found.dequantized()
 
     def restored(name: str, stored: Mapping[str, Stored]) -> torch.Tensor:

@@ -15,6 +15,11 @@ GROUP_SIZES = (32, 64, 128, -1)
 RUNTIMES = ("format", "gptqmodel", "exllamav2", "vllm")
 # What transformers (with optimum 2.3) does: it makes quantized linears in the blocks alone.
 HEAD_RULE = "it takes the head in 16 bits only, and would make up one at random"
+# What transformers 5.23 does: it says that tensors are missing, and goes on.
+EXPERTS_RULE = (
+    "it fuses experts, and would make them up at random; gptqmodel's own loader reads experts that are named "
+    "gate_proj, up_proj and down_proj, of classes that it knows"
+)
 # Linears that runtimes fuse into one, by the last part of their names.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 

@@ -80,7 +80,7 @@ def format_of(job: Job, calibration: Calibration) -> Format:
     """What an MLX folder adds to the run."""
     model = job.model
 
-    def solved(name: str, W: torch.Tensor, H: torch.Tensor) -> Coded:
+    def solved(name: str, W: torch.Tensor, H: torch.Tensor, few: str | None) -> Coded:
         found = solve(W, H, solver_options(job, name))
         parts = (found.codes, found.scales, found.biases)
         codes, scales, biases = (part.T.contiguous().cpu().numpy() for part in parts)

@@ -12,6 +12,7 @@ from converters.mlx.pack import stored_shapes
 from converters.mlx.shapes import check_class, check_shapes
 from dsconvert.calibration.request import check_chat
 from dsconvert.checkpoints.safetensors_header import BITS
+from dsconvert.decoder.linear_inputs import check_dense
 from dsconvert.decoder.numpy_decoder import EMBED, HEAD
 from dsconvert.libraries import TORCH, need
 from dsconvert.models.provenance import origin
@@ -123,7 +124,9 @@ def prepare(options: Options) -> Job:
     if options.calibrated:
         need(*TORCH, what="calibration")
         check_chat(run.calibration.chat)
-    model, tokenizer = open_model(run, options.language_only, calibrated=options.calibrated)
+    model, tokenizer = open_model(run, options.language_only)
+    if options.calibrated:
+        check_dense(model.config, model.checkpoint.folder)
     check_class(model, options.language_only)
     model = with_outer(model, options.head_bits != KEPT)
     out = output_folder(run, default_name(options, origin(model.checkpoint.folder, model.config)[1]))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from dsconvert.decoder import linear_inputs
+from dsconvert.decoder import block_walk, linear_inputs
 from dsconvert.decoder import torch_decoder as st
 from dsconvert.decoder.expert_inputs import observe
 from dsconvert.events import Event, Step
@@ -60,7 +60,7 @@ def _walked(
 ) -> None:
     """Take the states through a dense block, in place, and note the inputs of its linears."""
     named = {spec.hf: spec.gguf for spec in specs}
-    for group in linear_inputs.walk(decoder, block, hidden, diagonal=True, fixed=True):
+    for group in block_walk.walk(decoder, block, hidden, diagonal=True, fixed=True):
         # moment = 2/rows * sum of squares
         total = (group.moment.double() * (group.rows / 2)).cpu().numpy().astype(np.float32)
         for name in group.names:

@@ -1,4 +1,4 @@
-"""Walks a decoder over calibration windows: what the inputs of its linears look like, block by block.
+"""What the inputs of a decoder's linears look like on calibration windows: their moments, batch by batch.
 
 The states of the text between blocks stay in host memory; a batch of windows at a time visits the device.
 Where weights are replaced on the way, the last linear of attention and of the MLP runs after its inputs were
@@ -8,7 +8,7 @@ not twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -17,44 +17,48 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dsconvert.decoder import torch_decoder as st
-from dsconvert.decoder.experts import attention
 from dsconvert.errors import CheckpointError, QuantizationError
 from dsconvert.machine import free_memory
-from dsconvert.models.architectures import find_architecture
 from dsconvert.models.config import ModelConfig
-from dsconvert.models.tensor_table import expand
 
 if TYPE_CHECKING:
     import torch
 
 Run = Callable[["torch.Tensor"], "torch.Tensor"]
-Use = Callable[[slice, "torch.Tensor"], None]
+Use = Callable[[slice, "torch.Tensor"], None]  # is given windows, and what is made of them
+Linears = Mapping[str, "torch.nn.Linear"]
 KEPT = 1 / 4  # of the free memory, at the most, for what a last linear is given
 WIDTH = 256  # rows of a moment that are computed at once
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Linears of one block that share their input X [rows, K].
+    """Linears of one block, by the names of their weights, that share their input X [rows, K].
 
     `moment` is 2/rows X^T X in float32 [K, K], the Hessian of the squared error of a linear's output, or
-    its diagonal [K].
+    its diagonal [K]; zeros without rows. `routed` says that X are the tokens of one expert.
     """
 
-    names: tuple[str, ...]
+    linears: Linears
     moment: torch.Tensor
     rows: int
+    routed: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the weights."""
+        return tuple(self.linears)
 
 
 def check_dense(config: ModelConfig, where: object = None) -> None:
-    """Raise CheckpointError for a model with experts or latent attention, whose linears no walk reaches."""
+    """Raise CheckpointError for a model with experts or latent attention; some files are for dense ones."""
     found = "experts" if config.experts else "latent attention" if config.latent else ""
     if found:
         raise CheckpointError(
-            f"{config.architecture} has {found}, whose linears are not calibrated",
+            f"{config.architecture} has {found}, for which error feedback is not made here",
             where=where,
-            why="GPTQ and EXL2 are made of dense models only",
-            hint="dsconvert gguf MODEL -q q4_k_m converts it, also with an importance matrix (--calib c4)",
+            why="EXL2, calibrated MLX, and --solver gptq and --bpw of GGUF are made of dense models only",
+            hint="dsconvert gptq quantizes it; dsconvert gguf takes --calib c4 for an importance matrix",
         )
 
 
@@ -76,60 +80,22 @@ def embed(decoder: st.Decoder, windows: st.IntArray) -> torch.Tensor:
     return st.embed(torch.cat(rows), places.reshape(windows.shape), decoder.dtype)
 
 
-def groups(decoder: st.Decoder, index: int) -> list[tuple[str, ...]]:
-    """The weights of a block's linears in solve order, those with the same input together.
-
-    Raises CheckpointError for a model that is not dense.
-    """
-    check_dense(decoder.config)
-    here = set(decoder.blocks[index].values())
-    architecture = find_architecture(decoder.config.architecture)
-    specs = expand(architecture.table, decoder.config)
-    own = [
-        (name, spec.role)
-        for spec in specs
-        for name in spec.names
-        if name in here and name.endswith(".weight")
-    ]
-    return [tuple(name for name, of in own if of == role) for role in architecture.groups]
-
-
-def walk(
-    decoder: st.Decoder, block: st.Block, hidden: torch.Tensor, diagonal: bool = False, fixed: bool = False
-) -> Iterator[Group]:
-    """Take the states [n, length, d] through a block, in place, giving each group of linears on the way.
-
-    A weight that the caller changes in `block` before it takes the next group counts from there on, as
-    GPTQ asks for; with `fixed` it changes none, and every linear runs once. Raises QuantizationError that
-    names the linear whose inputs are not finite.
-    """
-    qkv, o, gate_up, down = groups(decoder, block.index)
-    module = block.module
-    yield _measured(decoder, hidden, qkv, module.input_layernorm, diagonal)
-    yield from _last(decoder, hidden, o, block.linears[o[0]], _attention(decoder, block), diagonal, fixed)
-    yield _measured(decoder, hidden, gate_up, module.post_attention_layernorm, diagonal)
-    yield from _last(decoder, hidden, down, block.linears[down[0]], _mlp(block), diagonal, fixed)
-
-
-def _last(
+def last(
     decoder: st.Decoder,
     hidden: torch.Tensor,
-    names: tuple[str, ...],
-    linear: torch.nn.Linear,
+    linears: Linears,
     run: Run,
+    add: Use,
     diagonal: bool,
     fixed: bool,
 ) -> Iterator[Group]:
-    """Give the group of the `linear` that ends `run`; then hidden += run(hidden)."""
+    """Give the group of the linear that ends `run`; `add` is then given what `run` makes of the states."""
     import torch
 
-    given = _input_of(linear, run)
-
-    def add(rows: slice, X: torch.Tensor) -> None:
-        hidden[rows] = (hidden[rows].to(X.device) + linear(X)).to(hidden.device)
-
+    (linear,) = linears.values()
+    given = input_of(linear, run)
     if fixed:
-        yield _measured(decoder, hidden, names, given, diagonal, add)
+        yield measured(decoder, hidden, linears, given, diagonal, lambda rows, X: add(rows, linear(X)))
         return
     fit = room(decoder, hidden.shape[0], hidden.shape[1], linear.in_features)
     kept = hidden.new_empty((fit, hidden.shape[1], linear.in_features))
@@ -138,12 +104,12 @@ def _last(
         if rows.stop <= fit:
             kept[rows] = X
 
-    yield _measured(decoder, hidden, names, given, diagonal, keep)
+    yield measured(decoder, hidden, linears, given, diagonal, keep)
     with torch.no_grad():
         for rows in st.batches(decoder, *hidden.shape[:2]):
             if rows.stop <= fit:
-                add(rows, kept[rows])
-    _add(decoder, hidden, run, after=fit)
+                add(rows, linear(kept[rows]))
+    added(decoder, hidden, run, add, after=fit)
 
 
 def room(decoder: st.Decoder, windows: int, length: int, inputs: int) -> int:
@@ -160,32 +126,17 @@ def measure_head(
 
     Raises QuantizationError where it is not finite.
     """
-    return _measured(decoder, hidden, (st.HEAD,), lambda x: st.normed(decoder, norm, x), diagonal)
+    import torch
 
-
-def advance(decoder: st.Decoder, block: st.Block, hidden: torch.Tensor) -> None:
-    """Take the states through a block, in place, to the very bits that `walk` leaves."""
-    _add(decoder, hidden, _attention(decoder, block))
-    _add(decoder, hidden, _mlp(block))
-
-
-def _attention(decoder: st.Decoder, block: st.Block) -> Run:
-    return lambda x: attention(decoder, block, x)
-
-
-def _mlp(block: st.Block) -> Run:
-    def run(x: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = block.module.mlp(block.module.post_attention_layernorm(x))
-        return result
-
-    return run
+    head = torch.nn.Linear(hidden.shape[-1], decoder.config.vocab_size, bias=False, device="meta")
+    return measured(decoder, hidden, {st.HEAD: head}, lambda x: st.normed(decoder, norm, x), diagonal)
 
 
 class _Reached(Exception):
     """Ends a run at the linear whose inputs were asked for."""
 
 
-def _input_of(linear: torch.nn.Linear, run: Run) -> Run:
+def input_of(linear: torch.nn.Linear, run: Run) -> Run:
     """What `linear` is given while `run` runs; it is not computed itself."""
 
     def watched(x: torch.Tensor) -> torch.Tensor:
@@ -206,23 +157,24 @@ def _input_of(linear: torch.nn.Linear, run: Run) -> Run:
     return watched
 
 
-def _add(decoder: st.Decoder, hidden: torch.Tensor, run: Run, after: int = 0) -> None:
-    """hidden += run(hidden), a batch of windows at a time, of those that end `after` so many windows."""
+def added(decoder: st.Decoder, hidden: torch.Tensor, run: Run, add: Use, after: int = 0) -> None:
+    """Give `add` what `run` makes of the states, a batch of windows at a time, of those that end `after` so
+    many windows.
+    """
     import torch
 
     with torch.no_grad():
         for rows in st.batches(decoder, hidden.shape[0], hidden.shape[1]):
             if rows.stop > after:
-                x = hidden[rows].to(decoder.device)
-                hidden[rows] = (x + run(x)).to(hidden.device)
+                add(rows, run(hidden[rows].to(decoder.device)))
 
 
-def _measured(
+def measured(
     decoder: st.Decoder,
     hidden: torch.Tensor,
-    names: tuple[str, ...],
+    linears: Linears,
     inputs: Run,
-    diagonal: bool,
+    diagonal: bool = False,
     use: Use | None = None,
 ) -> Group:
     """The moment as a running mean: no sum grows with the number of tokens, so float32 is enough.
@@ -231,29 +183,27 @@ def _measured(
     """
     import torch
 
-    moment, seen = None, 0
+    K = next(iter(linears.values())).in_features
+    moment, seen = torch.zeros((K,) if diagonal else (K, K), device=decoder.device), 0
     with torch.no_grad():
         for rows in st.batches(decoder, hidden.shape[0], hidden.shape[1]):
             given = inputs(hidden[rows].to(decoder.device))
-            X = given.flatten(0, 1)
-            if moment is None:
-                moment = torch.zeros(X.shape[1:] if diagonal else X.shape[1:] * 2, device=X.device)
+            X = given.flatten(0, -2)
             seen += len(X)
             _take_in(moment, X, len(X) / seen)
             if use is not None:
                 use(rows, given)
-    assert moment is not None  # windows are checked when they are embedded
     if moment.ndim == 2:
         for i in range(0, len(moment), WIDTH):
             moment[:i, i : i + WIDTH] = moment[i : i + WIDTH, :i].T
     if not st.finite(moment):
         raise QuantizationError(
             "is given inputs that are not finite numbers",
-            where=names[0],
+            where=next(iter(linears)),
             why="The checkpoint itself computes NaN or infinity on the calibration text",
             hint="Look for damaged weights with `dsconvert inspect`, or fetch the checkpoint again",
         )
-    return Group(names, moment, seen)
+    return Group(linears, moment, seen)
 
 
 def _take_in(moment: torch.Tensor, X: torch.Tensor, share: float) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import TYPE_CHECKING
 
-from dsconvert.decoder import linear_inputs
+from dsconvert.decoder import block_walk, linear_inputs
 from dsconvert.decoder import torch_decoder as st
 from dsconvert.errors import QuantizationError
 from dsconvert.events import Event, Step
@@ -39,7 +39,7 @@ def sensitivities(
     yield Step(f"sensitivity: {windows.size} tokens forward and back through {decoder.config.layers} blocks")
     for index in range(decoder.config.layers):
         before.append(hidden.clone())
-        linear_inputs.advance(decoder, st.load_block(decoder, index), hidden)
+        block_walk.advance(decoder, st.load_block(decoder, index), hidden)
         if not st.finite(hidden):
             raise _broken(f"model.layers.{index}", "gives states that are not finite numbers")
     generator = torch.Generator(decoder.device).manual_seed(seed)

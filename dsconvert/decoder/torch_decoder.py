@@ -166,10 +166,10 @@ def check_ids(windows: IntArray, vocab: int) -> None:
         )
 
 
-def load_block(decoder: Decoder, index: int) -> Block:
-    """Read and assemble one decoder layer."""
+def load_block(decoder: Decoder, index: int, load: Load | None = None) -> Block:
+    """Read and assemble one decoder layer; `load` as for `assemble_block`."""
     weights = {name: read_as_run(decoder, name) for name in decoder.blocks[index].values()}
-    return assemble_block(decoder, index, weights)
+    return assemble_block(decoder, index, weights, load)
 
 
 def as_run(decoder: Decoder, name: str, weight: torch.Tensor) -> torch.Tensor:

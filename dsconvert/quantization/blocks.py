@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from dsconvert.checkpoints.safetensors_reader import Stored
 from dsconvert.checkpoints.safetensors_writer import Piece, from_bytes, from_stored
-from dsconvert.decoder import linear_inputs
+from dsconvert.decoder import block_walk, linear_inputs
 from dsconvert.decoder import torch_decoder as st
+from dsconvert.decoder.linear_inputs import Group
 from dsconvert.errors import ConversionError
-from dsconvert.events import Event, Step, TensorDone
+from dsconvert.events import Event, Step
 from dsconvert.machine import give_back
-from dsconvert.quantization import forecast
+from dsconvert.quantization import few_tokens, forecast
 from dsconvert.quantization.forecast import Text
 from dsconvert.quantization.ranks import ALONE, Ranks
 from dsconvert.quantization.run_state import State
@@ -24,8 +27,8 @@ if TYPE_CHECKING:
 # A linear quantized: the output's tensors, a record of it, and the weights [N, K] that take its place in what
 # the linears behind it are given, None where it stays as it is.
 Solution = tuple[dict[str, Piece], dict[str, Any], "torch.Tensor | None"]
-# Quantizes the linear of this name, given its weight [N, K] in float32 and its Hessian [K, K].
-Solve = Callable[[str, "torch.Tensor", "torch.Tensor"], Generator[Event, None, Solution]]
+# Quantizes the linear of this name, given its weight [N, K] in float32 and the group with its Hessian [K, K].
+Solve = Callable[[str, "torch.Tensor", Group], Generator[Event, None, Solution]]
 # The weights [N, K] that a finished block's tensors stand for, of the linear of this name: to the bit what
 # `Solve` gave for them.
 Restore = Callable[[str, Mapping[str, Stored]], "torch.Tensor"]
@@ -77,6 +80,7 @@ def quantize_blocks(
             )
             took.append(time.monotonic() - started)
             left = forecast.left(ahead, took)
+            yield from few_tokens.told(decoder.experts[index], f"block {index + 1}", linears, against)
             yield Step(summary(f"block {index + 1} of {layers}", linears, took[-1], against, left))
     if head:
         started = time.monotonic()
@@ -89,12 +93,15 @@ def _pass_finished(
     decoder: st.Decoder, index: int, hidden: torch.Tensor, state: State, restore: Restore | None
 ) -> None:
     """Take the states through a block that is finished."""
-    block = st.load_block(decoder, index)
-    if restore is not None:
+    if restore is None:
+        block = st.load_block(decoder, index)
+    else:
         stored = state.tensors(index)
-        for name in (name for group in linear_inputs.groups(decoder, index) for name in group):
-            _put(decoder, block, name, restore(name, stored))
-    linear_inputs.advance(decoder, block, hidden)
+        block = st.load_block(decoder, index, lambda name: _own(decoder, restore(name, stored)))
+        for name in (name for group in block_walk.groups(decoder, index) for name in group):
+            if name in block.linears:  # else an expert's, which is read when it runs
+                _put(decoder, block.linears[name], restore(name, stored))
+    block_walk.advance(decoder, block, hidden)
 
 
 def _quantize_block(
@@ -114,14 +121,14 @@ def _quantize_block(
         block = st.load_block(decoder, index)
     pieces: dict[str, Piece] = {}
     linears: list[dict[str, Any]] = []
-    walk = linear_inputs.walk(decoder, block, hidden, fixed=not sequential)
-    for names, moment in measured(walk, ranks):
-        for name, owner, solution in (yield from _solve_group(decoder, names, moment, solve, ranks)):
+    walk = block_walk.walk(decoder, block, hidden, fixed=not sequential)
+    for group in measured(walk, ranks):
+        for name, owner, solution in (yield from _solve_group(decoder, group, solve, ranks)):
             found, record, weight = solution
             if weight is not None:
-                _put(decoder, block, name, weight)
+                _put(decoder, group.linears[name], weight)
             if sequential:
-                ranks.send(_weight(block, name), owner)
+                ranks.send(group.linears[name].weight, owner)
             pieces |= found
             linears.append(record)
     with ranks.together():
@@ -130,30 +137,33 @@ def _quantize_block(
     return linears
 
 
-def measured(
-    groups: Iterator[linear_inputs.Group], ranks: Ranks
-) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
-    """The names and the Hessian of each group: of all windows, where each of `ranks` has seen its share."""
+def measured(groups: Iterator[Group], ranks: Ranks) -> Iterator[Group]:
+    """Each group with the Hessian and the rows of all windows, where each of `ranks` has seen its share."""
     while True:
         with ranks.together():
             group = next(groups, None)
         if group is None:
             return
-        yield group.names, ranks.mean(group.moment, group.rows)
+        yield _of_all(group, ranks)
+
+
+def _of_all(group: Group, ranks: Ranks) -> Group:
+    moment, rows = ranks.mean(group.moment, group.rows)
+    return replace(group, moment=moment, rows=rows)
 
 
 def _solve_group(
-    decoder: st.Decoder, names: tuple[str, ...], moment: torch.Tensor, solve: Solve, ranks: Ranks
+    decoder: st.Decoder, group: Group, solve: Solve, ranks: Ranks
 ) -> Generator[Event, None, list[tuple[str, int, Solution]]]:
     """The linears of a group with who solved them; weights are None where another process did."""
     own: dict[str, tuple[Solution, list[Event]]] = {}
     with ranks.together():
-        for index, name in enumerate(names):
+        for index, name in enumerate(group.names):
             if ranks.owner(index) == ranks.rank:
                 give_back()
-                own[name] = yield from _noted(_named(name, solve(name, st.read(decoder, name), moment)))
+                own[name] = yield from _noted(_named(name, solve(name, st.read(decoder, name), group)))
     found: list[tuple[str, int, Solution]] = []
-    for index, name in enumerate(names):
+    for index, name in enumerate(group.names):
         owner = ranks.owner(index)
         if ranks.count == 1:
             found.append((name, owner, own[name][0]))
@@ -179,11 +189,11 @@ def _quantize_head(
     with ranks.together():
         norm = st.read(decoder, st.NORM).to(decoder.dtype)
         own = linear_inputs.measure_head(decoder, hidden, norm)
-    moment = ranks.mean(own.moment, own.rows)
+    group = _of_all(own, ranks)
     records: list[dict[str, Any]] = []
     with ranks.together():
         if ranks.first:
-            solving = solve(st.HEAD, st.read(decoder, decoder.head), moment)
+            solving = solve(st.HEAD, st.read(decoder, decoder.head), group)
             pieces, record, _ = yield from _named(st.HEAD, solving)
             state.save(decoder.config.layers, pieces, {"linears": [record]})
             records.append(record)
@@ -212,17 +222,17 @@ def _named(name: str, solving: Generator[Event, None, Solution]) -> Generator[Ev
         raise type(error)(error.what, where=error.where or name, why=error.why, hint=error.hint) from None
 
 
-def _put(decoder: st.Decoder, block: st.Block, name: str, weight: torch.Tensor) -> None:
-    """Put a linear's weights in their place, in torch's own alignment: equal weights give equal products."""
+def _put(decoder: st.Decoder, linear: torch.nn.Linear, weight: torch.Tensor) -> None:
+    """Put a linear's weights in their place."""
+    linear.weight.data = _own(decoder, weight)
+
+
+def _own(decoder: st.Decoder, weight: torch.Tensor) -> torch.Tensor:
+    """Weights as the decoder runs them, in torch's own alignment: equal weights give equal products."""
     import torch
 
     own = torch.empty(weight.shape, dtype=decoder.dtype, device=decoder.device)
-    _weight(block, name).data = own.copy_(weight)
-
-
-def _weight(block: st.Block, name: str) -> torch.Tensor:
-    """The weight that a linear computes with."""
-    return block.linears[name].weight
+    return own.copy_(weight)
 
 
 def collected(state: State) -> tuple[dict[str, Piece], dict[str, str]]:
@@ -238,11 +248,12 @@ def collected(state: State) -> tuple[dict[str, Piece], dict[str, str]]:
     return pieces, fell_back
 
 
-def progress(nbytes: Mapping[str, int], name: str, kind: str) -> TensorDone:
-    """How far a run is that has just finished the linear `name`, counted in bytes of the output's linears."""
-    order = list(nbytes)
-    done = sum(nbytes[other] for other in order[: order.index(name) + 1])
-    return TensorDone(name, kind, nbytes[name], done, sum(nbytes.values()))
+def running(decoder: st.Decoder, nbytes: Mapping[str, int]) -> dict[str, int]:
+    """How many bytes of the output's linears there are up to each of them, in the order of the walk."""
+    blocks = range(decoder.config.layers)
+    order = [name for index in blocks for group in block_walk.groups(decoder, index) for name in group]
+    names = dict.fromkeys([*(name for name in order if name in nbytes), *nbytes])
+    return dict(zip(names, accumulate(nbytes[name] for name in names), strict=True))
 
 
 def summary(what: str, linears: list[dict[str, Any]], seconds: float, against: str, left: float = 0.0) -> str:

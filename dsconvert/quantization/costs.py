@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dsconvert.decoder import linear_inputs
+from dsconvert.decoder import block_walk
 from dsconvert.decoder import torch_decoder as st
 from dsconvert.decoder.linear_inputs import Group
 from dsconvert.decoder.sensitivity import sensitivities
@@ -64,10 +64,10 @@ def measure_blocks(
         block = st.load_block(decoder, index)
         if index < len(known):
             found |= known[index]
-            linear_inputs.advance(decoder, block, hidden)
+            block_walk.advance(decoder, block, hidden)
             continue
         own: dict[str, Cost] = {}
-        walks = (linear_inputs.walk(decoder, block, part, fixed=True) for part in parts)
+        walks = (block_walk.walk(decoder, block, part, fixed=True) for part in parts)
         for place, groups in enumerate(zip(*walks, strict=True)):  # so that each walk comes to its end
             own |= cost_of(place, groups[0], groups[-1])
         keep(index, own)

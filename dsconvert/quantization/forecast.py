@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from dsconvert.decoder import linear_inputs
+from dsconvert.decoder import block_walk, linear_inputs
 from dsconvert.decoder import torch_decoder as st
 
 if TYPE_CHECKING:
@@ -53,9 +53,9 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Text:
-    """The calibration windows that a process sees, and how its walk goes: see `linear_inputs.walk`."""
+    """The calibration windows that a process sees, and how its walk goes: see `block_walk.walk`."""
 
-    windows: int
+    windows: float
     length: int
     fixed: bool
 
@@ -100,16 +100,27 @@ def foretell(
     `finished` blocks only run.
     """
     speed, shapes = measure_speed(decoder), decoder.source.shapes()
-    found = []
+    found, share = [], _share(decoder, text)
     for index in range(decoder.config.layers):
-        groups = [[shapes[name] for name in names] for names in linear_inputs.groups(decoder, index)]
         attention = 2.0 * text.windows * text.length**2 * decoder.config.hidden_size
-        parts = [group_seconds(decoder, group, text, speed, passes) for group in groups]
+        seen = dict.fromkeys((name for names in decoder.experts[index] for name in names), share)
+        parts = [
+            group_seconds(decoder, [shapes[name] for name in names], seen.get(names[0], text), speed, passes)
+            for names in block_walk.groups(decoder, index)
+        ]
         block = _sum([Seconds(run=attention / speed.runs), *parts])
         found.append(block if index >= finished else Seconds(run=block.run))
     if head:
         found.append(group_seconds(decoder, [shapes[decoder.head]], replace(text, fixed=True), speed, passes))
     return found
+
+
+def _share(decoder: st.Decoder, text: Text) -> Text:
+    """The windows that an expert sees, all seeing as much."""
+    experts = decoder.config.experts
+    if experts is None:
+        return text
+    return replace(text, windows=text.windows * experts.used / experts.count)
 
 
 def group_seconds(
@@ -121,7 +132,8 @@ def group_seconds(
     again = 0.0
     if not text.fixed and len(shapes) > 1:  # of the linears before a last one, where its inputs are not kept
         given = max(outputs for outputs, _ in shapes)
-        again = 1 - linear_inputs.room(decoder, text.windows, text.length, given) / text.windows
+        fit = linear_inputs.room(decoder, int(text.windows) + 1, text.length, given)
+        again = max(0.0, 1 - fit / text.windows)
     walk = passes * weights * (inputs / speed.products + 1 / speed.loops)
     return Seconds(
         run=2.0 * weights * tokens * (1 + again) / speed.runs,

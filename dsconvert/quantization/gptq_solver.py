@@ -100,19 +100,23 @@ def solve(
     H: torch.Tensor,
     options: SolverOptions,
     factorize: error_feedback.Factorize = error_feedback.factorize,
+    few: str | None = None,
 ) -> Solved:
     """Quantize W [N, K] so that tr((W-Q) H (W-Q)^T) is small, for H [K, K] = 2/n X^T X of its inputs.
 
     Both on one device and in one floating-point type, float32 as a rule; neither is changed. Inputs that
     were never active (H_ii = 0) get weight 0. Damping grows tenfold, twice at the most, where H is not
     positive definite; then, or where H is not finite, or where the result is no better, the codes are
-    those of round-to-nearest and `fell_back` says so. `factorize` may be `error_feedback.shared_factors()`.
-    Raises QuantizationError for weights that are not finite or too large, UsageError for shapes or options
-    that make no sense.
+    those of round-to-nearest and `fell_back` says so; they are, too, where `few` says why H is worth little.
+    `factorize` may be `error_feedback.shared_factors()`. Raises QuantizationError for weights that are not
+    finite or too large, UsageError for shapes or options that make no sense.
     """
     _check(W, H, options)
     if not finite(H):
         return _plain(round_to_nearest(W, options), math.nan, "the Hessian is not finite")
+    if few:
+        rounded, error = _nearest(W.T.contiguous(), options, None)
+        return _plain(rounded, error_feedback.loss(error, H), few)
     dead = H.diagonal() == 0
     if bool(dead.all()):
         return _plain(round_to_nearest(W, options), 0.0, "no input of this linear was ever active")

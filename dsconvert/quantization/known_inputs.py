@@ -50,6 +50,15 @@ def measured(H: torch.Tensor, damp: float = DAMP, by_activity: bool = True) -> I
     return Inputs(H, columns, dead, importance, factor, why)
 
 
+def untrusted(H: torch.Tensor, why: str) -> Inputs:
+    """What is left of an H of too few inputs: what an importance matrix says, ones where none came."""
+    diagonal = H.diagonal()
+    importance = (diagonal.double() / 2).float().cpu().numpy()
+    if not importance.any():
+        importance = np.ones_like(importance)
+    return Inputs(H, diagonal.argsort(descending=True, stable=True), diagonal == 0, importance, None, why)
+
+
 def remembering(damp: float = DAMP, by_activity: bool = True) -> Callable[[torch.Tensor], Inputs]:
     """As `measured`, and the same again for the H that was asked for last."""
     seen: list[tuple[torch.Tensor, Inputs]] = []

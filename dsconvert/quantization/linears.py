@@ -10,7 +10,6 @@ from typing import Any
 from dsconvert.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from dsconvert.checkpoints.locate import ModelPath
 from dsconvert.checkpoints.safetensors_writer import from_stored
-from dsconvert.decoder import linear_inputs
 from dsconvert.errors import UsageError
 from dsconvert.models.architectures import find_architecture
 from dsconvert.models.config import ModelConfig
@@ -74,16 +73,12 @@ class Selection:
         return {name: linear.shape for name, linear in self.linears.items()}
 
 
-def select(
-    model: str | ModelPath, language_only: bool, head: bool = False, calibrated: bool = True
-) -> Selection:
+def select(model: str | ModelPath, language_only: bool, head: bool = False) -> Selection:
     """Open a checkpoint and match it with its table both ways; reads no weights.
 
     With `language_only` the language model of a bigger model is taken out of it; else DeepSeek-VL comes out
     in transformers' layout, whatever layout it has. With `head` the head is among the linears, the last of
-    them. Without `calibrated` experts and the inner matrices of latent attention are linears too. Raises what
-    `open_checkpoint` and `plan` raise, UsageError for a head that is the embedding, CheckpointError where a
-    model with experts is to be `calibrated`.
+    them. Raises what `open_checkpoint` and `plan` raise, UsageError for a head that is the embedding.
     """
     checkpoint, vision = open_checkpoint(model), None
     outer = checkpoint.config
@@ -93,8 +88,6 @@ def select(
     specs = plan(architecture.table, outer, checkpoint.shapes())
     checkpoint.check_readable(name for spec in specs for name in spec.names)
     source, config = language_model(checkpoint, outer)
-    if calibrated:
-        linear_inputs.check_dense(config, checkpoint.folder)
     own = {spec.gguf: spec.names for spec in plan(architecture.decoder.table, config, source.shapes())}
     inside = {name: n for spec in specs for name, n in zip(spec.names, own[spec.gguf], strict=True)}
     whole = architecture.mount is None or not language_only

@@ -72,14 +72,12 @@ class Job(Protocol):
         ...
 
 
-def open_model(
-    run: RunOptions, language_only: bool, head: bool = False, calibrated: bool = True
-) -> tuple[Selection, TokenizerData]:
+def open_model(run: RunOptions, language_only: bool, head: bool = False) -> tuple[Selection, TokenizerData]:
     """What is quantized and what is kept, with the configs of its layout, and the model's tokenizer.
 
     The options are those of `select`. Raises what opening a checkpoint and its tokenizer raises.
     """
-    model = select(run.model, language_only, head, calibrated)
+    model = select(run.model, language_only, head)
     folder = model.checkpoint.folder
     check_companions(folder)
     tokenizer = load_tokenizer(folder, model.config.vocab_size, run.add_bos)

@@ -75,19 +75,19 @@ class Ranks:
         """The process that does the job of this number."""
         return index % self.count
 
-    def mean(self, own: torch.Tensor, weight: int) -> torch.Tensor:
-        """The mean of every process's tensor, in place, each counted `weight` times."""
+    def mean(self, own: torch.Tensor, weight: int) -> tuple[torch.Tensor, int]:
+        """The mean of every process's tensor, in place, counted `weight` times, and the sum of weights."""
         if self.count == 1:
-            return own
+            return own, weight
         import torch
         from torch import distributed
 
         with _alive():
             total = torch.tensor([float(weight)], dtype=torch.float64)
             distributed.all_reduce(total)
-            own.mul_(weight / float(total))
+            own.mul_(weight / max(1.0, float(total)))
             distributed.all_reduce(own)
-        return own
+        return own, int(total)
 
     def send(self, tensor: torch.Tensor, owner: int) -> None:
         """Overwrite every process's `tensor` with the owner's."""

@@ -21,10 +21,12 @@ from dsconvert.calibration.request import calibrate
 from dsconvert.checkpoints.safetensors_writer import Piece, from_array
 from dsconvert.checkpoints.source_files import check_unchanged
 from dsconvert.decoder import torch_decoder as st
-from dsconvert.events import Event, Finished, Step, Warn
+from dsconvert.decoder.linear_inputs import Group
+from dsconvert.events import Event, Finished, Step, TensorDone, Warn
 from dsconvert.proof.sources import Opened, StoredTensors
 from dsconvert.proof.text import default_windows
-from dsconvert.quantization.blocks import Restore, Solution, collected, progress, quantize_blocks
+from dsconvert.quantization.blocks import Restore, Solution, collected, quantize_blocks, running
+from dsconvert.quantization.few_tokens import too_few
 from dsconvert.quantization.linears import model_digest
 from dsconvert.quantization.plan import Job
 from dsconvert.quantization.proof import prove_folder
@@ -74,8 +76,9 @@ class Solved(Protocol):
 # A linear solved: how it went, the output's tensors, and the weights [N, K] that these stand for; None for
 # them where the blocks behind are given what the checkpoint's own give (`Solving.restore`).
 Coded = tuple[Solved, Mapping[str, npt.NDArray[Any]], "torch.Tensor | None"]
-# Solves the linear of this name, given its weight W [N, K] and Hessian H [K, K].
-SolveOne = Callable[[str, "torch.Tensor", "torch.Tensor"], Coded]
+# Solves the linear of this name, given its weight W [N, K] and Hessian H [K, K]; without error feedback where
+# a reason is given, too.
+SolveOne = Callable[[str, "torch.Tensor", "torch.Tensor", str | None], Coded]
 
 
 @dataclass(frozen=True)
@@ -83,10 +86,10 @@ class Solving:
     """What a format solves of a model, and how.
 
     `settings` name what each linear becomes, `nbytes` are its bytes in the output; both in the order of the
-    blocks, and the head last where it is quantized (`head`). `solve` takes a linear's name, weight W [N, K]
-    and Hessian H [K, K]; `restore` returns the weights of a block that is finished, and is None where every
-    H is that of the checkpoint's own inputs. `against` names what is rounded without feedback. `passes` is
-    how much work a solve is, by which the time of a run is foretold: see forecast.foretell.
+    blocks, and the head last where it is quantized (`head`). `restore` returns the weights of a block that is
+    finished, and is None where every H is that of the checkpoint's own inputs. `against` names what is
+    rounded without feedback. `passes` is how much work a solve is, by which the time of a run is foretold:
+    see forecast.foretell.
     """
 
     settings: Mapping[str, str]
@@ -207,16 +210,21 @@ def identity(job: Job, calibration: Calibration, decoder: st.Decoder, ranks: Ran
 def solve_blocks(run: Run, chosen: Solving) -> Generator[Event, None, None]:
     """Quantize every block that the state does not hold yet, then the head where the format says so."""
 
-    def solve(name: str, W: torch.Tensor, H: torch.Tensor) -> Generator[Event, None, Solution]:
-        started = time.monotonic()
-        solved, tensors, weight = chosen.solve(name, W, H)
+    reached = running(run.decoder, chosen.nbytes)
+
+    def solve(name: str, W: torch.Tensor, group: Group) -> Generator[Event, None, Solution]:
+        started, few = time.monotonic(), too_few(group)
+        solved, tensors, weight = chosen.solve(name, W, group.moment, few)
         figures = (solved.loss, solved.rtn_loss, solved.damp, solved.dead, solved.fell_back)
         event = LinearSolved(name, chosen.settings[name], *figures, time.monotonic() - started)
         yield event
-        yield progress(chosen.nbytes, name, chosen.settings[name])
-        if solved.fell_back:
+        nbytes = (chosen.nbytes[name], reached[name], sum(chosen.nbytes.values()))
+        yield TensorDone(name, chosen.settings[name], *nbytes)
+        if solved.fell_back and not few:  # of those it is said once for a block
             yield Warn(f"{name} is left to {chosen.against}: {solved.fell_back}")
         record = {key: value for key, value in event.as_dict().items() if key != "seconds"}
+        if few:
+            record["tokens"] = group.rows
         return {tensor: from_array(array) for tensor, array in tensors.items()}, record, weight
 
     rest = (chosen.restore, chosen.head, run.ranks, chosen.against, chosen.passes)

@@ -23,20 +23,6 @@ torch = pytest.importorskip("torch")
 IDS = np.random.default_rng(3).integers(20, 1900, (2, 48))
 
 
-def given(model: Any) -> dict[str, Any]:
-    """What each module of transformers' model was given, by its name, and what the queries were."""
-    seen: dict[str, Any] = {}
-
-    def keep(name: str) -> Any:
-        return lambda module, args, output: seen.update({name: (args, output)})
-
-    for name, module in model.named_modules():
-        module.register_forward_hook(keep(name))
-    with torch.no_grad():
-        model(torch.from_numpy(IDS))
-    return seen
-
-
 @pytest.mark.parametrize("name", ["v2", "v32", "qwen3moe"])
 def test_the_sums_are_those_of_the_squared_inputs(name: str, tmp_path: Path) -> None:
     from dsconvert.checkpoints.checkpoint import open_checkpoint
@@ -46,7 +32,7 @@ def test_the_sums_are_those_of_the_squared_inputs(name: str, tmp_path: Path) -> 
         open_checkpoint(folder), load_config(folder), torch.device("cpu"), torch.float32
     )
     found = result(importance.measure_importance(decoder, IDS))
-    seen, last = given(tiny_experts.random_model(name)), decoder.config.layers - 1
+    seen, last = tiny_experts.given(tiny_experts.random_model(name), IDS), decoder.config.layers - 1
     at, block = f"model.layers.{last}.", f"blk.{last}."
 
     def same(tensor: str, x: Any) -> None:

@@ -11,7 +11,7 @@ import random_llama
 import torch
 from decoders import CPU, inputs_of, opened
 
-from dsconvert.decoder import linear_inputs
+from dsconvert.decoder import block_walk, linear_inputs
 from dsconvert.decoder import torch_decoder as st
 from dsconvert.errors import QuantizationError, UsageError
 
@@ -34,7 +34,7 @@ def test_moments_are_those_of_the_inputs_that_transformers_gives(
     for index in range(decoder.config.layers):
         block = st.load_block(decoder, index)
         names = []
-        for group in linear_inputs.walk(decoder, block, hidden, diagonal):
+        for group in block_walk.walk(decoder, block, hidden, diagonal):
             names.append(
                 [n.removeprefix(f"model.layers.{index}.").removesuffix(".weight") for n in group.names]
             )
@@ -65,8 +65,8 @@ def test_the_walk_and_advance_give_the_states_of_a_plain_run(
     plain = walked.clone()
     for index in range(decoder.config.layers):
         block = st.load_block(decoder, index)
-        assert len(list(linear_inputs.walk(decoder, block, walked, fixed=fixed))) == 4
-        linear_inputs.advance(decoder, block, advanced)
+        assert len(list(block_walk.walk(decoder, block, walked, fixed=fixed))) == 4
+        block_walk.advance(decoder, block, advanced)
         plain = st.run_block(decoder, block, plain)
         assert torch.equal(walked, advanced)
         assert torch.equal(walked, plain)
@@ -81,7 +81,7 @@ def test_moments_are_the_same_where_no_memory_is_left(
     for kept, fixed in ((99, False), (3, False), (0, False), (0, True)):
         monkeypatch.setattr(linear_inputs, "room", only(kept))
         hidden = linear_inputs.embed(decoder, windows)
-        walk = linear_inputs.walk(decoder, st.load_block(decoder, 0), hidden, diagonal, fixed)
+        walk = block_walk.walk(decoder, st.load_block(decoder, 0), hidden, diagonal, fixed)
         found.append([group.moment for group in walk])
     for first, *others in zip(*found, strict=True):
         assert all(torch.equal(first, other) for other in others)
@@ -96,7 +96,7 @@ def test_every_linear_runs_once_where_none_is_replaced() -> None:
 
     for name, linear in block.linears.items():
         linear.register_forward_hook(seen(name))
-    list(linear_inputs.walk(decoder, block, linear_inputs.embed(decoder, windows), fixed=True))
+    list(block_walk.walk(decoder, block, linear_inputs.embed(decoder, windows), fixed=True))
     assert runs == dict.fromkeys(block.linears, len(windows))
 
 
@@ -114,7 +114,7 @@ def test_a_moment_of_more_than_a_few_columns_is_whole(monkeypatch: pytest.Monkey
     monkeypatch.setattr(linear_inputs, "WIDTH", 7)
     _, decoder, _ = opened()
     hidden = torch.randn(4, 16, 40, generator=torch.Generator().manual_seed(1))
-    moment = linear_inputs._measured(decoder, hidden, ("x",), lambda x: x, False).moment
+    moment = linear_inputs.measured(decoder, hidden, {"x": torch.nn.Linear(40, 1)}, lambda x: x).moment
     x = hidden.flatten(0, 1).double()
     assert torch.equal(moment, moment.T)
     assert torch.allclose(moment.double(), 2 / len(x) * x.T @ x, rtol=1e-4, atol=1e-5)
@@ -123,9 +123,9 @@ def test_a_moment_of_more_than_a_few_columns_is_whole(monkeypatch: pytest.Monkey
 def test_a_weight_that_is_replaced_counts_from_there_on() -> None:
     _, decoder, windows = opened()
     block = st.load_block(decoder, 0)
-    moments = [g.moment for g in linear_inputs.walk(decoder, block, linear_inputs.embed(decoder, windows))]
+    moments = [g.moment for g in block_walk.walk(decoder, block, linear_inputs.embed(decoder, windows))]
     block = st.load_block(decoder, 0)
-    for at, group in enumerate(linear_inputs.walk(decoder, block, linear_inputs.embed(decoder, windows))):
+    for at, group in enumerate(block_walk.walk(decoder, block, linear_inputs.embed(decoder, windows))):
         assert torch.equal(group.moment, moments[at]) == (at <= 1)
         if group.names[0].endswith("o_proj.weight"):  # what comes before o does not see it
             linear = block.linears[group.names[0]]
@@ -137,7 +137,7 @@ def test_the_mean_of_many_batches_is_exact_enough() -> None:
     _, decoder, _ = opened()
     generator = torch.Generator().manual_seed(0)
     hidden = 3e4 + torch.randn(256, 1024, 8, generator=generator)
-    group = linear_inputs._measured(decoder, hidden, ("x",), lambda x: x, False)
+    group = linear_inputs.measured(decoder, hidden, {"x": torch.nn.Linear(8, 1)}, lambda x: x)
     x = hidden.flatten(0, 1).double()
     exact = 2 / len(x) * x.T @ x
     assert group.rows == 1 << 18
@@ -152,11 +152,11 @@ def test_inputs_that_are_not_finite_are_refused_by_name() -> None:
         source.changed(model__layers__1__mlp__up_proj__weight=broken), config, CPU, torch.float32
     )
     hidden = linear_inputs.embed(decoder, random_llama.tokens(config, 2, 32))
-    list(linear_inputs.walk(decoder, st.load_block(decoder, 0), hidden))
+    list(block_walk.walk(decoder, st.load_block(decoder, 0), hidden))
     with pytest.raises(
         QuantizationError, match=r"layers.1.mlp.down_proj.weight: is given inputs that are no"
     ):
-        list(linear_inputs.walk(decoder, st.load_block(decoder, 1), hidden))
+        list(block_walk.walk(decoder, st.load_block(decoder, 1), hidden))
 
 
 def test_ids_outside_the_table_are_refused() -> None:

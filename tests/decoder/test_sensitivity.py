@@ -8,7 +8,7 @@ import pytest
 import random_llama
 import torch
 
-from dsconvert.decoder import linear_inputs, sensitivity
+from dsconvert.decoder import block_walk, linear_inputs, sensitivity
 from dsconvert.decoder import torch_decoder as st
 from dsconvert.errors import QuantizationError
 from dsconvert.proof import compare
@@ -67,7 +67,7 @@ def test_they_foretell_the_divergence_that_a_small_change_makes() -> None:
     ratios = []
     for index in range(decoder.config.layers):
         block = st.load_block(decoder, index)
-        for group in linear_inputs.walk(decoder, block, hidden):
+        for group in block_walk.walk(decoder, block, hidden):
             for name in group.names:
                 weight = model.get_parameter(name).detach()
                 generator = torch.Generator().manual_seed(len(ratios))

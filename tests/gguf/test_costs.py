@@ -11,7 +11,7 @@ import torch
 from converters.gguf import costs, kernels
 from converters.gguf.qtypes import QTYPES
 from converters.gguf.rounding import dequantize
-from dsconvert.decoder import linear_inputs
+from dsconvert.decoder import block_walk, linear_inputs
 from dsconvert.decoder import torch_decoder as st
 from dsconvert.decoder.sensitivity import sensitivities
 from dsconvert.proof import compare
@@ -87,7 +87,7 @@ def test_embedding_and_head_pay_for_what_they_are(tied: bool) -> None:
     s = compare.result(sensitivities(decoder, windows))
     hidden = linear_inputs.embed(decoder, windows)
     for index in range(config.layers):
-        linear_inputs.advance(decoder, st.load_block(decoder, index), hidden)
+        block_walk.advance(decoder, st.load_block(decoder, index), hidden)
     H = linear_inputs.measure_head(decoder, hidden, st.read(decoder, st.NORM)).moment.double().numpy()
     counts = np.bincount(windows.ravel(), minlength=config.vocab_size) + 1.0
     at = {st.EMBED: s[st.EMBED].numpy(), st.HEAD: (np.diag(H) / 2).astype(np.float32)}

@@ -97,7 +97,7 @@ def test_the_file_says_how_it_was_made(made: tuple[Path, Path, list[Event]]) -> 
 
 def test_no_row_is_worse_than_the_importance_matrixs(made: tuple[Path, Path, list[Event]]) -> None:
     """By inputs that another draw gives: each tensor's own loss, the head's too."""
-    from dsconvert.decoder import linear_inputs
+    from dsconvert.decoder import block_walk, linear_inputs
     from dsconvert.decoder import torch_decoder as st
 
     reference = open_reference("sample:")
@@ -108,7 +108,7 @@ def test_no_row_is_worse_than_the_importance_matrixs(made: tuple[Path, Path, lis
     decoder = st.open_decoder(reference.source, reference.config, device, st.pick_dtype(None, device))
     hidden, moments = linear_inputs.embed(decoder, tokens[:4]), {}
     for index in range(reference.config.layers):
-        for group in linear_inputs.walk(decoder, st.load_block(decoder, index), hidden):
+        for group in block_walk.walk(decoder, st.load_block(decoder, index), hidden):
             moments |= dict.fromkeys(group.names, group.moment.double().numpy())
     norm = st.read(decoder, st.NORM).to(decoder.dtype)
     moments[st.HEAD] = linear_inputs.measure_head(decoder, hidden, norm).moment.double().numpy()

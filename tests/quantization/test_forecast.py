@@ -6,7 +6,7 @@ import pytest
 import torch
 from decoders import opened
 
-from dsconvert.decoder import linear_inputs
+from dsconvert.decoder import block_walk, linear_inputs
 from dsconvert.decoder import torch_decoder as st
 from dsconvert.quantization import forecast
 from dsconvert.quantization.forecast import Seconds, Speed, Text, foretell
@@ -26,14 +26,14 @@ def test_the_linears_are_foretold_as_often_as_they_run(
 
     for linear in block.linears.values():
         linear.register_forward_hook(count)
-    list(linear_inputs.walk(decoder, block, linear_inputs.embed(decoder, windows), fixed=fixed))
+    list(block_walk.walk(decoder, block, linear_inputs.embed(decoder, windows), fixed=fixed))
     attention = 2.0 * windows.size * windows.shape[1] * decoder.config.hidden_size
     ahead = foretell(decoder, Text(*windows.shape, fixed=fixed), passes=2.0, finished=1)
     assert len(ahead) == decoder.config.layers
     assert ahead[0] == Seconds(run=ahead[0].run)
     assert ahead[0].run == pytest.approx(made[0] + attention)
     shapes = [linear.weight.shape for linear in block.linears.values()]
-    inputs = [linear_inputs.groups(decoder, 1)[at][0] for at in range(4)]
+    inputs = [block_walk.groups(decoder, 1)[at][0] for at in range(4)]
     widths = [decoder.source.shapes()[name][1] for name in inputs]
     assert ahead[1].sums == pytest.approx(forecast.TRIANGLE * windows.size * sum(k * k for k in widths))
     assert ahead[1].solve > sum(2.0 * n * k * k for n, k in shapes)

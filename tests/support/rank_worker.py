@@ -19,7 +19,7 @@ import random_llama
 import torch
 
 from dsconvert.cli import cli
-from dsconvert.decoder import linear_inputs
+from dsconvert.decoder import block_walk, linear_inputs
 from dsconvert.decoder import torch_decoder as st
 from dsconvert.quantization import blocks
 from dsconvert.quantization.ranks import ALONE, Ranks, joined, leave
@@ -33,8 +33,8 @@ def moments(ranks: Ranks = ALONE) -> dict[str, Any]:
     hidden, found = linear_inputs.embed(decoder, windows[ranks.share(len(windows))]), {}
     for index in range(config.layers):
         block = st.load_block(decoder, index)
-        for names, moment in blocks.measured(linear_inputs.walk(decoder, block, hidden), ranks):
-            found[names[0]] = moment.clone().numpy()
+        for group in blocks.measured(block_walk.walk(decoder, block, hidden), ranks):
+            found[group.names[0]] = group.moment.clone().numpy()
     return found
 
 

@@ -81,6 +81,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }  # fmt: skip
+# Of V3 a dense layer and one of eight small experts.
+SMALL_V3: dict[str, Any] = {
+    "hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 64, "kv_lora_rank": 64,
+    "q_lora_rank": 64, "num_hidden_layers": 2, "first_k_dense_replace": 1, "n_routed_experts": 8,
+    "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
+}  # fmt: skip
 MODEL_TYPES = {"v2": "deepseek_v2", "v2-lite": "deepseek_v2", "v3": "deepseek_v3", "v32": "deepseek_v32"}
 MODEL_TYPES |= {"qwen3moe": "qwen3_moe", "mixtral": "mixtral", "deepseek": "deepseek"}
 MLA = ("v2", "v2-lite", "v3", "v32")
@@ -161,6 +167,22 @@ def on_disk(state: dict[str, Any]) -> dict[str, Any]:
                 f"{at}experts.{e}.{n}.weight": p.contiguous() for n, p in zip(names, parts, strict=True)
             }
     return found
+
+
+def given(model: Any, ids: npt.NDArray[np.int64]) -> dict[str, Any]:
+    """What each module of transformers' model was given and what it made of it, by its name."""
+    import torch
+
+    seen: dict[str, Any] = {}
+
+    def keep(name: str) -> Any:
+        return lambda module, args, output: seen.update({name: (args, output)})
+
+    for name, module in model.named_modules():
+        module.register_forward_hook(keep(name))
+    with torch.no_grad():
+        model(torch.from_numpy(ids))
+    return seen
 
 
 def restate(folder: Path, **changes: Any) -> None:
