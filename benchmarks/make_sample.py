@@ -155,11 +155,13 @@ def token_streams(tokenizer: Tokenizer) -> dict[str, torch.Tensor]:
     return {kind: torch.tensor(ids) for kind, ids in streams.items()}
 
 
-def batches(streams: dict[str, torch.Tensor], steps: int) -> Iterator[torch.Tensor]:
+def batches(
+    streams: dict[str, torch.Tensor], steps: int, shapes: tuple[tuple[int, int], ...] = SHAPES
+) -> Iterator[torch.Tensor]:
     """`steps` batches of ids; each row is BOS and a window of one kind of text at a random place."""
     generator = np.random.default_rng(SEED)
     for step in range(steps):
-        rows, length = SHAPES[step % len(SHAPES)]
+        rows, length = shapes[step % len(shapes)]
         batch = torch.full((rows, length), BPE_TOKENS)
         for row in batch:
             stream = streams[generator.choice(list(SHARES), p=list(SHARES.values()))]
@@ -228,11 +230,16 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def save_weights(out: Path, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Write the weights in bf16, and return them as they are read again, in float32."""
+    rounded = {name: w.detach().to(torch.bfloat16).contiguous() for name, w in weights.items()}
+    save_file(rounded, out / "model.safetensors", metadata={"format": "pt"})
+    return {name: w.float() for name, w in rounded.items()}
+
+
 def save(out: Path, model: LlamaForCausalLM, tokenizer: Tokenizer) -> None:
     """The files of a Hugging Face checkpoint, weights in bf16; the model keeps the rounded weights."""
-    weights = {name: w.detach().to(torch.bfloat16).contiguous() for name, w in model.named_parameters()}
-    model.load_state_dict({name: w.float() for name, w in weights.items()})
-    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    model.load_state_dict(save_weights(out, dict(model.named_parameters())))
     write_json(out / "config.json", CONFIG)
     ids = {key: CONFIG[key] for key in ("bos_token_id", "eos_token_id")}
     write_json(out / "generation_config.json", {**ids, "do_sample": True, "temperature": 0.7, "top_p": 0.95})

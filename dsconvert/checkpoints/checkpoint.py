@@ -109,7 +109,7 @@ class Checkpoint:
 
 
 def open_checkpoint(model: Model = None) -> Checkpoint:
-    """Open what the user named: a folder, a weight file, "sample:" or "sample-vl:", a hub id, or this folder.
+    """Open what the user named: a folder, a weight file, an embedded sample, a hub id, or this folder.
 
     What is on the hub is downloaded, or read where it is, as a ModelPath says. Maps every weight file and
     checks headers, index and shards against each other; reads no weights. The

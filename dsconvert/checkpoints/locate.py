@@ -18,8 +18,9 @@ from dsconvert.reading import read_text
 if TYPE_CHECKING:
     from dsconvert.checkpoints.remote_model import RemoteModel
 
-SAMPLE, SAMPLE_VL = "sample:", "sample-vl:"
-SAMPLES = {SAMPLE: "sample", SAMPLE_VL: "sample_vl"}  # folders of this package
+SAMPLE, SAMPLE_VL, SAMPLE_MOE = "sample:", "sample-vl:", "sample-moe:"
+# Folders of this package.
+SAMPLES = {SAMPLE: "sample", SAMPLE_VL: "sample_vl", SAMPLE_MOE: "sample_moe"}
 WEIGHTS = (".safetensors", ".bin")
 REF = 1 << 10  # bytes: a branch's file in the hub's cache is a commit of 40 digits
 
@@ -95,7 +96,7 @@ def _on_the_hub(repository: Repository, asked: ModelPath) -> Found:
 def _on_this_disk(model: str) -> Found | Repository:
     """The existing folder or weight file that `model` stands for, or a repository of the hub.
 
-    A path, "sample:" or "sample-vl:", a hub id or the address of its page when no such folder exists, or
+    A path, the name of an embedded sample, a hub id or the address of its page when no such folder exists, or
     nothing for a current folder that holds a config.json. Of an entry of the hub's cache it is the snapshot
     of its main branch. Raises UsageError, and CheckpointError for a folder of something else.
     """

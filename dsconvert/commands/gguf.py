@@ -166,10 +166,10 @@ def gguf(
 ) -> int:
     """Convert a checkpoint to GGUF for llama.cpp, in one pass, and prove the result.
 
-    MODEL_PATH is a Hugging Face folder, a .safetensors file, a hub id, or an embedded sample: `sample:`, or
-    `sample-vl:` with a vision tower; default: the current folder. With --solver gptq several GPUs may work:
-    torchrun --nproc-per-node N -m dsconvert gguf ... Exit code 0: converted and proven, 2: stopped, 3: a
-    check failed.
+    MODEL_PATH is a Hugging Face folder, a .safetensors file, a hub id, or an embedded sample: `sample:`,
+    `sample-moe:` with experts, or `sample-vl:` with a vision tower; default: the current folder. With
+    --solver gptq several GPUs may work: torchrun --nproc-per-node N -m dsconvert gguf ... Exit code 0:
+    converted and proven, 2: stopped, 3: a check failed.
 
     \b
     Example:

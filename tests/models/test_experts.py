@@ -225,6 +225,8 @@ def config(name: str, **changes: Any) -> Any:
         ("v2", {"scoring_func": "sigmoid"}, "this class scores by softmax"),
         ("v2", {"norm_topk_prob": True}, "transformers ignores and llama.cpp obeys"),
         ("v2", {"topk_method": "noaux_tc"}, "topk_method"),
+        ("v2", {"mlp_bias": True}, "mlp_bias is true"),
+        ("v3", {"ep_size": 8}, "ep_size is not 1"),
         ("qwen3moe", {"mlp_only_layers": [1]}, "mlp_only_layers names layers"),
         ("qwen3moe", {"decoder_sparse_step": 2}, "decoder_sparse_step is not 1"),
         ("v32", {"scoring_func": "softmax"}, "this class scores by sigmoid"),

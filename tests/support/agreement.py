@@ -23,14 +23,14 @@ def token_ids() -> npt.NDArray[np.int64]:
     return np.random.default_rng(7).integers(20, 1900, TOKENS)
 
 
-def logits(model: Path) -> npt.NDArray[np.float64]:
-    """transformers' own, of the folder as it is."""
+def logits(model: Path, ids: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.float64]:
+    """transformers' own, of the folder as it is; of `token_ids` unless others are given."""
     import torch
     import transformers
 
     loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     with torch.no_grad():
-        found = loaded(torch.from_numpy(token_ids())[None]).logits[0]
+        found = loaded(torch.from_numpy(token_ids() if ids is None else ids)[None]).logits[0]
     return np.asarray(found.numpy(), np.float64)
 
 
@@ -46,9 +46,9 @@ def measured(model: Path, out: Path) -> float:
     return divergence(logits(model), engine_logits(file_of(model, out)))
 
 
-def engine_logits(file: Path) -> npt.NDArray[np.float64]:
-    """llama.cpp's, of a file."""
+def engine_logits(file: Path, ids: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.float64]:
+    """llama.cpp's, of a file; as `logits`."""
     from dsconvert.runtimes.llamacpp import Engine
 
     with Engine(file, n_ctx=TOKENS, threads=1) as engine:
-        return np.asarray(engine.logits(token_ids()), np.float64)
+        return np.asarray(engine.logits(token_ids() if ids is None else ids), np.float64)
