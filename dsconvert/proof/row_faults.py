@@ -64,6 +64,7 @@ BLOCKS = {"q2_k": 16, "q3_k": 16, "q4_k": 32, "q5_k": 32, "q6_k": 16}
 # Of all types of blocks, and the share of a row's values that are nearer to another of their block: on the
 # sample up to .0033 where ggml rounds by a scale that it rounds afterwards, with error feedback from .027 on.
 FED_BLOCKS = BLOCKS | dict.fromkeys(("q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "iq4_xs"), 32)
+FED_BLOCKS |= {"nvfp4": 16, "mxfp4": 32}
 FED_SHARE = 0.01
 COSINE = 0.3  # of any faithful row; two rows of a model have 0 +- 1 / sqrt(columns)
 WORSE = 8.0  # times the noise of the matrix's rows, at the same share of outliers

@@ -25,6 +25,7 @@ from dsconvert.cli import cli
 from dsconvert.errors import UsageError
 from dsconvert.events import Check, Event
 from dsconvert.models.config import load_json
+from dsconvert.proof.row_faults import fed
 from dsconvert.quantization.known_inputs import measured
 from dsconvert.quantization.run import LinearSolved
 from dsconvert.quantization.static_blocks import Blocks
@@ -106,19 +107,30 @@ def test_what_cannot_be_fed_is_rounded_to_nearest(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_proof_knows_what_was_solved(name: str) -> None:
+    """Its codes are not the nearest ones by right, and may lose as much of their weights as GPTQ's."""
+    W, H, by = given(name)
+    for inputs, by_feedback in ((measured(H), True), (measured(torch.zeros(K, K)), False)):
+        Q = solve(W, inputs, FED[name], by, search=True).weights(FED[name], by)
+        assert fed(len(W), SCHEMES[name].type, lambda i, Q=Q: (W[i].numpy(), Q[i])) == by_feedback
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_folder_is_closer_than_one_rounded_to_nearest(tmp_path: Path, name: str) -> None:
     """As the proof measures it, on text that it was not solved on; it says what it was solved on."""
     kl = {}
-    for fed in (True, False):
-        events = run("sample:", tmp_path / str(fed), scheme=name, fed=fed, effort="quick", calib_samples=24)
+    for solved in (True, False):
+        events = run(
+            "sample:", tmp_path / str(solved), scheme=name, fed=solved, effort="quick", calib_samples=24
+        )
         checks = {event.name: event for event in events if isinstance(event, Check)}
         assert [check.detail for check in checks.values() if not check.passed] == []
-        kl[fed] = checks["mean KLD"].value
+        kl[solved] = checks["mean KLD"].value
     assert kl[True] is not None
     assert kl[False] is not None
     assert kl[True] < 0.8 * kl[False]
-    fed, plain = (read_safetensors(tmp_path / one / "model.safetensors") for one in ("True", "False"))
-    assert {n: (t.shape, t.dtype) for n, t in fed.items()} == {
+    ours, plain = (read_safetensors(tmp_path / one / "model.safetensors") for one in ("True", "False"))
+    assert {n: (t.shape, t.dtype) for n, t in ours.items()} == {
         n: (t.shape, t.dtype) for n, t in plain.items()
     }
     settings = [load_json(tmp_path / one / "config.json")["quantization_config"] for one in ("True", "False")]
