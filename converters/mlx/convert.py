@@ -5,15 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from converters.mlx import reader
+from converters.mlx.affine import Affine, Floats, grids
 from converters.mlx.opened import open_folder
 from converters.mlx.pack import pack
 from converters.mlx.plan import Job, Options, prepare
 from converters.mlx.rounded import rounded_pieces
 from converters.mlx.settings import affine_settings, quantization_settings
-from converters.mlx.solver import SolverOptions, solve
+from converters.mlx.solver import SolverOptions, searched_ranges, solve
 from dsconvert.calibration.record import Calibration
 from dsconvert.checkpoints.safetensors_reader import Stored
 from dsconvert.checkpoints.safetensors_writer import Piece
@@ -125,13 +127,19 @@ def provenance(job: Job, calibration: Calibration, fell_back: Mapping[str, str])
     return found | ({"round_to_nearest": fell_back} if fell_back else {})
 
 
+def _searched(options: SolverOptions, rows: Floats, settings: Affine) -> tuple[Floats, Floats]:
+    return searched_ranges(rows, options)
+
+
 def write(job: Job, provenance: Mapping[str, Any], pieces: Mapping[str, Piece]) -> int:
     """The folder, of what is kept and of the linears' `pieces`; returns the bytes of its weights.
 
-    An embedding is rounded now: it has no inputs that a calibration could measure.
+    An embedding is rounded now: it has no inputs that a calibration could measure. Where the others' ranges
+    were searched its own are, too.
     """
-    model = job.model
-    embedding = rounded_pieces(job, EMBED) if EMBED in model.linears else {}
+    model, options = job.model, job.options
+    ranges = partial(_searched, solver_options(job, EMBED)) if options.calibrated and options.mse else grids
+    embedding = rounded_pieces(job, EMBED, ranges) if EMBED in model.linears else {}
     raw = {**model.raw, "quantization": affine_settings(job)}
     settings = quantization_settings(job, provenance)
     stated = replace(job, model=replace(model, raw=raw))

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from converters.mlx.affine import Affine, grids, stored
+from converters.mlx.affine import Affine, Floats, grids, stored
 from dsconvert.decoder.torch_decoder import finite
 from dsconvert.errors import QuantizationError
 from dsconvert.quantization import error_feedback
@@ -150,6 +150,18 @@ def find_ranges(w: torch.Tensor, options: SolverOptions, cost: torch.Tensor | No
             hint="Look for a damaged tensor in the checkpoint",
         )
     return scale, bias
+
+
+def searched_ranges(rows: Floats, options: SolverOptions) -> tuple[Floats, Floats]:
+    """Scale and bias of each group of some rows [n, K], as they are stored, all inputs being alike: [n, G].
+
+    For what has no inputs that could be measured.
+    """
+    import torch
+
+    w = torch.from_numpy(rows).reshape(-1, options.settings.group_size).T.contiguous()
+    scale, bias = find_ranges(w, options, w.new_ones(len(w)))
+    return scale.numpy().reshape(len(rows), -1), bias.numpy().reshape(len(rows), -1)
 
 
 def _held(numbers: torch.Tensor, options: SolverOptions) -> torch.Tensor:

@@ -87,9 +87,10 @@ def test_every_width_is_rounded_planned_to_the_byte_and_solved_for_less_loss(
     assert sum(e.loss for e in solved) < 0.9 * sum(e.rtn_loss for e in solved)
     plain, fed = open_model(tmp_path / "plain"), open_model(tmp_path / "fed")
     assert plain.shapes() == fed.shapes() == open_checkpoint(model).shapes()
-    np.testing.assert_array_equal(
-        plain.float32("model.embed_tokens.weight"), fed.float32("model.embed_tokens.weight")
-    )
+    name = "model.embed_tokens.weight"  # which has no inputs: its ranges are searched for the least error
+    right = open_checkpoint(model).float32(name)
+    noise = [float(np.square(read.float32(name) - right).sum()) for read in (plain, fed)]
+    assert noise[1] < (0.8 if bits == 2 else 1) * noise[0]
 
 
 def test_without_a_text_it_passes_its_verdict_and_the_head_may_stay(tmp_path: Path) -> None:
