@@ -124,4 +124,4 @@ def test_the_reference_has_the_functions_of_the_list() -> None:
 
 def test_the_page_on_limits_names_every_class() -> None:
     page = (DOCS / "limits.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"`(\w+For\w+|\w+CausalLM)`", page)) == set(ARCHITECTURES)
+    assert set(re.findall(r"`(\w+For\w+|\w+CausalLM|\w+TextModel)`", page)) == set(ARCHITECTURES)

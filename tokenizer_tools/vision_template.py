@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsconvert.errors import CheckpointError
-from tokenizer_tools.vocabulary import CONTROL
+from tokenizer_tools.vocabulary import CONTROL, USER_DEFINED
 
 if TYPE_CHECKING:
     from tokenizer_tools.load import TokenizerData
@@ -27,7 +27,8 @@ SYSTEM = (
 @dataclass(frozen=True)
 class Dialogue:
     """The words for who speaks, the tokens `begin` and `end` around a picture ("": none, or written by who
-    expands the prompt), and whether a picture stands on a line of its own.
+    expands the prompt), and whether a picture stands on a line of its own. Without words a prompt is what
+    was said, and no more.
     """
 
     user: str = "User"
@@ -79,6 +80,20 @@ _TEMPLATE = """\
 """
 
 
+# What was said, with no word more: llama.cpp itself ends a picture's line.
+_PLAIN = """\
+{%- for message in messages -%}
+{%- if message['content'] is string -%}{{ message['content'] }}
+{%- else -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] in ['text', 'media_marker'] -%}{{ part['text'] }}
+{%- elif part['type'] in ['image', 'image_url'] -%}{{ 'IMAGE' }}
+{%- else -%}{{ raise_exception('content of type ' + part['type'] + ' is not supported') }}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{%- endfor -%}
+"""
 # Around a picture where the model has tokens for that. A server of llama.cpp gives a string with marks for
 # pictures, <__media__> or with a word inside, and nothing between mark and text.
 _FRAMED = """\
@@ -107,7 +122,7 @@ _ON_ITS_LINE = (
 
 def vision_template(image_token: str, dialogue: Dialogue = Dialogue()) -> str:
     """The template's text; `image_token` stands where a picture's embeddings go, once for each picture."""
-    text = _TEMPLATE
+    text = _TEMPLATE if dialogue.user else _PLAIN
     if dialogue.own_line:
         text = text.replace(f"{_PICTURE}{{{{ 'IMAGE' }}}}", _PICTURE + _ON_ITS_LINE)
     if dialogue.begin:
@@ -124,6 +139,8 @@ def vision_template(image_token: str, dialogue: Dialogue = Dialogue()) -> str:
 
 def question(text: str, image_token: str, dialogue: Dialogue) -> str:
     """The prompt that asks `text` about one picture, as the models' own code writes it."""
+    if not dialogue.user:
+        return f"{image_token}\n{text}"
     picture = f"{dialogue.begin}{image_token}{dialogue.end}" + ("\n" if dialogue.own_line else "")
     return f"{SYSTEM}\n\n{dialogue.user}: {picture}{text}\n\n{dialogue.assistant}:"
 
@@ -146,7 +163,8 @@ def image_token(tokenizer: TokenizerData, text: str, stated: object, folder: Pat
     `text` is what processor_config.json names, "" for nothing, `stated` the id in config.json or None.
     Raises CheckpointError.
     """
-    known = {token: i for i, token in enumerate(tokenizer.tokens) if tokenizer.types[i] == CONTROL}
+    whole = (CONTROL, USER_DEFINED)  # types of tokens that text never falls apart into
+    known = {token: i for i, token in enumerate(tokenizer.tokens) if tokenizer.types[i] in whole}
     if text and text not in known:
         why = f"processor_config.json names {text[:60]!r}, which is not a special token of the tokenizer"
     elif not text and stated not in known.values():

@@ -67,7 +67,7 @@ def convert(options: Options, ranks: Ranks = ALONE) -> Iterator[Event]:
 
     yield from beside_foretold(prove(job), job.foretold)
     check_unchanged(job.checkpoint.seen)  # else something else was proven
-    if job.projector is not None and job.towers is not None and job.towers.vision.sam is not None:
+    if job.projector is not None and job.towers is not None and not job.towers.readable:
         yield Warn(CANNOT)
 
 

@@ -36,12 +36,15 @@ class Mount:
     """Where a bigger model keeps its decoder: the key of config.json, and the name of the decoder's tensor.
 
     With `tied_outside` the whole model's config says whether the head is the embedding, by default it is.
+    `also` are other model types that the decoder's part may state; a `nameless` one states no class.
     """
 
     decoder: Architecture
     key: str
     inside: Callable[[str], str]
     tied_outside: bool
+    also: tuple[str, ...] = ()
+    nameless: bool = False
 
 
 @dataclass(frozen=True)

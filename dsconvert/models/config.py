@@ -239,7 +239,7 @@ def _decoder(raw: dict[str, Any], architecture: Architecture, where: object) -> 
     if mount is None:
         return raw
     part, own = raw.get(mount.key), mount.decoder.model_type
-    if not isinstance(part, dict) or part.get("model_type", own) != own:
+    if not isinstance(part, dict) or part.get("model_type", own) not in (own, *mount.also):
         told = part.get("model_type") if isinstance(part, dict) else part
         raise CheckpointError(
             f"{mount.key!r} holds no {own} decoder",

@@ -67,8 +67,8 @@ def _both_plain(named: Architecture, by_type: Architecture | None) -> bool:
 def default_of(raw: Mapping[str, Any], key: str) -> Any:
     """What the class of a config, or of a decoder's part of one, takes for an absent key.
 
-    Original DeepSeek-VL files name no class inside; the first that such parts have counts then.
+    Original DeepSeek-VL files name no class inside; that which such parts have counts then.
     """
     found = ARCHITECTURES.get(model_class(raw).name)
-    inner = next(a.decoder for a in ARCHITECTURES.values() if a.mount)
+    inner = next(a.decoder for a in ARCHITECTURES.values() if a.mount and a.mount.nameless)
     return (found.decoder if found else inner).defaults[key]

@@ -30,7 +30,9 @@ class TowerModel:
     sees no picture. `unused` are patterns of tensors that no forward pass uses, `generating` of those that
     make pictures, `renames` and `making` their names and their config in transformers' layout, from the
     original's. `roles` are the words for the user and the model in a prompt, `around` the tokens that stand
-    before and after a picture there.
+    before and after a picture there; without words a prompt is what was said. `chained` says that the
+    second transformer takes SAM's output; `positions` and `tokens` count, from a VisionConfig, the rows of
+    its position table and a picture's embeddings.
     """
 
     hf_class: str
@@ -44,6 +46,9 @@ class TowerModel:
     generating: tuple[str, ...] = ()
     renames: tuple[tuple[str, str], ...] = ()
     making: Callable[[Mapping[str, Any]], dict[str, Part]] = lambda raw: {}
+    chained: bool = False
+    positions: Callable[[Any], int] = lambda vision: int(vision.vit.grid**2)
+    tokens: Callable[[Any], int] = lambda vision: int(vision.vit.grid**2)
     roles: tuple[str, str] = ("User", "Assistant")
     around: tuple[str, str] = ("", "")
 
@@ -65,27 +70,32 @@ def one(hf: str, gguf: str, *shape: str, depth: str = "") -> Row:
 
 def siglip(at: str, names: dict[str, str], fused: bool) -> tuple[Row, ...]:
     """A SigLIP tower under `at`; `names` are the layout's words."""
-    layer, deep = at + names["layer"], "vit"
-    rows = [
+    return (
+        _position(at + names["position"], fused),
         *pair(at + names["patch"], "v.patch_embd", "c", "3", "p", "p"),
         *pair(at + names["norm"], "v.post_ln", "c"),
-    ]
+        *blocks(at + names["layer"], names["ln"], names["out"], "attn.qkv" if fused else ""),
+    )
+
+
+def blocks(layer: str, ln: str, out: str, fused: str) -> tuple[Row, ...]:
+    """The blocks of a transformer with biases; `fused` is the one tensor of q, k and v, "" for three."""
+    rows: list[Row] = []
     for i in ("1", "2"):
-        rows += pair(f"{layer}{names['ln']}{i}", f"v.blk.{{i}}.ln{i}", "c", depth=deep)
+        rows += pair(f"{layer}{ln}{i}", f"v.blk.{{i}}.ln{i}", "c", depth="vit")
     for k, letter in enumerate("qkv"):
-        source = "attn.qkv" if fused else f"self_attn.{letter}_proj"
         rows += pair(
-            layer + source,
+            layer + (fused or f"self_attn.{letter}_proj"),
             f"v.blk.{{i}}.attn_{letter}",
             "c",
             "c",
             part=(k, ("c", "c", "c")) if fused else None,
-            depth=deep,
+            depth="vit",
         )
-    rows += pair(layer + names["out"], "v.blk.{i}.attn_out", "c", "c", depth=deep)
-    rows += pair(layer + "mlp.fc1", "v.blk.{i}.ffn_up", "f", "c", depth=deep)
-    rows += pair(layer + "mlp.fc2", "v.blk.{i}.ffn_down", "c", "f", depth=deep)
-    return (_position(at + names["position"], fused), *rows)
+    rows += pair(layer + out, "v.blk.{i}.attn_out", "c", "c", depth="vit")
+    rows += pair(layer + "mlp.fc1", "v.blk.{i}.ffn_up", "f", "c", depth="vit")
+    rows += pair(layer + "mlp.fc2", "v.blk.{i}.ffn_down", "c", "f", depth="vit")
+    return tuple(rows)
 
 
 def _position(hf: str, leading: bool) -> Row:
@@ -152,6 +162,45 @@ def downsampling(first: str, second: str) -> tuple[Row, ...]:
 def aligner(first: str, second: str) -> tuple[Row, ...]:
     """Two linears from the tower's width to the decoder's."""
     return (*pair(first, "mm.0", "d", "c"), *pair(second, "mm.1", "d", "d"))
+
+
+def clip(at: str, layer: str, fused: str) -> tuple[Row, ...]:
+    """CLIP on SAM's output in place of patches, with a class token and a norm before, none after."""
+    return (
+        one(at + "embeddings.class_embedding", "v.class_embd", "c"),
+        one(at + "embeddings.position_embedding.weight", "v.position_embd.weight", "n", "c"),
+        *pair(at + "pre_layrnorm", "v.pre_ln", "c"),
+        *blocks(at + layer, "layer_norm", "self_attn.out_proj", fused),
+    )
+
+
+def queried(at: str, queries: str) -> tuple[Row, ...]:
+    """A gated transformer on SAM's output: queries for pictures of two sizes, each of which sees all."""
+    layer, rows = at + "layers.{i}.", [one(at + "norm.weight", "v.post_ln.weight", "c")]
+    for hf, gguf, *shape in (
+        ("input_layernorm", "ln1", "c"),
+        ("self_attn.o_proj", "attn_out", "c", "c"),
+        ("post_attention_layernorm", "ln2", "c"),
+        ("mlp.gate_proj", "ffn_gate", "f", "c"),
+        ("mlp.up_proj", "ffn_up", "f", "c"),
+        ("mlp.down_proj", "ffn_down", "c", "f"),
+    ):
+        rows.append(one(f"{layer}{hf}.weight", f"v.blk.{{i}}.{gguf}.weight", *shape, depth="vit"))
+    for letter, size in (("q", "c"), ("k", "kv"), ("v", "kv")):
+        rows += pair(f"{layer}self_attn.{letter}_proj", f"v.blk.{{i}}.attn_{letter}", size, "c", depth="vit")
+    for side, count in (("768", "144"), ("1024", "256")):
+        rows.append(one(queries.format(side) + ".weight", f"v.resample_query_{side}.weight", count, "c"))
+    return tuple(rows)
+
+
+def ends(projector: str, inputs: str, separator: str, newline: bool) -> tuple[Row, ...]:
+    """One linear to the decoder's width, and what stands after a picture, and after each line of it."""
+    last = one("model.image_newline", "v.image_newline", "d")
+    return (
+        *pair(projector, "mm.model.fc", "d", inputs),
+        one(separator, "v.view_seperator", "d"),
+        *((last,) if newline else ()),
+    )
 
 
 NUMBERS, WORDS = ("0", "1", "2", "3"), ("conv1", "layer_norm1", "conv2", "layer_norm2")  # a neck's parts

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from dsconvert.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from dsconvert.checkpoints.locate import ModelPath
 from dsconvert.checkpoints.safetensors_writer import from_stored
 from dsconvert.errors import UsageError
-from dsconvert.models.architectures import find_architecture
+from dsconvert.models.architectures import ARCHITECTURES, find_architecture, tower_model
 from dsconvert.models.config import ModelConfig
 from dsconvert.models.diagnosis import DECODER_KEYS
 from dsconvert.models.language_model import language_model
@@ -82,6 +83,7 @@ def select(model: str | ModelPath, language_only: bool, head: bool = False) -> S
     """
     checkpoint, vision = open_checkpoint(model), None
     outer = checkpoint.config
+    check_folder(outer, checkpoint.folder)
     if has_original_layout(outer) and not language_only:
         checkpoint, outer, vision = in_transformers_layout(checkpoint, outer)
     architecture = find_architecture(outer.architecture, checkpoint.folder / "config.json")
@@ -114,6 +116,18 @@ def select(model: str | ModelPath, language_only: bool, head: bool = False) -> S
         raw=_whole_config(outer, config.tied) if whole else plain_config(config),
         vision=vision,
     )
+
+
+def check_folder(config: ModelConfig, where: Path) -> None:
+    """Raise UsageError for a model whose towers no class of transformers with a table here holds."""
+    towers = tower_model(config.architecture, config.raw)
+    if towers is not None and towers.hf_class not in ARCHITECTURES:
+        raise UsageError(
+            f"{config.architecture} becomes no folder",
+            where=where,
+            why="No runtime is known that reads a quantized folder of this model",
+            hint="dsconvert gguf makes its text file and its projector, which llama.cpp runs",
+        )
 
 
 def _is_linear(spec: Spec) -> bool:

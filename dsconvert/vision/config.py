@@ -32,6 +32,7 @@ class Tower:
     heads: int
     eps: float
     pixels: Pixels
+    kv_heads: int
 
     @property
     def grid(self) -> int:
@@ -41,11 +42,20 @@ class Tower:
 
 @dataclass(frozen=True)
 class Sam(Tower):
-    """SAM's image encoder: windowed attention but in some layers, and a neck of `channels`."""
+    """SAM's image encoder: windowed attention but in some layers, and a neck of `channels`.
+
+    `reduced` are the channels of the two convolutions behind, each of which halves the grid.
+    """
 
     window: int
     global_layers: tuple[int, ...]
     channels: int
+    reduced: tuple[int, int]
+
+    @property
+    def reduced_grid(self) -> int:
+        """Positions along one side of what comes out."""
+        return self.grid // 4
 
 
 @dataclass(frozen=True)
@@ -76,18 +86,25 @@ class VisionConfig:
     @property
     def tokens(self) -> int:
         """Embeddings of one picture."""
-        return self.vit.grid**2
+        return self.model.tokens(self)
 
     @property
     def dims(self) -> dict[str, int]:
         """The sizes by the letters that the tables of towers use."""
         low, high = self.vit, self.sam
-        dims = {"c": low.width, "f": low.mlp, "n": self.tokens, "p": low.patch_size, "vit": low.layers}
-        dims |= {"d": self.projection, "h": self.projection // 2}
+        dims = {
+            "c": low.width,
+            "f": low.mlp,
+            "n": self.model.positions(self),
+            "p": low.patch_size,
+            "vit": low.layers,
+        }
+        dims |= {"d": self.projection, "h": self.projection // 2, "kv": low.width // low.heads * low.kv_heads}
         if high is not None:
             dims |= {"s": high.width, "3s": 3 * high.width, "m": high.mlp, "g": high.grid}
             dims |= {"r": high.patch_size, "sam": high.layers, "hd": high.width // high.heads}
-            dims |= {"a": high.channels, "b": 2 * high.channels, "e": 4 * high.channels}
+            first, last = high.reduced
+            dims |= {"a": high.channels, "b": first, "e": last, "ce": low.width + last}
             dims["rel"] = 2 * high.window - 1
             dims |= {f"rel.{layer}": 2 * high.grid - 1 for layer in high.global_layers}
         return dims
@@ -105,12 +122,15 @@ def tower_keys(tower: Tower, activation: str) -> dict[str, Any]:
         "patch_size": tower.patch_size,
     }
     if not isinstance(tower, Sam):
-        return found | {"intermediate_size": tower.mlp}
+        kv = {} if tower.kv_heads == tower.heads else {"num_key_value_heads": tower.kv_heads}
+        return found | {"intermediate_size": tower.mlp} | kv
+    own = (2 * tower.channels, 4 * tower.channels)
     return found | {
         "global_attn_indexes": list(tower.global_layers),
         "mlp_dim": tower.mlp,
         "output_channels": tower.channels,
         "window_size": tower.window,
+        **({} if tower.reduced == own else {"downsample_channels": list(tower.reduced)}),
     }
 
 
@@ -127,7 +147,9 @@ def load_vision(folder: Path, config: ModelConfig) -> VisionConfig:
     """
     where = folder / "config.json"
     model, (low, high) = _parts(config, where)
-    if config.architecture == model.hf_class:
+    if model.chained:
+        processor = pictures.chained_processor(folder)
+    elif config.architecture == model.hf_class:
         processor = pictures.transformers_processor(folder, high is not None, model.around)
     else:
         processor = pictures.original_processor(folder, low, high, model.around)
@@ -153,7 +175,7 @@ def towers_alone(folder: Path, config: ModelConfig) -> tuple[Table, VisionConfig
 def _parts(config: ModelConfig, where: Path) -> tuple[TowerModel, Parts]:
     model = tower_model(config.architecture, config.raw)
     assert model is not None  # asked for a model with towers
-    read = tower_sizes.original_parts
+    read = tower_sizes.chained_parts if model.chained else tower_sizes.original_parts
     if config.architecture == model.hf_class:
         read = tower_sizes.transformers_parts
     return model, read(config.raw, config, model, where)
@@ -165,7 +187,7 @@ def _assembled(
     low, high = parts
     vit = Tower(pixels=processor.low, **tower_sizes.sizes_of(low, where))
     sam = _sam(high, processor, where) if high is not None else None
-    activation = {str(part["hidden_act"]) for part in parts if part is not None}
+    activation = {str(part["hidden_act"]) for part in parts if part is not None and "hidden_act" in part}
     if not activation <= {"gelu", "gelu_pytorch_tanh"} or len(activation) != 1:
         raise wrong(where, "hidden_act", f"is {sorted(activation)}, should be gelu in every tower")
     width = config.hidden_size
@@ -185,13 +207,19 @@ def _sam(part: Mapping[str, Any], processor: Processor, where: Path) -> Sam:
         raise wrong(where, "global_attn_indexes", f"is {str(layers)[:80]}, should name some of the layers")
     if not all(isinstance(value, int) and 0 < value < 1 << 20 for value in (window, channels)):
         raise wrong(where, "window_size or output_channels", f"are {window!r} and {channels!r}")
-    assert processor.high is not None
-    return Sam(pixels=processor.high, window=window, global_layers=tuple(layers), channels=channels, **sizes)
+    reduced = part.get("downsample_channels", [2 * channels, 4 * channels])
+    if not isinstance(reduced, list) or len(reduced) != 2 or not all(isinstance(n, int) for n in reduced):
+        raise wrong(where, "downsample_channels", f"is {str(reduced)[:40]}, should be two numbers")
+    more = {"channels": channels, "reduced": (reduced[0], reduced[1]), "window": window}
+    return Sam(pixels=processor.high or processor.low, global_layers=tuple(layers), **more, **sizes)
 
 
 def _check(vision: VisionConfig, where: Path) -> None:
     """Contradictions between the processor files and the config."""
     processor, low, high = vision.processor, vision.vit, vision.sam
+    if vision.model.chained:
+        _check_chained(vision, where)
+        return
     sizes = [("image_size", low.image_size, processor.low.image_size)]
     sizes.append(("the number of image tokens", vision.tokens, processor.tokens))
     if high is not None and processor.high is not None:
@@ -199,3 +227,11 @@ def _check(vision: VisionConfig, where: Path) -> None:
     for name, ours, theirs in sizes:
         if ours != theirs:
             raise wrong(where, name, f"is {ours} by config.json, {theirs} by the processor files")
+
+
+def _check_chained(vision: VisionConfig, where: Path) -> None:
+    """See that the second transformer takes what comes out of SAM."""
+    assert vision.sam is not None
+    given, taken = vision.sam.reduced[1], vision.vit.width
+    if given != taken:
+        raise wrong(where, "downsample_channels", f"ends with {given}, the transformer behind takes {taken}")

@@ -51,6 +51,11 @@ class Towers:
         return tuple(said)
 
     @property
+    def readable(self) -> bool:
+        """Whether a runtime has these towers: that of two pictures at once none has."""
+        return self.vision.processor.high is None
+
+    @property
     def dialogue(self) -> Dialogue:
         """How the model's prompts are written."""
         return dialogue(self.vision)
@@ -100,13 +105,11 @@ def with_template(tokenizer: TokenizerData, found: Towers) -> TokenizerData:
 def unusual_pixels(vision: VisionConfig) -> list[str]:
     """Normalisations that are not those which the towers were trained with: a hint of a wrong file."""
     found = []
-    for name, tower, usual in (
-        ("SigLIP", vision.vit, (HALF, HALF)),
-        ("SAM", vision.sam, (CLIP_MEAN, CLIP_STD)),
+    for name, pixels, usual in (
+        ("SAM" if vision.model.chained else "SigLIP", vision.processor.low, (HALF, HALF)),
+        ("SAM", vision.processor.high, (CLIP_MEAN, CLIP_STD)),
     ):
-        if tower is not None and (tower.pixels.mean, tower.pixels.std) != usual:
-            pixels = f"mean {list(tower.pixels.mean)} and std {list(tower.pixels.std)}"
-            found.append(
-                f"give {name} {pixels}; DeepSeek-VL's was trained with {list(usual[0])}, {list(usual[1])}"
-            )
+        if pixels is not None and (pixels.mean, pixels.std) != usual:
+            given = f"mean {list(pixels.mean)} and std {list(pixels.std)}"
+            found.append(f"give {name} {given}; it was trained with {list(usual[0])}, {list(usual[1])}")
     return found

@@ -117,6 +117,22 @@ def transformers_processor(folder: Path, hybrid: bool, around: Around) -> Proces
     )
 
 
+def chained_processor(folder: Path) -> Processor:
+    """The processor of DeepSeek-OCR, which its code does without files; what files there are count."""
+    found: dict[str, Any] = {}
+    for name in (PREPROCESSOR, PROCESSOR):
+        if (folder / name).is_file():
+            stated = load_json(folder / name)
+            nested = stated.get("image_processor")
+            found |= {**stated, **(nested if isinstance(nested, dict) else {})}
+    where = folder / PROCESSOR
+    mean, std = _triple(found, "image_mean", where, HALF), _triple(found, "image_std", where, HALF)
+    token = found.get("image_token", "<image>")
+    if not isinstance(token, str) or not token:
+        raise wrong(where, "image_token", f"is {str(token)[:40]!r}, should be a token")
+    return Processor(Pixels(1024, mean, std), None, _colour(mean), "bicubic", 14, token, tokens=0)
+
+
 def _tokens_around(folder: Path, around: Around) -> Around:
     """Of a model that has any, those that the tokenizer's file names, by itself or among other tokens."""
     if around == ("", ""):

@@ -17,7 +17,8 @@ from dsconvert.errors import CheckpointError, UsageError
 from dsconvert.models.stored_rows import stored_rows
 from dsconvert.models.tensor_table import Spec, expand
 from dsconvert.models.weights import WeightSource, widened
-from dsconvert.vision.config import Tower, VisionConfig
+from dsconvert.vision.config import VisionConfig
+from dsconvert.vision.processor import Pixels
 
 Floats = npt.NDArray[np.float32]
 Weights = Callable[[str], Floats]  # GGUF name -> the values in the stored layout
@@ -73,7 +74,9 @@ def load_towers(weights: Weights, vision: VisionConfig) -> Any:
         model.load_state_dict(state, strict=True, assign=True)
     except (RuntimeError, KeyError) as error:
         raise CheckpointError("the towers do not fit transformers' modules", why=str(error)[:300]) from None
-    model.vision_model.embeddings.position_ids = torch.arange(vision.tokens)[None]
+    for module in model.modules():  # what is computed and in no checkpoint
+        if getattr(module, "position_ids", None) is not None:
+            module.position_ids = torch.arange(vision.model.positions(vision))[None]
     return model.requires_grad_(False).eval()
 
 
@@ -91,7 +94,8 @@ def embed(model: Any, pictures: Pictures) -> Floats:
             inputs = [torch.from_numpy(pictures.low[i : i + 1])]
             if pictures.high is not None:
                 inputs.append(torch.from_numpy(pictures.high[i : i + 1]))
-            found.append(model.get_image_features(*inputs, return_dict=True).pooler_output)
+            features = model.get_image_features(*inputs, return_dict=True).pooler_output
+            found.append(torch.stack(list(features)))
     return np.asarray(torch.cat(found).numpy(), np.float32)
 
 
@@ -100,33 +104,33 @@ def exact_pictures(vision: VisionConfig, rgb: npt.NDArray[np.uint8]) -> Pictures
 
     The hybrid's small picture is the big one resized, bilinear, as the original's tower does it.
     """
-    first = vision.sam or vision.vit
-    side = first.image_size
+    side = (vision.processor.high or vision.processor.low).image_size
     if rgb.dtype != np.uint8 or rgb.shape[1:] != (side, side, 3):
         raise UsageError(
             f"pictures of shape {list(rgb.shape)} and type {rgb.dtype}",
             hint=f"Give uint8 [n, {side}, {side}, 3]",
         )
     scaled = rgb.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255)
-    if vision.sam is None:
-        return Pictures(_normalised(scaled, vision.vit))
+    low, high = vision.processor.low, vision.processor.high
+    if high is None:
+        return Pictures(_normalised(scaled, low))
     import torch
 
-    size = vision.vit.image_size
+    size = low.image_size
     small = torch.nn.functional.interpolate(
         torch.from_numpy(scaled), size=(size, size), mode="bilinear", align_corners=False, antialias=True
     )
-    return Pictures(_normalised(small.numpy(), vision.vit), _normalised(scaled, vision.sam))
+    return Pictures(_normalised(small.numpy(), low), _normalised(scaled, high))
 
 
-def _normalised(scaled: Floats, tower: Tower) -> Floats:
-    mean, std = (np.array(x, np.float32)[:, None, None] for x in (tower.pixels.mean, tower.pixels.std))
+def _normalised(scaled: Floats, pixels: Pixels) -> Floats:
+    mean, std = (np.array(x, np.float32)[:, None, None] for x in (pixels.mean, pixels.std))
     return np.ascontiguousarray((scaled - mean) / std, np.float32)
 
 
 def synthetic_picture(vision: VisionConfig, seed: int = 0) -> npt.NDArray[np.uint8]:
     """A picture [1, side, side, 3] of the model's size: smooth colours, edges and noise, from a seed."""
-    side = (vision.sam or vision.vit).image_size
+    side = (vision.processor.high or vision.processor.low).image_size
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:side, 0:side] / side
     waves = [np.sin(rng.uniform(2, 30) * x + rng.uniform(2, 30) * y + rng.uniform(0, 6)) for _ in range(3)]

@@ -72,7 +72,20 @@ SAM_DEFAULTS: dict[str, Any] = SAM_B | {
 }
 
 
-DEFAULTS = {
+# The transformers that take SAM's output in DeepSeek-OCR and OCR-2, as far as code alone states them.
+CHAINED_KEYS: dict[str, Any] = {"image_size": 1024, "patch_size": 16, "num_channels": 3}
+CLIP_L: dict[str, Any] = {"num_channels": 3, "layer_norm_eps": 1e-5, "mlp_ratio": 4.0}
+QUERIED: dict[str, Any] = {
+    **CHAINED_KEYS,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "intermediate_size": 4864,
+    "layer_norm_eps": 1e-6,
+}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "clip": CLIP_L,
+    "queried": QUERIED,
     "siglip_vision_model": SIGLIP_DEFAULTS,
     "sam_vision_model": SAM_DEFAULTS,
     "janus_vision_model": JANUS_DEFAULTS,
@@ -163,6 +176,53 @@ def transformers_parts(raw: Mapping[str, Any], config: ModelConfig, model: Tower
     return found[0], found[1] if len(found) > 1 else None
 
 
+def chained_parts(raw: Mapping[str, Any], config: ModelConfig, model: TowerModel, where: Path) -> Parts:
+    """The towers of DeepSeek-OCR's configs, as transformers' own would state them, less their activations.
+
+    The published configs name the towers, of which some numbers are in code alone; transformers' states all.
+    Raises CheckpointError for towers that are not these, or that llama.cpp's graph would run otherwise.
+    """
+    vision = _inner(raw, "vision_config", where)
+    named = vision.get("width")
+    if isinstance(named, dict):
+        low_name, high_name = model.kinds
+        low = _published(_inner(named, low_name, where), DEFAULTS[model.kinds[low_name]])
+        high = _published(_inner(named, high_name, where), SAM_DEFAULTS)
+        projector = _inner(raw, "projector_config", where)
+        if projector.get("projector_type") != "linear" or projector.get("n_embed") != config.hidden_size:
+            told = f"{projector.get('projector_type')!r} to {projector.get('n_embed')!r} values"
+            raise wrong(where, "projector_config", f"is {told}, should be 'linear' to {config.hidden_size}")
+    else:
+        low = {**CHAINED_KEYS, **_inner(vision, "encoder_config", where)}
+        low["layer_norm_eps"] = low.get("rms_norm_eps")
+        high = {**SAM_DEFAULTS, **_inner(vision, "sam_config", where)}
+    usual = [layer for layer in SAM_B["global_attn_indexes"] if layer < high["num_hidden_layers"]]
+    if high.get("global_attn_indexes") not in (usual, SAM_B["global_attn_indexes"]):
+        told = f"is {str(high.get('global_attn_indexes'))[:60]}, llama.cpp's graph has {usual}"
+        raise wrong(where, "global_attn_indexes", told)
+    if high["image_size"] != 1024 or high["patch_size"] != 16:
+        raise wrong(where, "image_size", "is not 1024 in patches of 16, the only ones of llama.cpp's graph")
+    theta = low.get("rope_parameters") or {}
+    if theta and theta.get("rope_theta") != 1e6:
+        raise wrong(where, "rope_theta", "of the encoder is not 1000000, the only one of llama.cpp's graph")
+    high["global_attn_indexes"] = usual
+    return {key: value for key, value in low.items() if key != "hidden_act"}, high
+
+
+def _inner(part: Mapping[str, Any], key: str, where: Path) -> dict[str, Any]:
+    found = part.get(key)
+    if not isinstance(found, dict):
+        raise wrong(where, key, "is missing or no object")
+    return found
+
+
+def _published(part: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers under transformers' names."""
+    names = {"width": "hidden_size", "dim": "hidden_size", "layers": "num_hidden_layers"}
+    names |= {"heads": "num_attention_heads"}
+    return {**defaults, **{names.get(key, key): value for key, value in part.items()}}
+
+
 def sizes_of(part: Mapping[str, Any], where: Path) -> dict[str, Any]:
     """The numbers of a Tower by its fields, checked; CheckpointError."""
     part = {"intermediate_size": _mlp(part), **part}
@@ -176,7 +236,7 @@ def sizes_of(part: Mapping[str, Any], where: Path) -> dict[str, Any]:
     }
     sizes: dict[str, Any] = {}
     for field, key in names.items():
-        value = part[key]
+        value = part.get(key)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 20:
             raise wrong(where, key, f"is {str(value)[:40]!r}, should be a positive whole number")
         sizes[field] = value
@@ -184,7 +244,11 @@ def sizes_of(part: Mapping[str, Any], where: Path) -> dict[str, Any]:
         raise wrong(where, "vision_config", f"has sizes that do not fit each other: {sizes}")
     if part["num_channels"] != 3:
         raise wrong(where, "num_channels", f"is {part['num_channels']!r}, should be 3")
-    return sizes | {"eps": numbers([part["layer_norm_eps"]], 1, where, "layer_norm_eps")[0]}
+    kv_heads = part.get("num_key_value_heads", sizes["heads"])
+    if not isinstance(kv_heads, int) or kv_heads < 1 or sizes["heads"] % kv_heads:
+        raise wrong(where, "num_key_value_heads", f"is {str(kv_heads)[:40]}, of {sizes['heads']} heads")
+    eps = numbers([part["layer_norm_eps"]], 1, where, "layer_norm_eps")[0]
+    return sizes | {"kv_heads": kv_heads, "eps": eps}
 
 
 def _mlp(part: Mapping[str, Any]) -> Any:

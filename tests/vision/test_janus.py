@@ -59,7 +59,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
             root = tmp_path_factory.mktemp(layout)
             folder, text = tiny_vl.vl_checkpoint(root / "model", SIZES, layout), root / "text.gguf"
             asked: dict[str, Any] = {"mmproj": root / "mmproj-text.gguf", "mmproj_quant": "f32"}
-            events = list(convert(Options(str(folder), ("f32",), text, effort="quick", **asked)))
+            events = list(convert(Options(str(folder), ("f32",), text, effort="off", **asked)))
             found[layout] = Made(folder, text, asked["mmproj"], events)
     return found
 
@@ -193,12 +193,6 @@ def test_a_pair_is_verified_and_shown(made: dict[str, Made]) -> None:
         done = CliRunner().invoke(cli, [*map(str, words)])
         assert done.exit_code == 0, done.output
     assert "pair" in done.output
-
-
-def test_other_weights_are_found(made: dict[str, Made], tmp_path: Path) -> None:
-    other = tiny_vl.vl_checkpoint(tmp_path / "other", VL(janus=True, dtype="f32", seed=1))
-    done = CliRunner().invoke(cli, ["verify", str(made["original"].projector), "--against", str(other)])
-    assert done.exit_code == 3, done.output
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

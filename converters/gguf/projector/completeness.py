@@ -12,7 +12,15 @@ from typing import Any
 import numpy as np
 
 from converters.gguf.parse import GGUFFile
-from converters.gguf.projector.keys import HYBRID_TYPE, JANUS_PRO, is_projector, stored_vision, table
+from converters.gguf.projector.keys import (
+    HYBRID_TYPE,
+    JANUS_PRO,
+    PROJECTORS,
+    TILES,
+    is_projector,
+    stored_vision,
+    table,
+)
 from dsconvert.errors import CheckpointError, PlanError
 from dsconvert.events import Check
 from dsconvert.models.tensor_table import plan_stored
@@ -21,6 +29,7 @@ from dsconvert.vision.processor import CLIP_MEAN, CLIP_STD, HALF
 # What the towers were trained with: the prefix of the keys, mean, std.
 PIXELS = {
     JANUS_PRO: (("clip.vision.", HALF, HALF),),
+    **dict.fromkeys(TILES, (("clip.vision.", HALF, HALF),)),
     HYBRID_TYPE: (("clip.vision.", CLIP_MEAN, CLIP_STD), ("clip.vision.low_res.", HALF, HALF)),
 }
 
@@ -29,6 +38,9 @@ def implied_type(file: GGUFFile) -> str | None:
     """The projector type whose tensors the file holds, whatever it says; None for other models' files."""
     if "mm.high.weight" in file.tensors:
         return HYBRID_TYPE
+    if "mm.model.fc.weight" in file.tensors:
+        first, second = TILES
+        return first if "v.class_embd" in file.tensors else second
     aligner = {name for name in file.tensors if name.startswith("mm.")}
     if aligner == {f"mm.{i}.{kind}" for i in (0, 1) for kind in ("weight", "bias")}:
         return JANUS_PRO
@@ -36,10 +48,9 @@ def implied_type(file: GGUFFile) -> str | None:
 
 
 def is_known(file: GGUFFile) -> bool:
-    """Whether the file is, or says that it is, a projector of DeepSeek-VL."""
-    known = (JANUS_PRO, HYBRID_TYPE)
+    """Whether the file is, or says that it is, a projector that is written here."""
     return is_projector(file) and (
-        implied_type(file) in known or file.keys.get("clip.projector_type") in known
+        implied_type(file) in PROJECTORS or file.keys.get("clip.projector_type") in PROJECTORS
     )
 
 

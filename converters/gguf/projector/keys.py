@@ -31,7 +31,10 @@ Keys = dict[str, tuple[str, Any]]
 # The relative error of image embeddings that each type may bring; measured: 0, 5e-4, 5e-3, 1.5e-2.
 IMAGE_LIMITS = {"f32": 1e-6, "f16": 1e-3, "bf16": 1e-2, "q8_0": 4e-2}
 JANUS_PRO, HYBRID_TYPE = "janus_pro", "deepseek_vl_hybrid"
-POSITIONS = ("position_embd", "pos_embd", "pos_h", "pos_w")
+# llama.cpp's types of DeepSeek-OCR's projectors, and the most tiles that each cuts a large picture into.
+TILES = {"deepseekocr": 9, "deepseekocr2": 6}
+PROJECTORS = tuple(dict.fromkeys(model.projector for model in TOWER_MODELS))
+PLAIN = ("position_embd", "pos_embd", "pos_h", "pos_w", "resample_query")
 CANNOT = (
     "stock llama.cpp runs the text file and cannot read this projector (it will refuse it): no runtime has "
     "the two towers of DeepSeek-VL 7B. Pictures need a program that computes the embeddings from the "
@@ -44,7 +47,7 @@ def tensor_type(spec: Spec, quant: str, hybrid: bool) -> str:
 
     The patch embedding is a convolution, which llama.cpp runs in f16 or f32.
     """
-    if len(spec.shape) == 2 and not any(word in spec.gguf for word in POSITIONS):
+    if len(spec.shape) == 2 and not any(word in spec.gguf for word in PLAIN):
         return mixtures.fitting(quant, spec.shape[-1])
     if spec.gguf == "v.patch_embd.weight" and not hybrid and quant in ("f16", "q8_0"):
         return "f16"
@@ -64,7 +67,7 @@ def image_keys(vision: VisionConfig, token: str, token_id: int) -> Keys:
         "dsconvert.image.token": ("string", token),
         "dsconvert.image.token_id": ("uint32", token_id),
         "dsconvert.image.tokens": ("uint32", vision.tokens),
-        "dsconvert.image.size": ("uint32", (vision.sam or vision.vit).image_size),
+        "dsconvert.image.size": ("uint32", (processor.high or processor.low).image_size),
         "dsconvert.image.pad_color": ("array:uint32", list(processor.pad)),
         "dsconvert.image.resample": ("string", processor.resample),
         "dsconvert.image.min_size": ("uint32", processor.min_size),
@@ -103,7 +106,7 @@ def clip_keys(vision: VisionConfig) -> Keys:
     }
     if high is None:
         return keys
-    return keys | {
+    keys |= {
         "clip.vision.window_size": ("uint32", high.window),
         "clip.vision.sam.block_count": ("uint32", high.layers),
         "clip.vision.sam.embedding_length": ("uint32", high.width),
@@ -113,6 +116,16 @@ def clip_keys(vision: VisionConfig) -> Keys:
         "clip.vision.sam.neck_channels": ("uint32", high.channels),
         "clip.vision.sam.layer_norm_epsilon": ("float32", high.eps),
         "clip.vision.sam.global_attn_indexes": ("array:uint32", list(high.global_layers)),
+    }
+    if vision.model.chained:
+        return keys | {
+            "clip.vision.attention.head_count_kv": ("uint32", low.kv_heads),
+            "clip.vision.preproc_min_tiles": ("uint32", 2),
+            "clip.vision.preproc_max_tiles": ("uint32", TILES[vision.model.projector]),
+            "clip.vision.sam.reduced_channels": ("array:uint32", list(high.reduced)),
+            "clip.vision.sam.output_size": ("uint32", low.image_size),
+        }
+    return keys | {
         "clip.vision.low_res.image_size": ("uint32", low.image_size),
         "clip.vision.low_res.image_mean": ("array:float32", list(low.pixels.mean)),
         "clip.vision.low_res.image_std": ("array:float32", list(low.pixels.std)),
@@ -143,29 +156,33 @@ def open_projector(file: GGUFFile) -> tuple[Weights, VisionConfig]:
 def stored_vision(file: GGUFFile) -> VisionConfig:
     """The towers' numbers as the file's own keys state them; CheckpointError for a missing or wrong key."""
     kind = file.keys.get("clip.projector_type")
-    if kind not in (JANUS_PRO, HYBRID_TYPE):
+    if kind not in PROJECTORS:
         raise CheckpointError(
             f"has the projector type {kind!r}",
             where=file.path,
-            why=f"projectors that are read here: {JANUS_PRO}, {HYBRID_TYPE}",
+            why=f"projectors that are read here: {', '.join(PROJECTORS)}",
         )
     prefix = "clip.vision."
     mean, std = (_numbers(file, prefix + key) for key in ("image_mean", "image_std"))
     first = Pixels(_whole(file, prefix + "image_size"), mean, std)
-    sam = _stored_sam(file, first) if kind == HYBRID_TYPE else None
+    sam = _stored_sam(file, first) if kind != JANUS_PRO else None
     small = prefix + "low_res."
-    low = first
-    if sam is not None:
+    low, model = (
+        first,
+        next(model for model in TOWER_MODELS if model.projector == kind),
+    )  # those of a type are alike
+    if kind == HYBRID_TYPE:
         mean, std = (_numbers(file, small + key) for key in ("image_mean", "image_std"))
         low = Pixels(_whole(file, small + "image_size"), mean, std)
-    model = next(model for model in TOWER_MODELS if model.projector == kind)  # all of a type are alike
+    heads, kv_heads = _whole(file, prefix + "attention.head_count"), prefix + "attention.head_count_kv"
     vit = Tower(
-        image_size=low.image_size,
+        image_size=_whole(file, prefix + "sam.output_size") if model.chained else low.image_size,
         patch_size=_whole(file, prefix + "patch_size"),
         width=_whole(file, prefix + "embedding_length"),
         mlp=_whole(file, prefix + "feed_forward_length"),
         layers=_depth(file, prefix + "block_count"),
-        heads=_whole(file, prefix + "attention.head_count"),
+        heads=heads,
+        kv_heads=_whole(file, kv_heads) if kv_heads in file.keys else heads,
         eps=_number(file, prefix + "attention.layer_norm_epsilon"),
         pixels=low,
     )
@@ -177,7 +194,7 @@ def stored_vision(file: GGUFFile) -> VisionConfig:
         sam,
         _whole(file, prefix + "projection_dim"),
         activation,
-        _stored_processor(file, low, first if sam else None, vit.grid**2),
+        _stored_processor(file, low, first if low is not first else None, vit.grid**2),
     )
 
 
@@ -186,18 +203,24 @@ def _stored_sam(file: GGUFFile, pixels: Pixels) -> Sam:
     layers = file.keys.get(prefix + "global_attn_indexes")
     if not isinstance(layers, list) or not layers or not all(isinstance(layer, int) for layer in layers):
         raise _bad(file, prefix + "global_attn_indexes")
+    heads, channels = _whole(file, prefix + "head_count"), _whole(file, prefix + "neck_channels")
+    reduced = file.keys.get(prefix + "reduced_channels", [2 * channels, 4 * channels])
+    if not isinstance(reduced, list) or len(reduced) != 2 or not all(isinstance(n, int) for n in reduced):
+        raise _bad(file, prefix + "reduced_channels")
     return Sam(
         image_size=pixels.image_size,
         patch_size=_whole(file, prefix + "patch_size"),
         width=_whole(file, prefix + "embedding_length"),
         mlp=_whole(file, prefix + "feed_forward_length"),
         layers=_depth(file, prefix + "block_count"),
-        heads=_whole(file, prefix + "head_count"),
+        heads=heads,
+        kv_heads=heads,
         eps=_number(file, prefix + "layer_norm_epsilon"),
         pixels=pixels,
         window=_whole(file, "clip.vision.window_size"),
         global_layers=tuple(layers),
-        channels=_whole(file, prefix + "neck_channels"),
+        channels=channels,
+        reduced=(reduced[0], reduced[1]),
     )
 
 

@@ -159,7 +159,7 @@ LANGUAGE_ORIGINAL = mounted(
     LLAMA,
     ORIGINAL,
     "multi_modality",
-    Mount(LLAMA, "language_config", lambda name: "language_model." + name, tied_outside=False),
+    Mount(LLAMA, "language_config", lambda name: "language_model." + name, tied_outside=False, nameless=True),
     drop=(_VISION_PART[ORIGINAL],),
     beside=every_spelling(ORIGINAL_VL_ROWS, ORIGINAL_HYBRID_ROWS),
 )

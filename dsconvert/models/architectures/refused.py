@@ -15,7 +15,5 @@ REFUSED: dict[str, str] = {
         "llama.cpp of that time runs"
     ),
     "DeepseekVLV2ForCausalLM": "neither transformers nor llama.cpp has this class, so no runtime reads it",
-    "DeepseekOCRForCausalLM": f"its towers are not converted here; {_ELSEWHERE} (deepseek2-ocr)",
-    "DeepseekOCR2ForCausalLM": f"its towers are not converted here; {_ELSEWHERE} (deepseek2-ocr)",
 }
 ARCHITECTURES: tuple[Architecture, ...] = ()
