@@ -115,7 +115,7 @@ def test_a_proof_knows_what_was_solved(name: str) -> None:
         assert fed(len(W), SCHEMES[name].type, lambda i, Q=Q: (W[i].numpy(), Q[i])) == by_feedback
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["nvfp4a16", pytest.param("mxfp4a16", marks=pytest.mark.slow)])
 def test_a_folder_is_closer_than_one_rounded_to_nearest(tmp_path: Path, name: str) -> None:
     """As the proof measures it, on text that it was not solved on; it says what it was solved on."""
     kl = {}
