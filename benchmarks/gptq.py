@@ -199,7 +199,7 @@ def hours(gpu: str, threads: int) -> None:
     card = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
     halves, singles, doubles = (float(part) * 1e12 for part in gpu.split(","))
     speeds = {
-        "this machine": (cpu, forecast.measure_speed(cpu, time.thread_time)),
+        "this machine": (cpu, forecast.measure_speed(cpu, forecast.WIDE, time.thread_time)),
         "a GPU, by FLOP": (card, forecast.Speed(halves, halves, singles, doubles, math.inf)),
     }
     text = forecast.Text(128, 2048, fixed=False)

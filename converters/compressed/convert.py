@@ -175,8 +175,8 @@ def provenance(job: Job, calibration: Calibration, fell_back: Mapping[str, str])
     """What the weights depend on besides the checkpoint, and which linears fell back."""
     options = job.options
     found: dict[str, Any] = {"damp": options.damp, "act_order": options.act_order, "mse": options.mse}
-    if options.rounds:
-        found["rounds"] = options.rounds
+    if rounds := max((options.solver(scheme).rounds for scheme in job.schemes.values()), default=0):
+        found["rounds"] = rounds
     found["calibration"] = calibration.report.as_dict()
     found |= {"types": dict(job.told)} if job.told else {}
     return found | ({"round_to_nearest": fell_back} if fell_back else {})

@@ -32,7 +32,7 @@ from dsconvert.models.provenance import origin
 from dsconvert.quantization.budget import Budget, check_enough
 from dsconvert.quantization.cost_file import Known, load
 from dsconvert.quantization.gptq_grid import Scheme
-from dsconvert.quantization.gptq_solver import SolverOptions
+from dsconvert.quantization.gptq_solver import SolverOptions, rounds_for
 from dsconvert.quantization.linears import Selection
 from dsconvert.quantization.plan import RunOptions, check_output, input_files, open_model, output_folder
 from dsconvert.quantization.shape_rules import check_linears
@@ -52,7 +52,7 @@ class Options:
     sym: bool = True
     damp: float = 0.05
     mse: bool = True
-    rounds: int = 0
+    rounds: int | None = None
     language_only: bool = False
     lm_head: bool = False
     fed: bool = False  # four-bit floats by error feedback, and not rounded to nearest
@@ -74,9 +74,15 @@ class Options:
         """What the integers mean, where all linears have the same."""
         return Scheme(self.row.bits, self.group_size, self.sym)
 
+    @property
+    def told_rounds(self) -> str:
+        """The rounds of refinement, as settings are compared."""
+        return "by bits" if self.rounds is None else str(self.rounds)
+
     def solver(self, scheme: Scheme) -> SolverOptions:
         """The part of it that the solver goes by; groups are always runs of inputs."""
-        return SolverOptions(scheme, self.act_order, False, self.damp, self.mse, self.rounds)
+        rounds = rounds_for(self.rounds, scheme.bits)
+        return SolverOptions(scheme, self.act_order, False, self.damp, self.mse, rounds)
 
 
 @dataclass(frozen=True)
@@ -119,7 +125,7 @@ class Job:
             what = f"{options.budget.words}, of {', '.join(labels)}, costs {costs}"
         return (
             f"{what}, act-order {options.act_order}, "
-            f"sym {options.sym}, damp {options.damp:g}, mse {options.mse}, rounds {options.rounds}, "
+            f"sym {options.sym}, damp {options.damp:g}, mse {options.mse}, rounds {options.told_rounds}, "
             f"language only {options.language_only}, lm_head {options.lm_head}"
         )
 
@@ -129,7 +135,7 @@ class Job:
         options = self.options
         return (
             f"gptq, act-order {options.act_order}, damp {options.damp:g}, mse {options.mse}, "
-            f"rounds {options.rounds}"
+            f"rounds {options.told_rounds}"
         )
 
     @property

@@ -125,7 +125,7 @@ def provenance(job: Job, calibration: Calibration, fell_back: Mapping[str, str])
     """What the weights depend on besides the checkpoint, and which linears fell back."""
     options = job.options
     found: dict[str, Any] = {"act_order": options.act_order, "mse": options.mse}
-    if options.rounds:
-        found["rounds"] = options.rounds
+    if options.solver.rounds:
+        found["rounds"] = options.solver.rounds
     found["calibration"] = calibration.report.as_dict()
     return found | ({"round_to_nearest": fell_back} if fell_back else {})

@@ -13,7 +13,7 @@ from dsconvert.errors import UsageError
 from dsconvert.libraries import TORCH, need
 from dsconvert.models.provenance import origin
 from dsconvert.quantization.gptq_grid import Scheme
-from dsconvert.quantization.gptq_solver import SolverOptions
+from dsconvert.quantization.gptq_solver import SolverOptions, rounds_for
 from dsconvert.quantization.linears import Selection
 from dsconvert.quantization.plan import RunOptions, check_output, input_files, open_model, output_folder
 from tokenizer_tools.load import TokenizerData
@@ -33,15 +33,15 @@ class Options:
     sym: bool = True
     damp: float = 0.05
     mse: bool = True
-    rounds: int = 0
+    rounds: int | None = None
     language_only: bool = False
     lm_head: bool = False
 
     @property
     def solver(self) -> SolverOptions:
         """The part of it that the solver goes by."""
-        scheme = Scheme(self.bits, self.group_size, self.sym)
-        return SolverOptions(scheme, self.act_order, self.dynamic_groups, self.damp, self.mse, self.rounds)
+        scheme, rounds = Scheme(self.bits, self.group_size, self.sym), rounds_for(self.rounds, self.bits)
+        return SolverOptions(scheme, self.act_order, self.dynamic_groups, self.damp, self.mse, rounds)
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Job:
         return (
             f"{options.bits} bits, group {options.group_size}, act-order {options.act_order}, dynamic groups "
             f"{options.dynamic_groups}, sym {options.sym}, damp {options.damp:g}, mse {options.mse}, "
-            f"rounds {options.rounds}, "
+            f"rounds {options.solver.rounds}, "
             f"language only {options.language_only}, lm_head {options.lm_head}"
         )
 

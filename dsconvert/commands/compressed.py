@@ -74,7 +74,7 @@ def compressed(
     sym: bool,
     damp: float,
     mse: bool,
-    rounds: int,
+    rounds: int | None,
     calibration: CalibrationRequest,
     add_bos: bool | None,
     out: Path | None,

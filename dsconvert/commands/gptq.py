@@ -59,7 +59,7 @@ def gptq(
     sym: bool,
     damp: float,
     mse: bool,
-    rounds: int,
+    rounds: int | None,
     calibration: CalibrationRequest,
     add_bos: bool | None,
     out: Path | None,

@@ -33,10 +33,9 @@ mse_option = click.option(
 rounds_option = click.option(
     "--rounds",
     type=click.IntRange(0, 100),
-    default=0,
-    show_default=True,
     metavar="N",
-    help="How often scales, zero points and codes are refined in turn after the walk.",
+    help="How often scales, zero points and codes are refined in turn after the walk.  [default: 1 for 2 and "
+    "3 bits, else 0]",
 )
 language_option = click.option(
     "--language-only",

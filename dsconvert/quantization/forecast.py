@@ -18,7 +18,11 @@ from dsconvert.decoder import torch_decoder as st
 if TYPE_CHECKING:
     import torch
 
-SIDE = 1024  # of the matrices that the speed is measured with, and tokens in a batch of theirs
+SIDE = 512  # of the matrices that the speed is measured with
+LONG = (
+    60.0  # seconds of a run from which on it is measured with those of WIDE, which take a share of a second:
+)
+WIDE = 2048  # other work on the machine then slows them down as it will the run
 TRIES = 3
 LOOPS = 2e-8  # seconds for a weight in the loops beside a product of its errors, on one thread
 TRIANGLE = 1.3  # of half a product's time: what half a symmetric product takes
@@ -60,14 +64,16 @@ class Text:
     fixed: bool
 
 
-def measure_speed(decoder: st.Decoder, clock: Callable[[], float] = time.perf_counter) -> Speed:
-    """Measure the device that the decoder runs on by the `clock`: a fraction of a second on a CPU."""
+def measure_speed(
+    decoder: st.Decoder, side: int = SIDE, clock: Callable[[], float] = time.perf_counter
+) -> Speed:
+    """Measure the device that the decoder runs on, by the `clock`, with matrices [side, side]."""
     import torch
 
     device, own = decoder.device, decoder.dtype
 
     def square(dtype: torch.dtype) -> torch.Tensor:
-        return torch.eye(SIDE, dtype=dtype, device=device) + 1 / SIDE
+        return torch.eye(side, dtype=dtype, device=device) + 1 / side
 
     def speed(flop: float, work: Callable[[], object]) -> float:
         took = []
@@ -80,13 +86,13 @@ def measure_speed(decoder: st.Decoder, clock: Callable[[], float] = time.perf_co
         return flop / sorted(took)[TRIES // 2]
 
     single, half, double = square(torch.float32), square(own), square(torch.float64)
-    products = speed(2 * SIDE**3, lambda: single @ single)
-    runs = products if own == torch.float32 else speed(2 * SIDE**3, lambda: half @ half)
+    products = speed(2 * side**3, lambda: single @ single)
+    runs = products if own == torch.float32 else speed(2 * side**3, lambda: half @ half)
     return Speed(
         runs=runs,
         sums=runs if linear_inputs.multiplies_halves(device.type, own) else products,
         products=products,
-        factors=speed(SIDE**3 / 3, lambda: torch.linalg.cholesky_ex(double)),
+        factors=speed(side**3 / 3, lambda: torch.linalg.cholesky_ex(double)),
         loops=torch.get_num_threads() / LOOPS if device.type == "cpu" else math.inf,
     )
 
@@ -99,8 +105,17 @@ def foretell(
     `passes` is how often a solve goes through the products of half of H and a linear's errors; the first
     `finished` blocks only run.
     """
-    speed, shapes = measure_speed(decoder), decoder.source.shapes()
-    found, share = [], _share(decoder, text)
+    found = _foretold(decoder, text, passes, head, finished, measure_speed(decoder))
+    if _sum(found).total > LONG:
+        found = _foretold(decoder, text, passes, head, finished, measure_speed(decoder, WIDE))
+    return found
+
+
+def _foretold(
+    decoder: st.Decoder, text: Text, passes: float, head: bool, finished: int, speed: Speed
+) -> list[Seconds]:
+    shapes, share = decoder.source.shapes(), _share(decoder, text)
+    found = []
     for index in range(decoder.config.layers):
         attention = 2.0 * text.windows * text.length**2 * decoder.config.hidden_size
         seen = dict.fromkeys((name for names in decoder.experts[index] for name in names), share)
@@ -152,7 +167,8 @@ def told(blocks: Sequence[Seconds]) -> str:
     whole = _sum(blocks)
     shares = ((whole.run, "their linears"), (whole.sums, "sums of inputs"), (whole.solve, "solving"))
     parts = ", ".join(f"{100 * part / whole.total:.0f} % {what}" for part, what in shares)
-    return f"about {duration(whole.total)} for {len(blocks)} blocks by this machine's speed ({parts})"
+    count = f"{len(blocks)} blocks" if len(blocks) > 1 else "1 block"
+    return f"about {duration(whole.total)} for {count} by this machine's speed ({parts})"
 
 
 def left(blocks: Sequence[Seconds], took: Sequence[float]) -> float:

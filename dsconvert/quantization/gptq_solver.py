@@ -18,6 +18,14 @@ if TYPE_CHECKING:
     import torch
 
 
+ROUNDS = {2: 1, 3: 1}  # of refinement by bits, where none are asked for; at more bits they gain less
+
+
+def rounds_for(asked: int | None, bits: int) -> int:
+    """How many rounds of refinement codes of so many bits get."""
+    return ROUNDS.get(bits, 0) if asked is None else asked
+
+
 @dataclass(frozen=True)
 class SolverOptions:
     """How to solve. `damp` is a fraction of the mean of H's diagonal, added to it.

@@ -18,7 +18,7 @@ def test_the_linears_are_foretold_as_often_as_they_run(
 ) -> None:
     _, decoder, windows = opened(num_key_value_heads=2)
     monkeypatch.setattr(linear_inputs, "room", lambda decoder, windows, length, inputs: min(kept, windows))
-    monkeypatch.setattr(forecast, "measure_speed", lambda decoder: Speed(1.0, 1.0, 1.0, 1.0, 1.0))
+    monkeypatch.setattr(forecast, "measure_speed", lambda decoder, side=0: Speed(1.0, 1.0, 1.0, 1.0, 1.0))
     block, made = st.load_block(decoder, 0), [0.0]
 
     def count(linear: torch.nn.Linear, given: tuple[torch.Tensor, ...], result: torch.Tensor) -> None:
@@ -48,6 +48,7 @@ def test_what_is_left_goes_by_the_blocks_that_ran() -> None:
         "about 18 s for 5 blocks by this machine's speed "
         "(22 % their linears, 44 % sums of inputs, 33 % solving)"
     )
+    assert forecast.told(ahead[4:]).startswith("about 2 s for 1 block by")
 
 
 def test_times_are_told_as_people_say_them() -> None:
@@ -55,6 +56,23 @@ def test_times_are_told_as_people_say_them() -> None:
     assert [forecast.duration(s) for s in seconds] == [
         "1 s", "89 s", "2 min", "60 min", "1 h 30 min", "1 h 30 min", "55 h 33 min"
     ]  # fmt: skip
+
+
+def test_a_long_run_is_foretold_by_longer_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, decoder, windows = opened()
+    sides: list[int] = []
+
+    def measured(decoder: st.Decoder, side: int = forecast.SIDE) -> Speed:
+        sides.append(side)
+        return Speed(*[1e15 if side == forecast.SIDE else 1e3] * 5)
+
+    monkeypatch.setattr(forecast, "measure_speed", measured)
+    text = Text(*windows.shape, fixed=True)
+    quick = foretell(decoder, text, passes=2.0)
+    monkeypatch.setattr(forecast, "LONG", 0.0)
+    slow = foretell(decoder, text, passes=2.0)
+    assert sides == [forecast.SIDE, forecast.SIDE, forecast.WIDE]
+    assert slow[0].total == pytest.approx(1e12 * quick[0].total)
 
 
 def test_this_machine_has_a_speed() -> None:
