@@ -14,19 +14,24 @@ import sys
 from pathlib import Path
 
 
-def main() -> None:
-    if len(sys.argv) not in (4, 5):
-        sys.exit(__doc__)
-    script, model, out, *kind = sys.argv[1:]
-    sys.path[0] = str(Path(script).parent)  # its own packages
-    sys.path.insert(1, str(Path(script).parent / "gguf-py"))
+def run(script: Path, model: str, out: Path, kind: str = "bf16") -> None:
+    """Convert a folder to a file of this type; raises what the converter raises."""
+    sys.path[:0] = [str(script.parent), str(script.parent / "gguf-py")]  # its own packages
     from conversion.base import TextModel
     from conversion.deepseek import DeepseekV32Model
 
     TextModel.get_vocab_base_pre = lambda self, tokenizer: "deepseek-llm"
     DeepseekV32Model.set_vocab = TextModel._set_vocab_gpt2
-    sys.argv = [script, model, "--outtype", *(kind or ["bf16"]), "--outfile", out]
-    runpy.run_path(script, run_name="__main__")
+    sys.argv = [str(script), model, "--outtype", kind, "--outfile", str(out)]
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def main() -> None:
+    if len(sys.argv) not in (4, 5):
+        sys.exit(__doc__)
+    sys.path.pop(0)
+    script, model, out, *kind = sys.argv[1:]
+    run(Path(script), model, Path(out), *kind)
 
 
 if __name__ == "__main__":

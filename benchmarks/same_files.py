@@ -4,7 +4,7 @@
     python benchmarks/same_files.py MODEL_PATH... --converter PATH/convert_hf_to_gguf.py
 
 For each model (a checkpoint folder, `sample:`, or tiny:NAME, a random one of tests/support/tiny_experts.py)
-our bf16 GGUF goes through llama_model_quantize, and the checkpoint through ours, both with the importance
+our f32 GGUF goes through llama_model_quantize, and the checkpoint through ours, both with the importance
 matrix if there is one: a file that is given, or with --calib the one that `dsconvert imatrix` makes of the
 text (builtin, c4, a file). ggml's own reader reads the matrix for llama_model_quantize. With --converter our
 f32 and bf16 files are held against those of llama.cpp's converter instead. Exit code 1 when any tensor
@@ -14,14 +14,17 @@ differs. llama_quantize.py and llama_convert.py say what they need.
 from __future__ import annotations
 
 import argparse
-import subprocess
+import os
 import sys
 import tempfile
+from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
+import llama_convert
+import llama_quantize
 import numpy as np
-
-sys.path.pop(0)  # this folder, whose gguf.py hides the library
 
 from converters.gguf import importance_file
 from converters.gguf.convert import convert
@@ -32,7 +35,6 @@ from converters.gguf.parse import open_gguf
 from converters.outputs import open_reference
 from dsconvert.calibration.request import CalibrationRequest
 
-QUANTIZE, CONVERT = (Path(__file__).with_name(f"llama_{name}.py") for name in ("quantize", "convert"))
 SUPPORT = Path(__file__).resolve().parents[1] / "tests" / "support"
 SAMPLES, LENGTH = 16, 256  # windows of the calibration text, and their tokens
 
@@ -91,29 +93,42 @@ def against_converter(model: str, path: str, script: Path, folder: Path) -> int:
     for quant in ("f32", "bf16"):
         mine, theirs = (folder / f"{name}.gguf" for name in ("ours", "theirs"))
         ours(path, quant, mine)
-        command = [sys.executable, str(CONVERT), str(script), path, str(theirs), quant]
-        subprocess.run(command, check=True, capture_output=True)
+        apart(llama_convert.run, script, path, theirs, quant)
         failed += told(model, quant, mine, theirs)
     return failed
 
 
 def against_quantizer(model: str, path: str, given: argparse.Namespace, folder: Path) -> int:
     """Hold our files of every quantization against llama_model_quantize's; how many tensors differ."""
-    source, mine, theirs = (folder / f"{name}.gguf" for name in ("bf16", "ours", "theirs"))
+    source, mine, theirs = (folder / f"{name}.gguf" for name in ("f32", "ours", "theirs"))
     imatrix = given.imatrix
     if given.calib is not None:
         imatrix = measured(path, given.calib, folder / "imatrix.gguf")
-    package = ["--package", given.package] if given.package else []
-    extra = [*package, *(["--imatrix", str(imatrix)] if imatrix is not None else [])]
     quants = given.quants.split(",") if given.quants else defaults(imatrix is not None)
     failed = 0
-    ours(path, "bf16", source)
+    ours(path, "f32", source)
     for quant in quants:
         ours(path, quant, mine, imatrix)
-        command = [sys.executable, str(QUANTIZE), str(source), str(theirs), quant, *extra]
-        subprocess.run(command, check=True, capture_output=True)
+        apart(llama_quantize.quantize, source, theirs, quant, package=given.package, imatrix=imatrix)
         failed += told(model, quant, mine, theirs)
     return failed
+
+
+def apart(work: Callable[..., None], *arguments: Any, **named: Any) -> None:
+    """Do the work in a process of its own, without its log; raises RuntimeError when it fails."""
+    child = get_context("fork").Process(target=quietly, args=(work, *arguments), kwargs=named)
+    child.start()
+    child.join()
+    if child.exitcode:
+        raise RuntimeError(f"{work.__module__} ended with exit code {child.exitcode}")
+
+
+def quietly(work: Callable[..., None], *arguments: Any, **named: Any) -> None:
+    """Do the work with nothing on the standard streams."""
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    work(*arguments, **named)
 
 
 def main() -> int:
@@ -124,7 +139,7 @@ def main() -> int:
     parser.add_argument("--quants", help="default: all that there are")
     parser.add_argument("--imatrix", type=Path, help="an importance matrix that fits every model given")
     parser.add_argument("--calib", metavar="TEXT", help="make each model's matrix of this text")
-    parser.add_argument("--package", help="folder of the unpacked npm package")
+    parser.add_argument("--package", type=Path, help="folder of the unpacked npm package")
     parser.add_argument("--converter", type=Path, help="llama.cpp's convert_hf_to_gguf.py")
     given = parser.parse_args()
     failed = 0

@@ -18,6 +18,7 @@ class Decoder:
     `inner` is the width of the widest MLP that a token goes through, of all its experts together.
     `cached` is how many values its keys and values have in each layer, which is what a cache keeps of it; of
     latent attention a runtime may keep the `latent` vector that they are made of, 0 where there is none.
+    `indexed` is how many values the key of an indexer has, which is kept besides.
     """
 
     hidden: int
@@ -27,6 +28,7 @@ class Decoder:
     latent: int
     vocab: int
     context: int
+    indexed: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,9 @@ def decoder_of(config: ModelConfig) -> Decoder:
     if latent is not None:
         cached = config.heads * (latent.nope + latent.rope + latent.value)
     small = latent.kv_rank + latent.rope if latent is not None else 0
-    return Decoder(
-        config.hidden_size, inner, config.heads, cached, small, config.vocab_size, config.context_length
-    )
+    indexed = latent.indexer.size if latent is not None and latent.indexer is not None else 0
+    hidden, context = config.hidden_size, config.context_length
+    return Decoder(hidden, inner, config.heads, cached, small, config.vocab_size, context, indexed)
 
 
 def stored_specs(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]] | None = None) -> list[Spec]:

@@ -96,7 +96,7 @@ def _on_card(decoder: Decoder, card: Card, runtime: Runtime, bits: float, batch:
     tokens = batch * length
     running = min(tokens, runtime.at_once or tokens)
     latent = decoder.latent if runtime.latent else 0
-    cache = ceil(card.blocks * (latent or decoder.cached) * tokens * bits / 8)
+    cache = ceil(card.blocks * ((latent or decoder.cached) + decoder.indexed) * tokens * bits / 8)
     # Attention in the latent vectors themselves makes queries and outputs of their width for every head.
     fresh = 2 * decoder.heads * latent or decoder.cached
     pairs = running * length

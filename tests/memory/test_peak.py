@@ -107,3 +107,10 @@ def test_latent_attention_is_cached_as_a_runtime_keeps_it() -> None:
     for name, values in (("llama.cpp", 576), ("transformers", 5120)):
         cards = share_out(weights, 1, RUNTIMES[name].embedding)
         assert peak(decoder, cards, RUNTIMES[name], 16, 2, 100).cache == 2 * 27 * values * 200
+
+
+def test_the_key_of_an_indexer_is_cached_besides() -> None:
+    """DeepSeek-V3.2's numbers, which are its class's defaults."""
+    decoder, weights = in_16_bits({"architectures": ["DeepseekV32ForCausalLM"], "num_experts_per_tok": 8})
+    cards = share_out(weights, 1, RUNTIMES["llama.cpp"].embedding)
+    assert peak(decoder, cards, RUNTIMES["llama.cpp"], 16, 1, 100).cache == 2 * 61 * (576 + 128) * 100
