@@ -6,148 +6,41 @@ no linear hangs on another. What is finished lies beside the output, for --resum
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from converters.gguf import feedback
 from converters.gguf.block_fields import Bytes
 from converters.gguf.calibrate import check_measurable, linears, measured_keys
 from converters.gguf.feedback import solvable, solve
+from converters.gguf.feeding import ROUNDS, Feeding, rounds_text
 from converters.gguf.layout import KeyValues
 from converters.gguf.plan import Job, with_keys
 from converters.gguf.qtypes import QType
 from converters.gguf.write import refuse, targets
-from dsconvert.calibration.request import CalibrationRequest
 from dsconvert.checkpoints.output_files import PartFile
 from dsconvert.checkpoints.output_plan import check_room
 from dsconvert.checkpoints.safetensors_writer import Piece
-from dsconvert.decoder import linear_inputs
 from dsconvert.decoder import torch_decoder as st
 from dsconvert.errors import UsageError
 from dsconvert.events import Event, Warn
-from dsconvert.models.architectures import find_architecture
-from dsconvert.models.language_model import language_model
 from dsconvert.models.stored_rows import stored_rows
-from dsconvert.models.tensor_table import HEADS_TURNED, SOLVE_ORDER, Spec, plan
+from dsconvert.models.tensor_table import HEADS_TURNED, Spec
+from dsconvert.quantization import known_inputs
 from dsconvert.quantization.blocks import collected
 from dsconvert.quantization.known_inputs import DAMP, remembering
-from dsconvert.quantization.linears import Linear, Selection
-from dsconvert.quantization.plan import RunOptions
 from dsconvert.quantization.ranks import Ranks
 from dsconvert.quantization.run import Coded, Run, SolveOne, Solving, begin, solve_blocks
 from dsconvert.quantization.run_state import check_state
-from tokenizer_tools.load import TokenizerData
 
 if TYPE_CHECKING:
     import torch
 
 ENOUGH = 8  # calibration tokens by the inputs of the widest linear
-ROUNDS = {"q2_k": 1, "q3_k": 1}  # of refinement, where none are asked for: it is worth its time at few bits
-
-
-@dataclass(frozen=True)
-class Feeding:
-    """A GGUF conversion as the job of a calibrated run: its linears are those of the language model."""
-
-    job: Job
-
-    @cached_property
-    def run(self) -> RunOptions:
-        """What was asked for, as other calibrated conversions are asked."""
-        asked = self.job.options
-        text = asked.calibration or CalibrationRequest()
-        return RunOptions(
-            asked.model, text, asked.add_bos, self.out, asked.resume, asked.force, asked.device, asked.effort
-        )
-
-    @cached_property
-    def model(self) -> Selection:
-        """The language model, and the linears that are solved; nothing of it is copied."""
-        source, config = language_model(self.job.checkpoint, self.job.config)
-        linear_inputs.check_dense(config, self.job.checkpoint.folder)
-        table = find_architecture(config.architecture).table
-        found = {
-            name: Linear(name, spec.gguf, source.shapes()[name], spec.role)
-            for spec in plan(table, config, source.shapes())
-            if self._fed(spec)
-            for name in spec.names
-        }
-        return Selection(self.job.checkpoint, source, config, found, {}, {})
-
-    @cached_property
-    def specs(self) -> dict[str, list[Spec]]:
-        """The tensors of the files that are made of each linear, by its name in the language model."""
-        source, config = self.model.source, self.model.config
-        specs = plan(find_architecture(config.architecture).table, config, source.shapes())
-        return {
-            name: [spec for spec in specs if name in spec.names and self._fed(spec)]
-            for name in self.model.linears
-        }
-
-    @property
-    def tokenizer(self) -> TokenizerData:
-        """The model's tokenizer."""
-        return self.job.tokenizer
-
-    @property
-    def out(self) -> Path:
-        """The first file, beside which the state of the run lies."""
-        return self.job.paths[0]
-
-    @property
-    def inputs(self) -> list[Path]:
-        """The files and folders that are read."""
-        return self.job.inputs
-
-    @property
-    def settings(self) -> str:
-        """What the bytes of a block depend on, as --resume reports it."""
-        types = [(o.quant, t.name, t.qtype.name) for o in self.job.outputs for t in o.tensors.values()]
-        digest = hashlib.sha256(repr(types).encode()).hexdigest()[:12]
-        quants, rounds = ", ".join(self.job.options.quants), rounds_text(self.job)
-        return f"solver gptq of {quants}, types {digest}, damp {DAMP:g}, rounds {rounds}"
-
-    @property
-    def head(self) -> bool:
-        """Whether the head is solved: it has a tensor of its own, and of a type that can be."""
-        return st.HEAD in self.model.linears
-
-    def qtypes(self, spec: Spec) -> dict[int, QType]:
-        """The types of a tensor, by the number of the output."""
-        return {i: o.tensors[spec.gguf].qtype for i, o in enumerate(self.job.outputs)}
-
-    def nbytes(self, name: str) -> int:
-        """Bytes of a linear in all outputs."""
-        return sum(
-            qtype.nbytes(spec.values // spec.many)
-            for spec in self.specs[name]
-            for qtype in self.qtypes(spec).values()
-        )
-
-    def settings_of(self, name: str) -> str:
-        """The types of a linear, for messages."""
-        kinds = (qtype.name for spec in self.specs[name] for qtype in self.qtypes(spec).values())
-        return ", ".join(dict.fromkeys(kinds))
-
-    def _fed(self, spec: Spec) -> bool:
-        """Whether a tensor's rows are rows of linears that the run sees."""
-        if not spec.gguf.endswith(".weight") or spec.row.transform is HEADS_TURNED:
-            return False
-        if spec.role == "head":
-            return any(map(solvable, self.qtypes(spec).values()))
-        return spec.role in SOLVE_ORDER
-
-
-def rounds_text(job: Job) -> str:
-    """How often scales and codes are refined, for the file's keys."""
-    if job.options.rounds is not None:
-        return str(job.options.rounds)
-    return ", ".join(f"{count} of {name}" for name, count in ROUNDS.items()) + ", 0 of others"
 
 
 def check(job: Job) -> None:
@@ -232,23 +125,49 @@ def _solver(feeding: Feeding) -> SolveOne:
     asked = feeding.job.options.rounds
     inputs_of = remembering()
 
-    def solved(name: str, W: torch.Tensor, H: torch.Tensor, few: str | None) -> Coded:
-        inputs = inputs_of(H)
+    def solve_one(
+        name: str, spec: Spec, W: torch.Tensor, H: torch.Tensor, few: str | None, qtype: QType
+    ) -> feedback.Solved:
+        rounds = ROUNDS.get(qtype.name, 0) if asked is None else asked
+        if H.ndim == 3:
+            return _by_head(spec, W, H, qtype, rounds)
+        inputs = inputs_of(H) if few is None else known_inputs.untrusted(H, few)
         # As the file has it that this one is held to.
         importance = feeding.job.importance.get("output.weight") if name == st.HEAD else inputs.importance
+        return solve(W, inputs, qtype, rounds, importance)
+
+    def solved(name: str, W: torch.Tensor, H: torch.Tensor, few: str | None) -> Coded:
         found: dict[str, feedback.Solved] = {}
         pieces: dict[str, Bytes] = {}
+        by_head = H.ndim == 3
         for spec in feeding.specs[name]:
+            if (spec.row.transform is HEADS_TURNED) != by_head:
+                continue  # it is given other inputs
             for number, qtype in feeding.qtypes(spec).items():
                 if qtype.name not in found:
-                    rounds = ROUNDS.get(qtype.name, 0) if asked is None else asked
-                    found[qtype.name] = solve(W, inputs, qtype, rounds, importance)
+                    found[qtype.name] = solve_one(name, spec, W, H, few, qtype)
                     refuse(found[qtype.name].flags, name, spec.gguf, qtype.name)
                 rows = found[qtype.name].rows
-                pieces[_piece(number, spec, name)] = _stored(spec, name, rows)
+                pieces[_piece(number, spec, name)] = rows if by_head else _stored(spec, name, rows)
         return _together(list(found.values())), pieces, None
 
     return solved
+
+
+def _by_head(spec: Spec, W: torch.Tensor, H: torch.Tensor, qtype: QType, rounds: int) -> feedback.Solved:
+    """A tensor of a matrix for each head, each with its own H [heads, K, K], from a linear's W."""
+    import torch
+
+    values = W.cpu().numpy()
+    stored = stored_rows(spec, lambda _, a, b: values[a:b], 0, spec.rows)
+    found = []
+    for rows, own in zip(np.split(stored, len(H)), H, strict=True):
+        inputs = known_inputs.measured(own)
+        part = torch.from_numpy(np.ascontiguousarray(rows)).to(W.device)
+        found.append(solve(part, inputs, qtype, rounds, inputs.importance))
+    why = next((one.fell_back for one in found if one.fell_back), None)
+    together = np.concatenate([one.rows for one in found])
+    return replace(_together(found), rows=together, fell_back=why, flags=max(one.flags for one in found))
 
 
 def _together(found: list[feedback.Solved]) -> feedback.Solved:

@@ -13,9 +13,11 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from dsconvert.decoder import torch_decoder as st
+from dsconvert.decoder.expert_inputs import queries_of
 from dsconvert.decoder.experts import Names, attention
 from dsconvert.decoder.linear_inputs import Group, Linears, Run, Use, added, input_of, last, measured
 from dsconvert.models.architectures import find_architecture
+from dsconvert.models.experts import Latent
 from dsconvert.models.tensor_table import Role, expand
 
 if TYPE_CHECKING:
@@ -37,8 +39,9 @@ def walk(
     """Take the states [n, length, d] through a block, in place, giving each group of linears on the way.
 
     A weight that the caller changes in a group's `linears` before it takes the next group counts from there
-    on, as GPTQ asks for; with `fixed` it changes none, and the last linears run once. Raises
-    QuantizationError that names the linear whose inputs are not finite.
+    on, as GPTQ asks for; with `fixed` it changes none, the last linears run once, and latent attention's
+    keys come once more, with the moments of the queries. Raises QuantizationError that names the linear whose
+    inputs are not finite.
     """
     own, module = _by_role(decoder, block.index), block.module
     through = _attention(decoder, block)
@@ -46,6 +49,8 @@ def walk(
     for name in own["latent"]:
         given = input_of(block.linears[name], through)
         yield measured(decoder, hidden, _picked(block, (name,)), given, diagonal)
+    if fixed and decoder.config.latent is not None:
+        yield _of_queries(decoder, block, hidden, decoder.config.latent)
     yield from last(decoder, hidden, _picked(block, own["o"]), through, _onto(hidden), diagonal, fixed)
     if own["gate_up"]:
         gate_up = _picked(block, own["gate_up"])
@@ -92,6 +97,23 @@ def _picked(block: st.Block, names: tuple[str, ...]) -> Linears:
 
 def _attention(decoder: st.Decoder, block: st.Block) -> Run:
     return lambda x: attention(decoder, block, x)
+
+
+def _of_queries(decoder: st.Decoder, block: st.Block, hidden: torch.Tensor, latent: Latent) -> Group:
+    """What the keys are given where a runtime applies them to queries: these without what RoPE turns."""
+    import torch
+
+    name = queries_of(block)
+    given = input_of(block.linears[name], _attention(decoder, block))
+    heads, moment, seen = decoder.config.heads, torch.zeros((), device=decoder.device), 0
+    with torch.no_grad():
+        for rows in st.batches(decoder, *hidden.shape[:2]):
+            each = block.linears[name].forward(given(hidden[rows].to(decoder.device)))
+            X = each.reshape(-1, heads, latent.nope + latent.rope)[..., : latent.nope].float().transpose(0, 1)
+            seen += X.shape[1]
+            moment = torch.lerp(moment, 2 / X.shape[1] * X.mT @ X, X.shape[1] / seen)
+    keys = next(name for name in block.linears if name.endswith("kv_b_proj.weight"))
+    return Group(_picked(block, (keys,)), moment, seen)
 
 
 def _mlp(block: st.Block) -> Run:

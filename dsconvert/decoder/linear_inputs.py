@@ -36,7 +36,9 @@ class Group:
     """Linears of one block, by the names of their weights, that share their input X [rows, K].
 
     `moment` is 2/rows X^T X in float32 [K, K], the Hessian of the squared error of a linear's output, or
-    its diagonal [K]; zeros without rows. `routed` says that X are the tokens of one expert.
+    its diagonal [K]; zeros without rows. `routed` says that X are the tokens of one expert. Of latent
+    attention's keys as a runtime multiplies by them, head by head, X are the queries: a moment for each head
+    [heads, K, K].
     """
 
     linears: Linears
@@ -57,7 +59,7 @@ def check_dense(config: ModelConfig, where: object = None) -> None:
         raise CheckpointError(
             f"{config.architecture} has {found}, for which error feedback is not made here",
             where=where,
-            why="EXL2, calibrated MLX, and --solver gptq and --bpw of GGUF are made of dense models only",
+            why="EXL2, calibrated MLX, and types by cost (--bpw, --size) are made of dense models only",
             hint="dsconvert gptq quantizes it; dsconvert gguf takes --calib c4 for an importance matrix",
         )
 
