@@ -86,7 +86,7 @@ def plan_measured(job: Job) -> Generator[Event, None, tuple[Job, Calibration | N
 
 def linears(job: Job) -> list[str]:
     """The tensors that a measurement has entries for, by GGUF name."""
-    roles = (*SOLVE_ORDER, "latent")
+    roles = (*SOLVE_ORDER, "latent", "weigher")
     return [spec.gguf for spec in job.specs if spec.role in roles and spec.gguf.endswith(".weight")]
 
 

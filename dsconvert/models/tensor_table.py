@@ -19,7 +19,9 @@ from dsconvert.errors import PlanError
 from dsconvert.models.diagnosis import resized, unfit
 
 Array = npt.NDArray[Any]
-Role = Literal["embed", "norm", "qkv", "o", "gate_up", "down", "head", "vision", "latent", "router"]
+Role = Literal[
+    "embed", "norm", "qkv", "o", "gate_up", "down", "head", "vision", "latent", "router", "weigher"
+]
 SOLVE_ORDER: tuple[Role, ...] = ("qkv", "o", "gate_up", "down")
 
 

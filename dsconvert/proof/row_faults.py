@@ -61,6 +61,7 @@ ANY_SPAN = 256.0
 SMALLEST = 2.0**-25
 # Values to a scale, in types that round to nearest by the scale as it is stored.
 BLOCKS = {"q2_k": 16, "q3_k": 16, "q4_k": 32, "q5_k": 32, "q6_k": 16}
+LEVELS = {"q2_k": 4, "q3_k": 8, "q4_k": 16}  # how many values a block of these has at most
 # Of all types of blocks, and the share of a row's values that are nearer to another of their block: on the
 # sample up to .0033 where ggml rounds by a scale that it rounds afterwards, with error feedback from .027 on.
 FED_BLOCKS = BLOCKS | dict.fromkeys(("q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "iq4_xs"), 32)
@@ -155,7 +156,7 @@ def row_faults(rows: RowSums, kind: str, again: Again | None = None, head: int =
         longer = alive & ~turned & ~(off <= own.limit) & (kind not in ANY_LENGTH)
         if again is not None and kind in BLOCKS:
             clear = rows.signal > CLEAR * unseen
-            longer |= _misrounded(rows, own, clear & ~turned & ~longer, BLOCKS[kind], again)
+            longer |= _misrounded(rows, own, clear & ~turned & ~longer, kind, again)
         for i in np.flatnonzero(longer):
             times = np.exp(rows.length[i] - own.length)
             found[int(i)] = f"is {times:.3f} times as long as the checkpoint's, by the other rows' measure"
@@ -203,16 +204,18 @@ def _spreads(columns: int) -> float:
     return float(np.clip(low + 0.5 * math.log2(columns / 256), low, high))
 
 
-def _misrounded(rows: RowSums, own: _Own, among: Flags, block: int, again: Again) -> Flags:
+def _misrounded(rows: RowSums, own: _Own, among: Flags, kind: str, again: Again) -> Flags:
     """The rows somewhat off whose values lie nearer to another code of their own block than to their own.
 
     A quantizer that rounds to nearest leaves none; a row that was scaled afterwards has some, where its
-    length alone is within the noise of a short row.
+    length alone is within the noise of a short row. Rows that are not stored as blocks say nothing: those
+    of latent attention's keys lie across the blocks of a GGUF file.
     """
-    found = np.zeros_like(among)
+    found, block = np.zeros_like(among), BLOCKS[kind]
     suspects = among & (own.limit > BLUNT) & (np.abs(rows.length - own.length) > SUSPECT * own.spread)
     for i in np.flatnonzero(suspects):
-        found[i] = misrounded(*again(int(rows.labels[i])), block) > 0
+        base, candidate = again(int(rows.labels[i]))
+        found[i] = in_blocks(candidate, kind) and misrounded(base, candidate, block) > 0
     if not found.any():
         return found
     # Where many suspects have some, or rows of the usual length, this quantizer does not round to nearest.
@@ -230,6 +233,12 @@ def fed(rows: int, kind: str, again: Again) -> bool:
         base, candidate = again(row)
         shares.append(misrounded(base, candidate, block) / base.size)
     return bool(shares) and float(np.median(shares)) > FED_SHARE
+
+
+def in_blocks(row: Floats, kind: str) -> bool:
+    """Whether the blocks of a row have no more values than those of the type."""
+    values = np.sort(row.reshape(-1, BLOCKS[kind]), 1)
+    return bool((np.diff(values, axis=1) != 0).sum(1).max() < LEVELS.get(kind, values.shape[1]))
 
 
 def misrounded(base: Floats, candidate: Floats, block: int) -> int:

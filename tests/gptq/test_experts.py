@@ -18,6 +18,7 @@ from dsconvert.events import Check, Event, Warn
 from dsconvert.models.config import load_json
 from dsconvert.quantization.gptq_grid import Scheme
 from dsconvert.quantization.gptq_solver import SolverOptions, round_to_nearest
+from dsconvert.quantization.linears import select
 from dsconvert.quantization.run import LinearSolved
 
 torch = pytest.importorskip("torch")
@@ -61,6 +62,15 @@ def test_every_matrix_but_the_router_is_quantized_and_proven(
     assert load_json(out / "config.json")["quantization_config"]["quant_method"] == "gptq"
     said = " ".join(e.text for e in events if isinstance(e, Warn))
     assert "transformers will not read this: it fuses experts" in said
+
+
+def test_the_weights_of_an_indexers_heads_are_kept(tmp_path: Path) -> None:
+    """transformers reads the type of that matrix's `weight`, which a quantized linear has not."""
+    selection = select(tiny_experts.checkpoint(tmp_path / "v32", "v32"), language_only=False)
+    indexer = "model.layers.0.self_attn.indexer."
+    assert {f"{indexer}wq_b.weight", f"{indexer}wk.weight"} < selection.linears.keys()
+    assert f"{indexer}weights_proj.weight" in selection.kept
+    assert f"{indexer}weights_proj.weight" not in selection.linears
 
 
 def test_experts_that_saw_few_tokens_are_rounded_to_nearest_and_named(

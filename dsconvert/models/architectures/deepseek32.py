@@ -23,7 +23,7 @@ INDEXER = (
     Row(_I + "wk.weight", _STORED + "attn_k.weight", "latent", ("ik", "d")),
     Row(_I + "k_norm.weight", _STORED + "k_norm.weight", "norm", ("ik",)),
     Row(_I + "k_norm.bias", _STORED + "k_norm.bias", "norm", ("ik",)),
-    Row(_I + "weights_proj.weight", _STORED + "proj.weight", "latent", ("iw", "d")),
+    Row(_I + "weights_proj.weight", _STORED + "proj.weight", "weigher", ("iw", "d")),
 )
 _V3 = {key: value for key, value in deepseek2.V3_DEFAULTS.items() if key != "rope_interleave"}
 DEFAULTS = {
