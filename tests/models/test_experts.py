@@ -295,7 +295,7 @@ def test_groups_count_only_where_the_method_goes_by_them() -> None:
 def test_what_is_made_of_dense_models_only_says_so(
     words: tuple[str, ...], models: dict[str, Path], tmp_path: Path
 ) -> None:
-    out = ("--out", tmp_path / "out")
+    out = ("--out", tmp_path / ("out.gguf" if words[0] == "gguf" else "out"))
     code, told = command(
         *words, models["v3"], *out, "--calib", "builtin", "--calib-samples", "4", "--calib-len", "64"
     )
