@@ -32,6 +32,7 @@ def commands(page: Path) -> list[str]:
     return [text for kind, text in blocks(page) if kind == "sh" and re.search(r"^dsconvert ", text, re.M)]
 
 
+OFTEN = ("index", "gguf", "gptq")  # the others are the slow tests'
 RUN = [page for page in PAGES if commands(page)]
 
 
@@ -47,7 +48,11 @@ def test_pages_with_commands_are_found() -> None:
     }
 
 
-@pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [page if page.stem in OFTEN else pytest.param(page, marks=pytest.mark.slow) for page in RUN],
+    ids=lambda page: page.stem,
+)
 def test_the_commands_of_a_page_do_what_it_says(page: Path, tmp_path: Path) -> None:
     """All of them in one folder, in their order; what the page shows of their output is there."""
     if any("chat " in text for text in commands(page)) and importlib.util.find_spec("xllamacpp") is None:

@@ -124,6 +124,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
     assert calibrated.digests(tmp_path / "out") == calibrated.digests(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_kill_at_random_moments_and_resume(tmp_path: Path) -> None:
     small = tiny.tiny_checkpoint(tmp_path / "model", layers=4, d=128, ff=352)
     settings = {"scheme": "w3a16", "group_size": 32}

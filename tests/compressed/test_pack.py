@@ -9,8 +9,9 @@ import pytest
 
 from converters.compressed.pack import pack, stored_shapes, words
 from converters.compressed.schemes import INTEGERS, SCHEMES
-from converters.compressed.unpack import fields, integers
+from converters.compressed.unpack import integers
 from dsconvert.errors import QuantizationError
+from dsconvert.quantization.bit_stream import fields
 
 BITS = [SCHEMES[name].bits for name in INTEGERS]
 

@@ -9,8 +9,8 @@ import pytest
 import tiny
 
 
-@pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.slow)])
-def test_kill_at_random_moments_and_resume(tmp_path: Path, kills: int) -> None:
+@pytest.mark.slow  # GPTQ's, through the same run, is tried every time
+def test_kill_at_20_random_moments_and_resume(tmp_path: Path) -> None:
     model = tiny.tiny_checkpoint(tmp_path / "model", layers=6, d=64, ff=160)
-    resumed = calibrated.killed_and_resumed("exl2", model, tmp_path, kills, bpw=5.0)
-    assert resumed >= kills // 6, "some should have gone on from finished blocks"
+    resumed = calibrated.killed_and_resumed("exl2", model, tmp_path, 20, bpw=5.0)
+    assert resumed >= 3, "several should have gone on from finished blocks"

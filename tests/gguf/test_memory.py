@@ -10,7 +10,7 @@ import tiny
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc to measure memory (Linux)")
-@pytest.mark.parametrize("form", ["safetensors", "bin"])
+@pytest.mark.parametrize("form", ["safetensors", pytest.param("bin", marks=pytest.mark.slow)])
 def test_memory_does_not_grow_with_the_model(form: str, tmp_path: Path) -> None:
     peaks = []
     for layers in (2, 10):

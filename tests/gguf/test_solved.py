@@ -159,6 +159,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path: Path, stop: Stop) -> 
     assert not list(tmp_path.glob("*.state"))
 
 
+@pytest.mark.slow
 def test_kill_at_random_moments_and_resume(tmp_path: Path) -> None:
     """20 kills are a benchmark's (benchmarks/better_gguf.py --kills)."""
     model = tiny.tiny_checkpoint(tmp_path / "model", layers=4, d=128, ff=352)

@@ -28,6 +28,7 @@ OUTPUTS = {**GGUF, **GPTQ, **EXL2}
 # What two bits hide: 5 % of a row's length is less than the lengths of faithful rows differ by.
 HIDDEN = {"gptq 2": ("a row times 1.05",)}
 FEW = ("q8_0", "q4_k_m", "q3_k_s", "q2_k", "gptq 2")
+SLOW = ("q3_k_s", "gptq 2")  # of the many defects
 # One of each kind of type; the others are the slow tests'.
 OFTEN = (
     *FEW,
@@ -93,7 +94,9 @@ def test_the_gravest_are_named_in_every_type_and_a_faithful_output_passes(
     assert not missed, "\n".join(missed)
 
 
-@pytest.mark.parametrize("quant", FEW)
+@pytest.mark.parametrize(
+    "quant", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in FEW]
+)
 def test_every_defect_is_named(model: Path, tmp_path: Path, quant: str) -> None:
     output, missed = converted(model, quant, tmp_path), []
     for name, defect in DEFECTS.items():

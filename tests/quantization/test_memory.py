@@ -12,7 +12,7 @@ LAYERS = (2, 6)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc to measure memory (Linux)")
-@pytest.mark.parametrize("kind", ["gptq", "exl2"])
+@pytest.mark.parametrize("kind", ["gptq", pytest.param("exl2", marks=pytest.mark.slow)])
 def test_memory_grows_with_the_block_and_not_with_the_model(kind: str, tmp_path: Path) -> None:
     peaks = []
     for layers in LAYERS:

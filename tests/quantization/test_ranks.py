@@ -113,7 +113,7 @@ def test_a_share_of_the_windows_alone_gives_other_hessians() -> None:
 
     class Deaf(Ranks):
         def mean(self, own: Any, weight: int) -> Any:
-            return own
+            return own, weight
 
         def _agree(self, error: Exception | None) -> None:
             assert error is None
@@ -147,6 +147,7 @@ def test_torchrun_and_the_verdict(tmp_path: Path) -> None:
     assert len(open_model(tmp_path / "out").linears) == 15
 
 
+@pytest.mark.slow
 def test_exl2_is_measured_once_and_solved_together(tmp_path: Path) -> None:
     """The folder has the rate asked for, the head too, and the first process alone speaks."""
     model = tiny.tiny_checkpoint(tmp_path / "model", layers=2, d=128, ff=352)
@@ -176,7 +177,7 @@ def test_exl2_is_measured_once_and_solved_together(tmp_path: Path) -> None:
     assert not state_folder(tmp_path / "two").exists()
 
 
-@pytest.mark.parametrize("dead", [0, 1])
+@pytest.mark.parametrize("dead", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_after_a_death_nobody_waits_and_resume_gives_the_same_bytes(
     tmp_path: Path, model: Path, whole: Path, dead: int
 ) -> None:
@@ -214,6 +215,7 @@ def test_an_error_on_any_process_is_told_once(tmp_path: Path) -> None:
     assert not state_folder(tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_what_the_first_process_does_alone_may_fail_too(tmp_path: Path, model: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("", "utf-8")
