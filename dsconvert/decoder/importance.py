@@ -18,7 +18,7 @@ from dsconvert.decoder import torch_decoder as st
 from dsconvert.decoder.expert_inputs import observe
 from dsconvert.events import Event, Step
 from dsconvert.models.architectures import find_architecture
-from dsconvert.models.tensor_table import Spec, expand
+from dsconvert.models.tensor_table import Spec, plan
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,8 @@ def measure_importance(decoder: st.Decoder, windows: st.IntArray) -> Generator[E
     """
     hidden = linear_inputs.embed(decoder, windows)
     found = Importance({}, {})
-    specs = expand(find_architecture(decoder.config.architecture).table, decoder.config)
+    table = find_architecture(decoder.config.architecture).table
+    specs = plan(table, decoder.config, decoder.source.shapes())
     plain = decoder.config.experts is None and decoder.config.latent is None
     for index in range(decoder.config.layers):
         yield Step(f"block {index + 1} of {decoder.config.layers}")

@@ -34,6 +34,7 @@ def test_the_sums_are_those_of_the_squared_inputs(name: str, tmp_path: Path) -> 
     found = result(importance.measure_importance(decoder, IDS))
     seen, last = tiny_experts.given(tiny_experts.random_model(name), IDS), decoder.config.layers - 1
     at, block = f"model.layers.{last}.", f"blk.{last}."
+    assert all(counts.any() for counts in found.counts.values()), "a tensor that the model has not"
 
     def same(tensor: str, x: Any) -> None:
         wanted = x.double().square().reshape(-1, *x.shape[-1:]).sum(0).numpy()
