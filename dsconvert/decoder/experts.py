@@ -51,10 +51,9 @@ def large_mlp(names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -
 
 def streamed(decoder: Decoder) -> Decoder:
     """The same with dense MLPs that are too large to be held as lone experts, which are read as they run."""
-    shapes = decoder.source.shapes()
     blocks, experts = [], []
     for names, own in zip(decoder.blocks, decoder.experts, strict=True):
-        lone = large_mlp(names, shapes)
+        lone = large_mlp(names, decoder.shapes)
         blocks.append({key: name for key, name in names.items() if name not in (lone or ())})
         experts.append((lone,) if lone else own)
     return replace(decoder, blocks=tuple(blocks), experts=tuple(experts))

@@ -57,6 +57,9 @@ class Decoder:
     experts: tuple[tuple[Names, ...], ...]  # per layer: the tensors of each expert; see `experts.streamed`
     library: Any = field(repr=False)  # transformers' config
     rotary: Any = field(repr=False)
+    shapes: Mapping[str, tuple[int, ...]] = field(
+        repr=False
+    )  # of every tensor: tens of thousands of experts'
 
     @property
     def batch_tokens(self) -> int:
@@ -119,7 +122,8 @@ def open_decoder(
     blocks, head = numpy_decoder.tensor_names(source, config)
     library = library_config(config)
     rotary = open_rotary(config, library, device)
-    return Decoder(source, config, device, dtype, blocks, head, expert_names(config), library, rotary)
+    experts, shapes = expert_names(config), source.shapes()
+    return Decoder(source, config, device, dtype, blocks, head, experts, library, rotary, shapes)
 
 
 def numbers(decoder: Decoder) -> Numbers:
@@ -131,8 +135,7 @@ def read(decoder: Decoder, name: str, rows: slice | None = None) -> torch.Tensor
     """A tensor, or `rows` of it, in float32 on the decoder's device, in memory that nothing else uses."""
     import torch
 
-    source = decoder.source
-    shape = source.shapes()[name]
+    source, shape = decoder.source, decoder.shapes[name]
     if rows is None and len(shape) == 2 and math.prod(shape) > READ_WHOLE:
         tensor = torch.empty(shape, dtype=torch.float32)
         for part in slices(*shape):
