@@ -12,7 +12,7 @@ from converters.gguf.mixtures import Choice
 from converters.gguf.output import Options
 from converters.gguf.qtypes import QTYPES
 from dsconvert.errors import UsageError
-from dsconvert.models.tensor_table import HEADS_TURNED, SOLVE_ORDER, Spec
+from dsconvert.models.tensor_table import SOLVE_ORDER, Spec
 from dsconvert.quantization.allocate import Option
 from dsconvert.quantization.budget import Budget, Nats
 
@@ -24,9 +24,9 @@ Types = Mapping[str, tuple[str, ...]]  # what each tensor may get, by GGUF name
 def candidates(budget: Budget, specs: Iterable[Spec], overrides: Sequence[tuple[str, str]]) -> Types:
     """What each tensor with a measurable cost may get, the smallest first.
 
-    Those are the weights of linears, the head and the embedding, as far as they are stored row by row. A type
-    whose blocks a row does not fill stands for the one that llama-quantize takes instead. Raises UsageError
-    for an unknown type and for a floor above all types.
+    Those are the weights of linears, experts, the head and the embedding. A type whose blocks a row does not
+    fill stands for the one that llama-quantize takes instead. Raises UsageError for an unknown type and for a
+    floor above all types.
     """
     usual = budget.types or USUAL
     unknown = [name for name in (*usual, budget.floor or "f32") if name not in QTYPES]
@@ -59,9 +59,12 @@ def smallest(options: Options, specs: Iterable[Spec]) -> Options:
 
 
 def is_measurable(spec: Spec) -> bool:
-    """Whether a tensor's cost can be told from its rows: it holds those of whole weights as they are."""
-    whole = spec.row.part is None and spec.row.transform is not HEADS_TURNED
-    return whole and spec.gguf.endswith(".weight") and spec.role in (*SOLVE_ORDER, "head", "embed")
+    """Whether a tensor's cost can be told: it is multiplied by, or looked up in, on any text.
+
+    What an indexer leaves out depends on longer texts than those that are measured.
+    """
+    known = spec.role in (*SOLVE_ORDER, "latent", "head", "embed") and ".indexer." not in spec.gguf
+    return known and spec.gguf.endswith(".weight")
 
 
 def typed(

@@ -21,14 +21,11 @@ from converters.gguf.plan import Job, with_keys
 from converters.gguf.qtypes import QTYPES
 from dsconvert.calibration.record import Calibration
 from dsconvert.checkpoints.output_plan import look
-from dsconvert.decoder.linear_inputs import check_dense
 from dsconvert.errors import UsageError
 from dsconvert.events import Event, Step, TypesChosen
 from dsconvert.memory.peak import left_on_card
 from dsconvert.memory.runtimes import RUNTIMES
-from dsconvert.models.architectures import find_architecture
 from dsconvert.models.language_model import language_model
-from dsconvert.models.tensor_table import plan
 from dsconvert.quantization.budget import POINTS, Budget, Chosen, Nats, choose, thinned, told
 from dsconvert.quantization.cost_file import Known, load, save
 from dsconvert.quantization.ranks import Ranks
@@ -63,7 +60,6 @@ def typed(job: Job) -> Generator[Event, None, Job]:
     asked, solver = job.options.budget, job.options.solver
     if asked is None:
         return job
-    check_dense(job.config, job.checkpoint.folder)
     types = budgets.candidates(asked, job.specs, job.options.overrides)
     known = None
     if asked.measurement is not None and look(asked.measurement) is not None:
@@ -97,21 +93,11 @@ def _measured(job: Job, types: Types, drawn: Calibration | None) -> Generator[Ev
     source, config = language_model(job.checkpoint, job.config)
     place = st.pick_device(options.device)
     decoder = st.open_decoder(source, config, place, st.pick_dtype(None, place))
-    table = find_architecture(config.architecture).table
-    names = {spec.gguf: spec.names for spec in plan(table, config, source.shapes()) if spec.gguf in types}
-    wanted = {
-        name: tuple(QTYPES[kind] for kind in types[gguf]) for gguf, own in names.items() for name in own
-    }
+    wanted = {gguf: tuple(QTYPES[kind] for kind in kinds) for gguf, kinds in types.items()}
     yield Step(f"measuring what types cost on {min(len(drawn.tokens), costs.WINDOWS)} windows")
     feedback, seed = options.solver != IMATRIX, options.calibration.seed
     found: Costs = yield from costs.measure(decoder, drawn.tokens, wanted, feedback=feedback, seed=seed)
-    nats = {
-        gguf: {kind: math.fsum(found.nats[name][kind] for name in own) for kind in types[gguf]}
-        for gguf, own in names.items()
-    }
-    measured = found.importance
-    importance = {gguf: measured[name] for gguf, own in names.items() for name in own if name in measured}
-    known = Known(nats, importance)
+    known = Known(found.nats, found.importance)
     if options.budget is not None and options.budget.measurement is not None:
         save(options.budget.measurement, known, _shapes(job, types), options.solver)
         yield Step(f"wrote the costs to {options.budget.measurement}")

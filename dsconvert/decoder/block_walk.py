@@ -68,7 +68,7 @@ def walk(
 
 def advance(decoder: st.Decoder, block: st.Block, hidden: torch.Tensor) -> None:
     """Take the states through a block, in place, to the very bits that `walk` leaves."""
-    added(decoder, hidden, _attention(decoder, block), _onto(hidden))
+    attend_all(decoder, block, hidden)
     if block.experts is None:
         added(decoder, hidden, _mlp(block), _onto(hidden))
         return
@@ -79,6 +79,11 @@ def advance(decoder: st.Decoder, block: st.Block, hidden: torch.Tensor) -> None:
             linears = _loaded(block.experts.load, names)
             added(decoder, share.states(hidden), _expert(block, linears), share.onto(total))
     hidden.copy_(total)
+
+
+def attend_all(decoder: st.Decoder, block: st.Block, hidden: torch.Tensor) -> None:
+    """Take the states through a block's attention, in place."""
+    added(decoder, hidden, _attention(decoder, block), _onto(hidden))
 
 
 def _by_role(decoder: st.Decoder, index: int) -> dict[Role, tuple[str, ...]]:

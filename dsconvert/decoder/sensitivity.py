@@ -8,11 +8,16 @@ block; the states between blocks stay in host memory.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from dsconvert.decoder import block_walk, linear_inputs
 from dsconvert.decoder import torch_decoder as st
+from dsconvert.decoder.expert_gradients import backward_only
+from dsconvert.decoder.experts import Names, attend
+from dsconvert.decoder.linear_inputs import Run
 from dsconvert.errors import QuantizationError
 from dsconvert.events import Event, Step
 
@@ -30,6 +35,7 @@ def sensitivities(
     Of the embedding it is that by the states [d] before the first block, all tokens' rows being its outputs.
     `windows` int64 [n, length]; the mean is over their tokens, the gradient that of the sum of their
     log-likelihoods, so that 1/2 sum_n s_n E[d_n^2] is a linear's share of the mean KL divergence per token.
+    Of an expert's linears both means are over the tokens that come to it, the gate's weight counted.
     Deterministic for a seed on one device. Raises QuantizationError where they are not finite.
     """
     import torch
@@ -92,30 +98,84 @@ def _through_block(
     decoder: st.Decoder, block: st.Block, hidden: torch.Tensor, gradient: torch.Tensor
 ) -> Sensitivities:
     """The values of a block's linears; takes `gradient` from after the block to before it, in place."""
+    windows, length = hidden.shape[:2]
+    sums = _Sums()
+    if block.experts is None:
+        run = partial(st.apply, decoder, block)
+        _back(decoder, block, run, hidden, gradient, st.batches(decoder, windows, length), sums)
+        return sums.means(())
+    between = hidden.clone()
+    block_walk.attend_all(decoder, block, between)
+    with backward_only(block, sums.add):  # all windows at once, so that each expert is read once
+        _back(decoder, block, partial(_through_mlp, block), between, gradient, [slice(windows)], sums)
+    run = partial(attend, decoder, block)
+    _back(decoder, block, run, hidden, gradient, st.batches(decoder, windows, length), sums)
+    return sums.means(block.experts.names)
+
+
+@dataclass(frozen=True, eq=False)
+class _Sums:
+    """Squares of the gradients by the outputs of each linear, summed over tokens, and how many these are."""
+
+    totals: Sensitivities = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+
+    def add(self, name: str, g: torch.Tensor) -> None:
+        """Take in gradients [..., N]."""
+        square = g.float().square().flatten(0, -2).sum(0).cpu()
+        self.totals[name] = self.totals[name] + square if name in self.totals else square
+        self.tokens[name] = self.tokens.get(name, 0) + g[..., 0].numel()
+
+    def means(self, experts: Sequence[Names]) -> Sensitivities:
+        """The means; of an expert that no token came to those over all experts."""
+        found = {name: total / self.tokens[name] for name, total in self.totals.items()}
+        for names in zip(*experts, strict=True):
+            seen = [name for name in names if name in found]
+            together = sum(self.totals[name] for name in seen) / sum(self.tokens[name] for name in seen)
+            found |= {name: together for name in names if name not in found}
+        return found
+
+
+def _through_mlp(block: st.Block, x: torch.Tensor) -> torch.Tensor:
+    found: torch.Tensor = x + block.module.mlp(block.module.post_attention_layernorm(x))
+    return found
+
+
+def _back(
+    decoder: st.Decoder,
+    block: st.Block,
+    run: Run,
+    hidden: torch.Tensor,
+    gradient: torch.Tensor,
+    batches: Iterable[slice],
+    sums: _Sums,
+) -> None:
+    """Take `gradient` back through what `run` makes of the states, in place, and sum those of its linears.
+
+    One that has no gradient, as those of an indexer have none, is left out.
+    """
     import torch
 
     outputs: dict[str, torch.Tensor] = {}
 
     def keep(name: str, y: torch.Tensor) -> None:
-        outputs[name] = y
+        if y.requires_grad:
+            outputs[name] = y
 
     handles = [
         part.register_forward_hook(lambda module, args, y, name=name: keep(name, y))
         for name, part in block.linears.items()
     ]
-    totals: Sensitivities = {}
     try:
-        for rows in st.batches(decoder, *hidden.shape[:2]):
+        for rows in batches:
             x = hidden[rows].to(decoder.device).requires_grad_()
             with torch.enable_grad():
-                y = st.apply(decoder, block, x)
+                y = run(x)
             wanted = [x, *outputs.values()]
             first, *grads = torch.autograd.grad(y, wanted, gradient[rows].to(decoder.device))
             for name, g in zip(outputs, grads, strict=True):
-                square = g.float().square().sum((0, 1)).cpu()
-                totals[name] = totals[name] + square if name in totals else square
+                sums.add(name, g)
             gradient[rows] = first.to(gradient.device)
     finally:
         for handle in handles:
             handle.remove()
-    return {name: total / hidden[..., 0].numel() for name, total in totals.items()}

@@ -45,3 +45,13 @@ def told(
         f"calibration tokens came than a quarter of their inputs: experts (tokens) {named}{more}; give more "
         "text by --calib-samples or --calib-len"
     )
+
+
+def told_of_costs(names: Sequence[str]) -> Iterator[Event]:
+    """A warning on matrices of experts whose costs few tokens tell; nothing where there are none."""
+    if names:
+        yield Warn(
+            f"what types cost of {len(names)} matrices of experts is told by fewer calibration tokens than a "
+            f"quarter of their inputs, and without error feedback: {', '.join(names[:3])}"
+            f"{' and more' * (len(names) > 3)}; give more text by --calib-samples or --calib-len"
+        )

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import random_llama
+import tiny_experts
 import torch
 
+from dsconvert.checkpoints.checkpoint import open_checkpoint
 from dsconvert.decoder import block_walk, linear_inputs, sensitivity
 from dsconvert.decoder import torch_decoder as st
 from dsconvert.errors import QuantizationError
+from dsconvert.models.config import load_config
 from dsconvert.proof import compare
 
 CPU = torch.device("cpu")
@@ -33,11 +39,12 @@ def naive(model: Any, windows: Any) -> dict[str, torch.Tensor]:
     with torch.enable_grad():
         logits = model(torch.from_numpy(windows)).logits
         total = logits.log_softmax(-1).amax(-1).sum()
+        outputs = {name: y for name, y in outputs.items() if y.requires_grad and y.numel()}
         grads = torch.autograd.grad(total, list(outputs.values()))
     for handle in handles:
         handle.remove()
     model.requires_grad_(False)
-    return {n: g.square().mean((0, 1)) for n, g in zip(outputs, grads, strict=True)}
+    return {n: g.square().flatten(0, -2).mean(0) for n, g in zip(outputs, grads, strict=True)}
 
 
 @pytest.mark.parametrize("keys", [{}, {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True}])
@@ -100,3 +107,86 @@ def test_a_broken_weight_is_named() -> None:
     decoder.source.float32(name)[0, 0] = float("nan")
     with pytest.raises(QuantizationError, match=r"model\.layers\.1: gives states that are not finite"):
         compare.result(sensitivity.sensitivities(decoder, windows))
+
+
+class PlainExperts(torch.nn.Module):
+    """transformers' fused experts as three linears each."""
+
+    def __init__(self, fused: Any) -> None:
+        super().__init__()
+        for number, (inner, down) in enumerate(zip(fused.gate_up_proj, fused.down_proj, strict=True)):
+            parts = (*inner.detach().chunk(2), down.detach())
+            names = ("gate_proj", "up_proj", "down_proj")
+            self.add_module(
+                str(number), torch.nn.ModuleDict(dict(zip(names, map(linear, parts), strict=True)))
+            )
+
+    def forward(self, hidden: Any, index: Any, weights: Any) -> Any:
+        total = torch.zeros_like(hidden)
+        for number, expert in self.named_children():
+            token, place = torch.where(index == int(number))
+            gate, up, down = expert.children()
+            part = down(torch.nn.functional.silu(gate(hidden[token])) * up(hidden[token]))
+            total = total.index_add(0, token, part * weights[token, place, None])
+        return total
+
+
+def linear(weight: Any) -> Any:
+    found = torch.nn.Linear(*weight.shape[::-1], bias=False)
+    found.weight = torch.nn.Parameter(weight.clone())
+    return found
+
+
+SMALL = {"hidden_size": 64, "moe_intermediate_size": 32, "intermediate_size": 96, "num_hidden_layers": 2}
+
+
+@pytest.mark.parametrize("name", ["v2", "v3", "v32", "qwen3moe", "mixtral"])
+def test_gradients_go_through_experts_and_latent_attention(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against one graph in float64 over transformers' model; each expert is read once on the way back."""
+    sizes = SMALL | ({"kv_lora_rank": 32, "first_k_dense_replace": 1} if name in tiny_experts.MLA else {})
+    folder = tiny_experts.checkpoint(tmp_path / "model", name, **sizes)
+    decoder = st.open_decoder(open_checkpoint(folder), load_config(folder), CPU, torch.float32)
+    windows = np.random.default_rng(3).integers(20, 1900, (3, 24))
+    model = tiny_experts.random_model(name, **sizes)
+    with torch.no_grad():
+        before = model(torch.from_numpy(windows)).logits
+    for layer in model.model.layers:
+        if hasattr(layer.mlp, "experts"):
+            layer.mlp.experts = PlainExperts(layer.mlp.experts)
+    with torch.no_grad():
+        torch.testing.assert_close(model(torch.from_numpy(windows)).logits, before)
+    monkeypatch.setattr(torch, "multinomial", lambda p, n, generator: p.argmax(-1, keepdim=True))
+    monkeypatch.setattr(st, "BATCH_TOKENS", {"cpu": 24})
+    read, plain = Counter[str](), st.read_as_run
+    monkeypatch.setattr(st, "read_as_run", lambda d, n: read.update([n]) or plain(d, n))
+    found = compare.result(sensitivity.sensitivities(decoder, windows))
+    routed = {one for layer in decoder.experts for names in layer for one in names}
+    assert {read[one] for one in routed} <= {0, 2}  # on the way forth, and back
+    expected = naive(model.double(), windows)
+    for one, values in found.items():
+        if one != st.HEAD and (one not in routed or read[one]):
+            wanted = expected[in_transformers(one)].float()
+            torch.testing.assert_close(values, wanted, rtol=1e-2, atol=1e-3 * float(wanted.max()))
+    seen = {in_transformers(one) for one in found if one not in routed or read[one]}
+    assert seen == {one for one in expected if "indexer" not in one}
+
+
+def in_transformers(name: str) -> str:
+    """What transformers calls Mixtral's matrices, which are as their paper names them on disk."""
+    for end, other in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj")):
+        name = name.replace(f".{end}.", f".{other}.")
+    return name.replace(".block_sparse_moe.", ".mlp.")
+
+
+def test_an_expert_without_tokens_has_the_mean_of_the_others(tmp_path: Path) -> None:
+    folder = tiny_experts.checkpoint(tmp_path / "model", "qwen3moe", **SMALL)
+    decoder = st.open_decoder(open_checkpoint(folder), load_config(folder), CPU, torch.float32)
+    found = compare.result(sensitivity.sensitivities(decoder, np.array([[5, 900]])))  # of 16 experts 4 to 8
+    for layer in decoder.experts:
+        for names in zip(*layer, strict=True):
+            values = torch.stack([found[name] for name in names])
+            alike = [int((values == one).all(1).sum()) for one in values]
+            assert max(alike) >= 8
+            assert alike.count(1) >= 4

@@ -82,7 +82,8 @@ def test_embedding_and_head_pay_for_what_they_are(tied: bool) -> None:
     )
     decoder = st.open_decoder(source, config, CPU, torch.float32)
     windows = random_llama.tokens(config, 4, 40)
-    kinds = {name: [QTYPES["q4_k"]] for name in ((st.EMBED,) if tied else (st.EMBED, st.HEAD))}
+    embed, output = "token_embd.weight", "output.weight"
+    kinds = {name: [QTYPES["q4_k"]] for name in ((embed,) if tied else (embed, output))}
     found = compare.result(costs.measure(decoder, windows, kinds, feedback=False))
     s = compare.result(sensitivities(decoder, windows))
     hidden = linear_inputs.embed(decoder, windows)
@@ -102,13 +103,13 @@ def test_embedding_and_head_pay_for_what_they_are(tied: bool) -> None:
     R = R if tied else left(st.HEAD, at[st.HEAD])
     head = sum(float(s[st.HEAD][n]) * R[n] @ H @ R[n] for n in range(len(R))) / 4
     if tied:
-        assert found.nats == {st.EMBED: {"q4_k": pytest.approx(embedding + head, rel=1e-3)}}
+        assert found.nats == {embed: {"q4_k": pytest.approx(embedding + head, rel=1e-3)}}
         assert found.importance == {}
     else:
-        assert found.nats[st.EMBED]["q4_k"] == pytest.approx(embedding, rel=1e-3)
-        assert found.nats[st.HEAD]["q4_k"] == pytest.approx(head, rel=1e-3)
-        for name in (st.EMBED, st.HEAD):
-            np.testing.assert_allclose(found.importance[name], at[name], rtol=1e-5)
+        assert found.nats[embed]["q4_k"] == pytest.approx(embedding, rel=1e-3)
+        assert found.nats[output]["q4_k"] == pytest.approx(head, rel=1e-3)
+        for gguf, name in ((embed, st.EMBED), (output, st.HEAD)):
+            np.testing.assert_allclose(found.importance[gguf], at[name], rtol=1e-5)
 
 
 def test_a_sample_of_a_large_table_stands_for_all_of_it() -> None:
