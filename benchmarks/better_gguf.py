@@ -131,7 +131,7 @@ def tensor_nbytes(path: Path) -> int:
 
 
 def own_losses(given: Given, paths: dict[str, Path]) -> dict[str, dict[str, float]]:
-    """tr(E H E^T) of every linear of every file, by its file's name; H of the evaluation text."""
+    """tr(E H E^T) of linears and head of every file, by its file's name; H of the evaluation text."""
     reference, losses = given.reference, {name: dict[str, float]() for name in paths}
     sources: dict[str, WeightSource] = {name: open_file(path).source for name, path in paths.items()}
     device = st.pick_device("cpu")
@@ -141,8 +141,8 @@ def own_losses(given: Given, paths: dict[str, Path]) -> dict[str, dict[str, floa
     def groups() -> Iterator[linear_inputs.Group]:
         for index in range(reference.config.layers):
             yield from block_walk.walk(decoder, st.load_block(decoder, index), hidden, fixed=True)
-        if not reference.config.tied:
-            yield linear_inputs.measure_head(decoder, hidden, st.read(decoder, st.NORM).to(decoder.dtype))
+        head = linear_inputs.measure_head(decoder, hidden, st.read(decoder, st.NORM).to(decoder.dtype))
+        yield replace(head, linears={decoder.head: head.linears[st.HEAD]})
 
     for group in groups():
         if group.moment.ndim == 3:  # latent attention's keys by the queries: they came by what makes them

@@ -1,8 +1,8 @@
 """What each tensor of a model would cost in each type: nats of KL divergence, foretold without solving.
 
 Of linears see dsconvert.quantization.costs; a stack of experts costs what all of them do, each by the tokens
-that come to it. A row of the embedding is looked up and not
-multiplied: 1/2 sum_t p_t sum_d s_d R_td^2, p the tokens' frequencies. A table that is both pays both.
+that come to it. A row of the embedding is looked up and not multiplied: 1/2 sum_t p_t sum_d s_d R_td^2, p the
+tokens' frequencies. A table that is both pays both (see looked_up_too).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from dsconvert.models.tensor_table import HEADS_TURNED, Spec, plan
 from dsconvert.quantization.costs import (
     after_feedback,
     linear_nats,
+    looked_up_too,
     measure_blocks,
     sensitivities_on_some,
     some_outputs,
@@ -50,8 +51,8 @@ Candidates = Mapping[str, Sequence[QType]]  # by GGUF name
 class Costs:
     """Nats by tensor and type; `importance` by tensor of what an importance matrix has none for.
 
-    That is float32 [d], the columns of the head by what it is given, and those of an embedding of its own by
-    the states' sensitivities. A table that is both has none.
+    That is float32 [d], the columns of the head by what it is given, and those of an embedding by the states'
+    sensitivities; of a table that is both by both.
     """
 
     nats: dict[str, Nats]
@@ -262,25 +263,24 @@ def _ends(
     H = linear_inputs.measure_head(decoder, hidden, norm).moment
     counts = np.bincount(tokens.ravel(), minlength=decoder.config.vocab_size)
     rows = sampled(counts)
-    tied = decoder.head == st.EMBED
-    L = after_feedback(H, DAMP) if feedback and not tied else None
+    if decoder.head == st.EMBED:
+        H = looked_up_too(H, s)
+    L = after_feedback(H, DAMP) if feedback else None
     found = Costs({}, {})
     for name in dict.fromkeys((st.EMBED, decoder.head)):
         if name not in stored:
             continue
-        gguf, importance = stored[name], None
-        if not tied:
-            importance = s[st.EMBED].cpu().numpy() if name == st.EMBED else _column_weights(H)
-            found.importance[gguf] = importance
+        gguf = stored[name]
+        importance = _column_weights(H) if name == decoder.head else s[st.EMBED].cpu().numpy()
+        found.importance[gguf] = importance
         W = _rows_of(decoder, name, rows.rows)
         for qtype in types[gguf]:
             R = _left(W, qtype, importance)
-            cost = 0.0
-            if name == st.EMBED:
-                p = _frequencies(counts).to(R.device)
-                cost += _looked_up_nats(R, rows.weights(p), s[st.EMBED].to(R.device))
             if name == decoder.head:
-                cost += linear_nats(R, H, rows.weights(s[st.HEAD].to(R.device)), L)
+                cost = linear_nats(R, H, rows.weights(s[st.HEAD].to(R.device)), L)
+            else:
+                p = _frequencies(counts).to(R.device)
+                cost = _looked_up_nats(R, rows.weights(p), s[st.EMBED].to(R.device))
             found.nats.setdefault(gguf, {})[qtype.name] = cost
     return found
 

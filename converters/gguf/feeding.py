@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -13,9 +13,11 @@ from converters.gguf.qtypes import QType
 from dsconvert.calibration.request import CalibrationRequest
 from dsconvert.decoder import torch_decoder as st
 from dsconvert.models.architectures import find_architecture
+from dsconvert.models.config import ModelConfig
 from dsconvert.models.language_model import language_model
 from dsconvert.models.stored_rows import by_source
 from dsconvert.models.tensor_table import Spec, plan
+from dsconvert.models.weights import WeightSource
 from dsconvert.quantization.known_inputs import DAMP
 from dsconvert.quantization.linears import LINEARS, Linear, Selection
 from dsconvert.quantization.plan import RunOptions
@@ -43,21 +45,20 @@ class Feeding:
     def model(self) -> Selection:
         """The language model, and the linears that are solved; nothing of it is copied."""
         source, config = language_model(self.job.checkpoint, self.job.config)
-        table, shapes = find_architecture(config.architecture).table, source.shapes()
         found = {
-            name: Linear(name, spec.gguf, shapes[name], spec.role)
-            for spec in plan(table, config, shapes)
-            if self._fed(spec)
+            name: Linear(name, spec.gguf, spec.source, spec.role)
+            for spec in self._planned(source, config)
             for name in spec.names
         }
         return Selection(self.job.checkpoint, source, config, found, {}, {})
 
     @cached_property
     def specs(self) -> dict[str, tuple[Spec, ...]]:
-        """The tensors of the files that are made of each linear, by its name in the language model."""
-        source, config = self.model.source, self.model.config
-        specs = plan(find_architecture(config.architecture).table, config, source.shapes())
-        return by_source(filter(self._fed, specs))
+        """The tensors of the files that are made of each linear, by its name in the language model.
+
+        Where the embedding serves as the head it goes by the head's name, as a run has it.
+        """
+        return by_source(self._planned(self.model.source, self.model.config))
 
     @property
     def tokenizer(self) -> TokenizerData:
@@ -84,7 +85,7 @@ class Feeding:
 
     @property
     def head(self) -> bool:
-        """Whether the head is solved: it has a tensor of its own, and of a type that can be."""
+        """Whether the head is solved: its type, the embedding's where that is both, is one that can be."""
         return st.HEAD in self.model.linears
 
     def qtypes(self, spec: Spec) -> dict[int, QType]:
@@ -103,6 +104,13 @@ class Feeding:
         """The types of a linear, for messages."""
         kinds = (qtype.name for spec in self.specs[name] for qtype in self.qtypes(spec).values())
         return ", ".join(dict.fromkeys(kinds))
+
+    def _planned(self, source: WeightSource, config: ModelConfig) -> list[Spec]:
+        """The tensors whose rows are rows of linears that the run sees; the head's is the last of them."""
+        specs = plan(find_architecture(config.architecture).table, config, source.shapes())
+        if config.tied:
+            specs += [replace(spec, hf=st.HEAD, role="head") for spec in specs if spec.role == "embed"]
+        return [spec for spec in specs if self._fed(spec)]
 
     def _fed(self, spec: Spec) -> bool:
         """Whether a tensor's rows are rows of linears that the run sees."""

@@ -32,6 +32,7 @@ from dsconvert.models.stored_rows import stored_rows
 from dsconvert.models.tensor_table import HEADS_TURNED, Spec
 from dsconvert.quantization import known_inputs
 from dsconvert.quantization.blocks import collected
+from dsconvert.quantization.costs import looked_up_too, sensitivities_on_some
 from dsconvert.quantization.known_inputs import DAMP, remembering
 from dsconvert.quantization.ranks import Ranks
 from dsconvert.quantization.run import Coded, Run, SolveOne, Solving, begin, solve_blocks
@@ -84,7 +85,8 @@ def start(stack: ExitStack, job: Job, ranks: Ranks) -> Generator[Event, None, Be
             "error feedback goes by chances of this text, and on another it may be no closer than the "
             f"importance matrix; give --calib-samples or --calib-len for {ENOUGH * widest:,} or more"
         )
-    entries = [*linears(job), *(["output.weight"] if feeding.head else [])]
+    head = [spec.gguf for spec in feeding.specs.get(st.HEAD, ())]
+    entries = [*linears(job), *head]
     keys: KeyValues = {
         **measured_keys(run.calibration, entries),
         "dsconvert.solver": ("string", "gptq"),
@@ -98,18 +100,32 @@ def solve_all(begun: Begun) -> Generator[Event, None, None]:
     """Solve every linear that the state does not hold yet; all processes call it."""
     feeding = begun.feeding
     names = list(feeding.model.linears)
+    sensitive = (yield from _looked_up(begun)) if feeding.head and feeding.model.config.tied else None
     yield from solve_blocks(
         begun.run,
         Solving(
             settings={name: feeding.settings_of(name) for name in names},
             nbytes={name: feeding.nbytes(name) for name in names},
-            solve=_solver(feeding),
+            solve=_solver(feeding, sensitive),
             restore=None,
             head=feeding.head,
             against="the importance matrix",
             passes=_passes(feeding),
         ),
     )
+
+
+def _looked_up(begun: Begun) -> Generator[Event, None, Mapping[str, torch.Tensor]]:
+    """The sensitivities by which a head is held to what its table costs as the embedding."""
+    run, found = begun.run, None
+    with run.ranks.together():
+        if run.ranks.first:
+            seed = begun.job.options.calibration.seed if begun.job.options.calibration else 0
+            found = yield from sensitivities_on_some(run.decoder, run.calibration.tokens, seed)
+            found = {name: found[name] for name in (st.HEAD, st.EMBED)}
+    shared = run.ranks.shared(found)
+    assert shared is not None  # an error of the first process has ended all
+    return shared
 
 
 def _passes(feeding: Feeding) -> float:
@@ -120,8 +136,11 @@ def _passes(feeding: Feeding) -> float:
     return sum(each) / len(kinds)
 
 
-def _solver(feeding: Feeding) -> SolveOne:
-    """Solves a linear for every output; linears with the same inputs share the factor of their H."""
+def _solver(feeding: Feeding, sensitive: Mapping[str, torch.Tensor] | None) -> SolveOne:
+    """Solves a linear for every output; linears with the same inputs share the factor of their H.
+
+    A head whose table is the embedding as well is `sensitive` to both.
+    """
     asked = feeding.job.options.rounds
     inputs_of = remembering()
 
@@ -133,13 +152,15 @@ def _solver(feeding: Feeding) -> SolveOne:
             return _by_head(spec, W, H, qtype, rounds)
         inputs = inputs_of(H) if few is None else known_inputs.untrusted(H, few)
         # As the file has it that this one is held to.
-        importance = feeding.job.importance.get("output.weight") if name == st.HEAD else inputs.importance
+        importance = feeding.job.importance.get(spec.gguf) if name == st.HEAD else inputs.importance
         return solve(W, inputs, qtype, rounds, importance)
 
     def solved(name: str, W: torch.Tensor, H: torch.Tensor, few: str | None) -> Coded:
         found: dict[str, feedback.Solved] = {}
         pieces: dict[str, Bytes] = {}
         by_head = H.ndim == 3
+        if name == st.HEAD and sensitive is not None:
+            H = looked_up_too(H, sensitive)
         for spec in feeding.specs[name]:
             if (spec.row.transform is HEADS_TURNED) != by_head:
                 continue  # it is given other inputs

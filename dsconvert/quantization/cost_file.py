@@ -18,6 +18,7 @@ from dsconvert.errors import CheckpointError
 from dsconvert.reading import RECORD, read_object
 
 REMAKE = "Leave --measurement out, or name a new file, and it is made anew"
+METHOD = 2  # how costs are measured: those of another method are not comparable
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -37,6 +38,7 @@ class Known:
 def save(path: Path, known: Known, shapes: Shapes, solver: str) -> None:
     """Write costs that were measured for a solver; raises OutputError, also when one is there now."""
     found = {
+        "method": METHOD,
         "solver": solver,
         "shapes": {name: list(shape) for name, shape in shapes.items()},
         "nats": known.nats,
@@ -59,6 +61,8 @@ def load(path: Path, shapes: Shapes, types: Mapping[str, tuple[str, ...]], solve
         ) from None
     if stated != dict(shapes):
         raise _other(path, "is of another model", "its tensors are not this model's, or of other shapes")
+    if found.get("method") != METHOD:
+        raise _other(path, "is of another version of dsconvert", "its costs are of another method")
     if found.get("solver") != solver:
         raise _other(path, "is for another solver", f"it was measured for {found.get('solver')!s:.80}")
     for name, kinds in types.items():

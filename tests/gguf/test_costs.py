@@ -76,7 +76,7 @@ def test_inputs_that_are_never_active_cannot_be_fed_back() -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_embedding_and_head_pay_for_what_they_are(tied: bool) -> None:
-    """Each its own sum; one table that is both pays both, rounded as llama-quantize rounds it."""
+    """Each its own sum; one table that is both pays both, a token looked up as often as it is predicted."""
     _, source, config = random_llama.make(
         hidden_size=256, num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=tied
     )
@@ -98,13 +98,20 @@ def test_embedding_and_head_pay_for_what_they_are(tied: bool) -> None:
         result: npt.NDArray[np.float64] = W.astype(np.float64) - rounded(W, "q4_k", importance)
         return result
 
-    R = left(st.EMBED, None if tied else at[st.EMBED])
-    embedding = sum(p * (R[t] ** 2 @ at[st.EMBED]) for t, p in enumerate(counts / counts.sum())) / 2
+    frequencies = counts / counts.sum()
+    if tied:
+        frequencies = (s[st.HEAD] / s[st.HEAD].sum()).numpy()
+        at[st.EMBED] = (np.diag(H) / 2 + at[st.EMBED] / s[st.HEAD].sum().numpy()).astype(np.float32)
+    R = left(st.EMBED, at[st.EMBED])
+    embedding = sum(p * (R[t] ** 2 @ s[st.EMBED].numpy()) for t, p in enumerate(frequencies)) / 2
     R = R if tied else left(st.HEAD, at[st.HEAD])
     head = sum(float(s[st.HEAD][n]) * R[n] @ H @ R[n] for n in range(len(R))) / 4
     if tied:
         assert found.nats == {embed: {"q4_k": pytest.approx(embedding + head, rel=1e-3)}}
-        assert found.importance == {}
+        np.testing.assert_allclose(found.importance[embed], at[st.EMBED], rtol=1e-5)
+        assert list(found.importance) == [embed]
+        fed = compare.result(costs.measure(decoder, windows, kinds, feedback=True)).nats[embed]["q4_k"]
+        assert fed < 0.98 * (embedding + head)
     else:
         assert found.nats[embed]["q4_k"] == pytest.approx(embedding, rel=1e-3)
         assert found.nats[output]["q4_k"] == pytest.approx(head, rel=1e-3)

@@ -9,6 +9,7 @@ from typing import Any
 
 import calibrated
 import numpy as np
+import numpy.typing as npt
 import pytest
 import tiny
 from calibrated import Stop, gguf_options, stopper
@@ -21,9 +22,12 @@ from converters.gguf.output import Options
 from converters.gguf.parse import GGUFFile, open_gguf
 from converters.outputs import open_reference
 from dsconvert.cli import cli
+from dsconvert.decoder import block_walk, linear_inputs
+from dsconvert.decoder import torch_decoder as st
 from dsconvert.errors import OutputError, QuantizationError
 from dsconvert.events import Check, Event, Warn
 from dsconvert.proof import compare
+from dsconvert.proof.sources import Reference
 from dsconvert.proof.text import default_windows
 from dsconvert.quantization.budget import Budget
 from dsconvert.quantization.run import LinearSolved
@@ -58,6 +62,18 @@ def kld(path: Path) -> float:
     )
     assert found.figures is not None, found.broken
     return found.figures.kld.value
+
+
+def held_out(reference: Reference, tokens: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[np.float64]]:
+    """H of every linear and of the head on tokens [n, length], by name."""
+    device = st.pick_device("cpu")
+    decoder = st.open_decoder(reference.source, reference.config, device, st.pick_dtype(None, device))
+    hidden, moments = linear_inputs.embed(decoder, tokens), {}
+    for index in range(reference.config.layers):
+        for group in block_walk.walk(decoder, st.load_block(decoder, index), hidden):
+            moments |= dict.fromkeys(group.names, group.moment.double().numpy())
+    norm = st.read(decoder, st.NORM).to(decoder.dtype)
+    return moments | {st.HEAD: linear_inputs.measure_head(decoder, hidden, norm).moment.double().numpy()}
 
 
 @pytest.fixture(scope="module")
@@ -97,26 +113,32 @@ def test_the_file_says_how_it_was_made(made: tuple[Path, Path, list[Event]]) -> 
 
 def test_no_row_is_worse_than_the_importance_matrixs(made: tuple[Path, Path, list[Event]]) -> None:
     """By inputs that another draw gives: each tensor's own loss, the head's too."""
-    from dsconvert.decoder import block_walk, linear_inputs
-    from dsconvert.decoder import torch_decoder as st
-
     reference = open_reference("sample:")
-    tokens = default_windows(
-        reference.tokenizer.encode, reference.config, reference.tokenizer.first_id
-    ).tokens
-    device = st.pick_device("cpu")
-    decoder = st.open_decoder(reference.source, reference.config, device, st.pick_dtype(None, device))
-    hidden, moments = linear_inputs.embed(decoder, tokens[:4]), {}
-    for index in range(reference.config.layers):
-        for group in block_walk.walk(decoder, st.load_block(decoder, index), hidden):
-            moments |= dict.fromkeys(group.names, group.moment.double().numpy())
-    norm = st.read(decoder, st.NORM).to(decoder.dtype)
-    moments[st.HEAD] = linear_inputs.measure_head(decoder, hidden, norm).moment.double().numpy()
+    data, config = reference.tokenizer, reference.config
+    moments = held_out(reference, default_windows(data.encode, config, data.first_id).tokens[:4])
     plain, fed = (open_file(path).source for path in made[:2])
     for name, H in moments.items():
         W = reference.source.float32(name).astype(np.float64)
         before, after = (((E @ H) * E).sum() for E in (W - s.float32(name) for s in (plain, fed)))
         assert after < 0.85 * before, name
+
+
+def test_an_embedding_that_serves_as_the_head_is_solved_by_what_the_head_is_given(tmp_path: Path) -> None:
+    """Its outputs on other text are closer than those of llama-quantize's, which rounds it plainly."""
+    model, plain, fed = tmp_path / "model", tmp_path / "plain.gguf", tmp_path / "fed.gguf"
+    tiny.tiny_checkpoint(model, layers=1, d=128, ff=352, tied=True)
+    asked: dict[str, Any] = {"calib_samples": 16, "calib_len": 128}
+    asked |= {"model": model, "overrides": (("token_embd.weight", "q4_0"),)}
+    run("q4_0", out=plain, solver="imatrix", **asked)
+    said = run("q4_0", out=fed, effort="quick", **asked)
+    assert [event.name for event in said if isinstance(event, LinearSolved)][-1] == st.HEAD
+    assert all(check.passed for check in said if isinstance(check, Check))
+    reference = open_reference(str(model))
+    tokens = np.random.default_rng(3).integers(0, reference.config.vocab_size, (8, 64))
+    H, W = held_out(reference, tokens)[st.HEAD], reference.source.float32(st.EMBED)
+    errors = [W.astype(np.float64) - open_file(path).source.float32(st.EMBED) for path in (plain, fed)]
+    before, after = (((E @ H) * E).sum() for E in errors)
+    assert after < 0.85 * before
 
 
 def test_the_same_command_gives_the_same_bytes_beside_other_types(
