@@ -12,7 +12,8 @@ from converters.compressed.nearest import largest_together
 from converters.compressed.plan import Job
 from converters.compressed.rounded import global_scale
 from converters.compressed.stated import Weights
-from converters.compressed.stored import KINDS, Linear
+from converters.compressed.stored import LAYOUTS
+from dsconvert.checkpoints.quantized import Linear
 from dsconvert.checkpoints.safetensors_reader import Stored
 from dsconvert.quantization.blocks import Restore
 from dsconvert.quantization.known_inputs import remembering, untrusted
@@ -52,10 +53,10 @@ def restorer(job: Job) -> Restore:
         import torch
 
         linear = job.model.linears[name]
-        outputs, inputs = linear.shape
         prefix = f"{linear.stem}."
         parts = {key.removeprefix(prefix): one for key, one in stored.items() if key.startswith(prefix)}
-        one = Linear(outputs, inputs, Weights(kind, 4), parts)
-        return torch.from_numpy(KINDS[kind].rows(one, 0, outputs))
+        outputs, inputs = linear.shape
+        one = Linear(linear.stem, outputs, inputs, kind, Weights(kind, 4), LAYOUTS[kind].kind, parts)
+        return torch.from_numpy(one.kind.rows(one, 0, outputs))
 
     return restored

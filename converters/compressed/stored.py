@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +12,8 @@ from converters.compressed import rounded
 from converters.compressed.floats import E2M1, E4M3, from_nibbles
 from converters.compressed.stated import Weights
 from converters.compressed.unpack import integers
+from dsconvert.checkpoints import quantized
+from dsconvert.checkpoints.quantized import Kind, Linear
 from dsconvert.checkpoints.safetensors_reader import Stored, mapped_values
 from dsconvert.errors import CheckpointError
 from dsconvert.models.weights import widened
@@ -21,45 +22,23 @@ from dsconvert.quantization.gptq_grid import Scheme
 from dsconvert.quantization.plain_rounding import nearest_on_grid
 
 Floats = npt.NDArray[np.float32]
-Parts = Mapping[str, Stored]
 Shapes = dict[str, tuple[int, ...]]
 NUMBERS = ("f16", "bf16", "f32")
 
 
 @dataclass(frozen=True)
-class Linear:
-    """A quantized linear: its size, what config.json says of its weights, and its stored tensors."""
-
-    outputs: int
-    inputs: int
-    weights: Weights
-    parts: Parts
-
-    @property
-    def width(self) -> int:
-        """How many inputs share a scale."""
-        return self.inputs if self.weights.width == -1 else self.weights.width
-
-    def part(self, name: str) -> npt.NDArray[Any]:
-        """A stored tensor of integers, or of bytes."""
-        return mapped_values(self.parts[name])
-
-
-@dataclass(frozen=True)
-class Kind:
+class Layout:
     """How a kind of weights is stored.
 
     `mark` is the tensor that every linear of the kind has, `types` those of all of its tensors; `optional`
-    may be missing. `shapes` are those due; `rows` gives rows `start` to `stop` - 1, `nearest` what plain
-    rounding makes of another's rows that stand at `start`.
+    may be missing. `shapes` are those due.
     """
 
     mark: str
     types: Mapping[str, tuple[str, ...]]
     optional: tuple[str, ...]
     shapes: Callable[[int, int, Weights], Shapes]
-    rows: Callable[[Linear, int, int], Floats]
-    nearest: Callable[[Linear, int, Floats], Floats]
+    kind: Kind[Weights]
 
 
 def _integer_shapes(outputs: int, inputs: int, weights: Weights) -> Shapes:
@@ -74,20 +53,25 @@ def _integer_shapes(outputs: int, inputs: int, weights: Weights) -> Shapes:
     return shapes if weights.sym else {**shapes, **zeros}
 
 
-def _integer_rows(one: Linear, start: int, stop: int) -> Floats:
-    bits = one.weights.bits
-    codes, zeros = fields(one.part("weight_packed")[start:stop], bits, one.inputs), None
-    if not one.weights.sym:
-        zeros = fields(one.part("weight_zero_point").T, bits, one.outputs)[:, start:stop].T
+def _width(one: Linear[Weights]) -> int:
+    """How many inputs share a scale."""
+    return one.inputs if one.settings.width == -1 else one.settings.width
+
+
+def _integer_rows(one: Linear[Weights], start: int, stop: int) -> Floats:
+    bits = one.settings.bits
+    codes, zeros = fields(mapped_values(one.parts["weight_packed"])[start:stop], bits, one.inputs), None
+    if not one.settings.sym:
+        zeros = fields(mapped_values(one.parts["weight_zero_point"]).T, bits, one.outputs)[:, start:stop].T
     return integers(codes, _numbers(one, start, stop), zeros, _group(one), bits)
 
 
-def _integer_nearest(one: Linear, start: int, rows: Floats) -> Floats:
+def _integer_nearest(one: Linear[Weights], start: int, rows: Floats) -> Floats:
     scales = _numbers(one, start, start + len(rows)).T
-    return nearest_on_grid(rows, scales, _group(one), Scheme(one.weights.bits, -1, one.weights.sym))
+    return nearest_on_grid(rows, scales, _group(one), Scheme(one.settings.bits, -1, one.settings.sym))
 
 
-def _numbers(one: Linear, start: int, stop: int) -> Floats:
+def _numbers(one: Linear[Weights], start: int, stop: int) -> Floats:
     """Rows of the scales that are plain numbers."""
     stored = one.parts["weight_scale"]
     scales = widened(stored.rows(start, stop))
@@ -96,12 +80,12 @@ def _numbers(one: Linear, start: int, stop: int) -> Floats:
     return scales
 
 
-def _group(one: Linear) -> npt.NDArray[np.int32]:
+def _group(one: Linear[Weights]) -> npt.NDArray[np.int32]:
     """The group of each input: runs of inputs, unless the file says which, as before 2026."""
     if "weight_g_idx" not in one.parts:
-        return np.arange(one.inputs, dtype=np.int32) // one.width
-    group = np.array(one.part("weight_g_idx"), np.int32)
-    if group.min() < 0 or group.max() >= -(-one.inputs // one.width):
+        return np.arange(one.inputs, dtype=np.int32) // _width(one)
+    group = np.array(mapped_values(one.parts["weight_g_idx"]), np.int32)
+    if group.min() < 0 or group.max() >= -(-one.inputs // _width(one)):
         raise damaged(one.parts["weight_g_idx"], f"weight_g_idx goes from {group.min()} to {group.max()}")
     return group
 
@@ -112,8 +96,8 @@ def _fp8_shapes(outputs: int, inputs: int, weights: Weights) -> Shapes:
     return {"weight": (outputs, inputs), "weight_scale": scales}
 
 
-def _fp8_rows(one: Linear, start: int, stop: int) -> Floats:
-    down, across = one.weights.block
+def _fp8_rows(one: Linear[Weights], start: int, stop: int) -> Floats:
+    down, across = one.settings.block
     first, end = start // down, -(-stop // down)
     scales = _numbers(one, first, end).reshape(end - first, -1)
     rows, columns = np.arange(start, stop) // down - first, np.arange(one.inputs) // across
@@ -121,8 +105,8 @@ def _fp8_rows(one: Linear, start: int, stop: int) -> Floats:
     return values
 
 
-def _e4m3(one: Linear, part: str, start: int, stop: int) -> Floats:
-    values: Floats = E4M3[one.part(part)[start:stop]]
+def _e4m3(one: Linear[Weights], part: str, start: int, stop: int) -> Floats:
+    values: Floats = E4M3[mapped_values(one.parts[part])[start:stop]]
     if np.isnan(values).any():
         raise damaged(one.parts[part], f"{part} holds a byte that is not a number")
     return values
@@ -133,7 +117,7 @@ def _nv_shapes(outputs: int, inputs: int, weights: Weights) -> Shapes:
     return {"weight_packed": (outputs, inputs // 2), "weight_scale": scales, "weight_global_scale": (1,)}
 
 
-def _nv_rows(one: Linear, start: int, stop: int) -> Floats:
+def _nv_rows(one: Linear[Weights], start: int, stop: int) -> Floats:
     whole = one.parts["weight_global_scale"]
     (by,) = widened(whole.rows(0, 1)).ravel()
     if not (np.isfinite(by) and by > 0):
@@ -142,16 +126,16 @@ def _nv_rows(one: Linear, start: int, stop: int) -> Floats:
     return _e2m1(one, start, stop) * scales.repeat(rounded.GROUP, 1)
 
 
-def _e2m1(one: Linear, start: int, stop: int) -> Floats:
-    return E2M1[from_nibbles(one.part("weight_packed")[start:stop])]
+def _e2m1(one: Linear[Weights], start: int, stop: int) -> Floats:
+    return E2M1[from_nibbles(mapped_values(one.parts["weight_packed"])[start:stop])]
 
 
 def _mx_shapes(outputs: int, inputs: int, weights: Weights) -> Shapes:
     return {"weight_packed": (outputs, inputs // 2), "weight_scale": (outputs, inputs // rounded.MX_GROUP)}
 
 
-def _mx_rows(one: Linear, start: int, stop: int) -> Floats:
-    codes = one.part("weight_scale")[start:stop]
+def _mx_rows(one: Linear[Weights], start: int, stop: int) -> Floats:
+    codes = mapped_values(one.parts["weight_scale"])[start:stop]
     if (codes == 255).any():
         raise damaged(one.parts["weight_scale"], "a scale is 255, which is not a number")
     exponents = codes.astype(np.int32).repeat(rounded.MX_GROUP, 1) - 127
@@ -164,24 +148,26 @@ INTEGER |= {"weight_zero_point": ("i32",), "weight_g_idx": ("i32",)}
 FP8 = {"weight": ("f8_e4m3",), "weight_scale": NUMBERS}
 NVFP4 = {"weight_packed": ("u8",), "weight_scale": ("f8_e4m3",), "weight_global_scale": ("f32",)}
 MXFP4 = {"weight_packed": ("u8",), "weight_scale": ("u8", "f8_e8m0")}
-OPTIONAL = ("weight_g_idx",)
-KINDS = {
-    "int": Kind("weight_packed", INTEGER, OPTIONAL, _integer_shapes, _integer_rows, _integer_nearest),
-    "fp8": Kind("weight", FP8, (), _fp8_shapes, _fp8_rows, lambda one, at, rows: rounded.nearest_fp8(rows)),
-    "nvfp4": Kind(
-        "weight_packed", NVFP4, (), _nv_shapes, _nv_rows, lambda one, at, rows: rounded.nearest_nvfp4(rows)
+LAYOUTS = {
+    "int": Layout(
+        "weight_packed", INTEGER, ("weight_g_idx",), _integer_shapes, Kind(_integer_rows, _integer_nearest)
     ),
-    "mxfp4": Kind(
-        "weight_packed", MXFP4, (), _mx_shapes, _mx_rows, lambda one, at, rows: rounded.nearest_mxfp4(rows)
+    "fp8": Layout(
+        "weight", FP8, (), _fp8_shapes, Kind(_fp8_rows, lambda one, at, rows: rounded.nearest_fp8(rows))
     ),
-}
+    "nvfp4": Layout(
+        "weight_packed", NVFP4, (), _nv_shapes,
+        Kind(_nv_rows, lambda one, at, rows: rounded.nearest_nvfp4(rows)),
+    ),
+    "mxfp4": Layout(
+        "weight_packed", MXFP4, (), _mx_shapes,
+        Kind(_mx_rows, lambda one, at, rows: rounded.nearest_mxfp4(rows)),
+    ),
+}  # fmt: skip
 
 
 def damaged(stored: Stored, why: str) -> CheckpointError:
     """The error for a tensor that cannot be what it says."""
-    return CheckpointError(
-        "contradicts itself",
-        where=stored.path,
-        why=why,
-        hint="Fetch or make this folder again; before 2026 the package packed 3, 5, 6 and 7 bits otherwise",
+    return quantized.damaged(
+        stored.path, why, "; before 2026 the package packed 3, 5, 6 and 7 bits otherwise"
     )

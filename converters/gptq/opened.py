@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from converters.gptq.claims import check_settings
-from converters.gptq.pack import PARTS
 from converters.gptq.reader import open_model
-from dsconvert.models.language_model import language_model
-from dsconvert.proof.sources import Opened, folder_text, stored_sizes
+from dsconvert.proof.sources import Opened
+from dsconvert.quantization.opened import opened_folder
 from dsconvert.quantization.tower_files import check_copies
 
 
@@ -19,15 +18,12 @@ def open_folder(path: Path, stated: dict[str, Any] | None = None) -> Opened:
     config.json is read unless that is `stated`.
     """
     model = open_model(path, stated)
-    config = model.checkpoint.config
-    source, decoder = language_model(model, config, path / "config.json", partial=True)
-    quant = f"gptq-{model.bits}bit" + (f"-{model.group_size}g" if model.group_size > 0 else "")
-    sizes = stored_sizes(model, model.checkpoint, model.linears, PARTS)
-    text = folder_text(path, config.vocab_size)
-    stored = frozenset((name, shape, model.dtype(name)) for name, shape in model.shapes().items())
-    kept = len(stored) - len(model.linears)
-    return Opened(
-        path, "GPTQ", quant, f"gptq{model.bits}", source, decoder, text, sizes, model.checkpoint.nbytes,
-        stored, f"{len(model.linears)} linears of {model.bits} bits, {kept} tensors kept",
-        own=lambda reference: [check_settings(model), *check_copies(model.checkpoint, config, reference)],
+    config, linears = model.checkpoint.config, model.linears
+    settings = next(iter(linears.values())).settings
+    quant = f"gptq-{settings.bits}bit" + (f"-{settings.group_size}g" if settings.group_size > 0 else "")
+    return opened_folder(
+        path, model, "GPTQ", quant, f"gptq{settings.bits}", f"{len(linears)} linears of {settings.bits} bits",
+        own=lambda reference: [
+            check_settings(linears, settings), *check_copies(model.checkpoint, config, reference)
+        ],
     )  # fmt: skip

@@ -17,6 +17,7 @@ from converters.mlx.rounded import rounded_pieces
 from converters.mlx.settings import affine_settings, quantization_settings
 from converters.mlx.solver import SolverOptions, searched_ranges, solve
 from dsconvert.calibration.record import Calibration
+from dsconvert.checkpoints.quantized import Linear
 from dsconvert.checkpoints.safetensors_reader import Stored
 from dsconvert.checkpoints.safetensors_writer import Piece
 from dsconvert.checkpoints.source_files import check_unchanged
@@ -92,11 +93,11 @@ def format_of(job: Job, calibration: Calibration) -> Format:
     def restored(name: str, stored: Mapping[str, Stored]) -> torch.Tensor:
         import torch
 
-        linear = model.linears[name]
-        outputs, inputs = linear.shape
+        linear, affine = model.linears[name], job.affine(name)
         parts = {part: stored[f"{linear.stem}.{part}"] for part in reader.PARTS}
-        one = reader.Linear(outputs, inputs, job.affine(name), parts)
-        return torch.from_numpy(reader.weights(one, 0, one.outputs))
+        outputs, inputs = linear.shape
+        one = Linear(linear.stem, outputs, inputs, affine.type, affine, reader.KIND, parts)
+        return torch.from_numpy(one.kind.rows(one, 0, outputs))
 
     solving = Solving(
         settings={name: job.affine(name).type for name in job.solved},

@@ -6,10 +6,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from converters.mlx.reader import PARTS, open_model
-from dsconvert.models.language_model import language_model
-from dsconvert.proof.sources import Opened, folder_text, stored_sizes
-from dsconvert.quantization.tower_files import check_copies
+from converters.mlx.reader import open_model
+from dsconvert.proof.sources import Opened
+from dsconvert.quantization.opened import opened_folder
 
 
 def open_folder(path: Path, stated: dict[str, Any] | None = None) -> Opened:
@@ -18,19 +17,10 @@ def open_folder(path: Path, stated: dict[str, Any] | None = None) -> Opened:
     config.json is read unless that is `stated`.
     """
     model = open_model(path, stated)
-    config = model.checkpoint.config
-    source, decoder = language_model(model, config, path / "config.json", partial=True)
     count: Counter[Any] = Counter()
     for one in model.linears.values():
         count[one.settings] += one.outputs * one.inputs
     most = count.most_common(1)[0][0]
-    sizes = stored_sizes(model, model.checkpoint, model.linears, PARTS)
-    text = folder_text(path, config.vocab_size)
-    stored = frozenset((name, shape, model.dtype(name)) for name, shape in model.shapes().items())
-    kept = len(stored) - len(model.linears)
     bits = " and ".join(str(width) for width in sorted({one.bits for one in count}))
-    return Opened(
-        path, "MLX", most.label, most.type, source, decoder, text, sizes, model.checkpoint.nbytes, stored,
-        f"{len(model.linears)} matrices of {bits} bits, {kept} tensors kept",
-        own=lambda reference: check_copies(model.checkpoint, config, reference),
-    )  # fmt: skip
+    linears = f"{len(model.linears)} matrices of {bits} bits"
+    return opened_folder(path, model, "MLX", most.label, most.type, linears)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from dsconvert.events import Check
 from dsconvert.models.config import ModelConfig
 from dsconvert.models.diagnosis import is_left_over
 from dsconvert.models.weights import WeightSource
-from dsconvert.proof.result import TypeSize, sizes_by_type
+from dsconvert.proof.result import TypeSize
 from tokenizer_tools.identity import TextHandling, of_data
 from tokenizer_tools.load import TokenizerData, load_tokenizer
 
@@ -100,20 +99,6 @@ def text_handling(opened: Callable[[], TextHandling]) -> TextHandling | Tokenize
 def folder_text(folder: Path, vocab_size: int) -> TextHandling | TokenizerError:
     """How a folder's own tokenizer files handle text."""
     return text_handling(lambda: of_data(load_tokenizer(folder, vocab_size)))
-
-
-def stored_sizes(
-    model: WeightSource, checkpoint: Checkpoint, linears: Collection[str], parts: tuple[str, ...]
-) -> tuple[TypeSize, ...]:
-    """The sizes by type of a folder whose `linears` (without ".weight") are stored in several `parts`."""
-
-    def nbytes(name: str) -> int:
-        stem = name.removesuffix("weight")
-        if not (name.endswith(".weight") and stem[:-1] in linears):
-            return checkpoint.tensors[name].nbytes
-        return sum(checkpoint.tensors[stem + p].nbytes for p in parts if stem + p in checkpoint.tensors)
-
-    return sizes_by_type((model.dtype(name), prod(s), nbytes(name)) for name, s in model.shapes().items())
 
 
 def commonest(sizes: tuple[TypeSize, ...]) -> str:

@@ -57,7 +57,7 @@ def opened(folder: Path) -> Opened:
 
 
 def schemes_in(folder: Path) -> dict[str, str]:
-    return {name: one.weights.label for name, one in open_model(folder).linears.items()}
+    return {name: one.settings.label for name, one in open_model(folder).linears.items()}
 
 
 def test_a_mixture_is_proven_and_told_of(made: tuple[Path, list[Event]]) -> None:

@@ -15,7 +15,7 @@ from peer_models import needs, perplexity_of
 from tiny import Tiny, tiny_checkpoint, tiny_config, tiny_tensors, write_json
 
 from converters.exl2.pack import PARTS, Packed, dequantize, pack
-from converters.exl2.reader import open_model
+from converters.exl2.reader import bits_taken, open_model, per_weight, width_of
 from converters.exl2.settings import HEADS, SETTINGS, Setting, bits_of, groups_for
 from converters.outputs import open_output
 from dsconvert.checkpoints.checkpoint import open_checkpoint
@@ -51,7 +51,7 @@ def test_reads_exllamav2s_own_folder() -> None:
         least, most = {"exl2_4": (0.08, 0.15), "exl2_6": (0.005, 0.02)}.get(model.dtype(tensor), (0, 2**-10))
         assert least <= error < most, tensor
     assert sum(model.dtype(tensor).startswith("exl2") for tensor in weights) == 29
-    assert model.bits == pytest.approx(4.22, abs=0.005)  # as its config states
+    assert per_weight(model) == pytest.approx(4.22, abs=0.005)  # as its config states
     assert perplexity_of(weights) == pytest.approx(46.980, abs=0.002)
 
 
@@ -125,7 +125,7 @@ def test_reads_every_kind(tmp_path: Path, mix: str) -> None:
     for name, values in original.items():
         linear = name.removesuffix(".weight")
         if linear in packed:
-            assert model.dtype(name) == f"exl2_{model.linears[linear].width}"
+            assert model.dtype(name) == f"exl2_{width_of(model.linears[linear].settings.groups)}"
             values = dequantize(packed[linear], len(values))  # noqa: PLW2901
         else:
             assert model.dtype(name) == "f16"
@@ -135,11 +135,10 @@ def test_reads_every_kind(tmp_path: Path, mix: str) -> None:
             np.testing.assert_array_equal(model.rows(name, start, stop), values[start:stop])
     one = model.linears["lm_head"]
     assert (one.outputs, one.inputs) == (499, 64)
-    assert one.bits == 8 * sum(a.nbytes for a in packed["lm_head"].tensors("lm_head").values())
-    assert model.head_bits == one.bits / (499 * 64)
+    assert bits_taken(one) == 8 * sum(a.nbytes for a in packed["lm_head"].tensors("lm_head").values())
     decoder = [model.linears[name] for name in (Q, DOWN)]
-    costs = [bits_of(one.inputs, one.outputs, one.groups, bias=True) for one in decoder]
-    assert model.bits == sum(costs) / sum(one.inputs * one.outputs for one in decoder)
+    costs = [bits_of(one.inputs, one.outputs, one.settings.groups, bias=True) for one in decoder]
+    assert per_weight(model) == sum(costs) / sum(one.inputs * one.outputs for one in decoder)
 
 
 def test_a_padded_bias_is_cut(tmp_path: Path) -> None:
@@ -215,7 +214,7 @@ def test_a_missing_part_is_named(tmp_path: Path, part: str) -> None:
 )
 def test_a_part_that_contradicts_the_others_is_refused(tmp_path: Path, part: str, array: Any) -> None:
     folder_of(tmp_path)
-    assert open_model(tmp_path).linears[Q].groups == ((8, 32), (4, 32))
+    assert open_model(tmp_path).linears[Q].settings.groups == ((8, 32), (4, 32))
     rewrite(tmp_path, lambda tensors: tensors.update({f"{Q}.{part}": array}))
     with pytest.raises(CheckpointError, match=Q):
         open_model(tmp_path)

@@ -125,7 +125,7 @@ DAMAGES: dict[str, tuple[Change, str]] = {
         stored("scales", np.full((64, 2), np.nan, np.float32)),
         "not a finite number",
     ),
-    "nothing quantized": (lambda parts, settings: parts.clear(), "holds no quantized matrix"),
+    "nothing quantized": (lambda parts, settings: parts.clear(), "holds no quantized linear"),
 }
 
 

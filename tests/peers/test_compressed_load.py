@@ -15,10 +15,12 @@ import tiny_vl
 from click.testing import CliRunner
 
 from converters.compressed.pack import pack
-from converters.compressed.reader import CompressedModel, open_model
+from converters.compressed.reader import open_model
 from converters.compressed.rounded import Weight, largest
 from converters.compressed.schemes import INTEGERS, SCHEMES, integer_weights
+from converters.compressed.stated import Weights
 from dsconvert.checkpoints.checkpoint import open_checkpoint
+from dsconvert.checkpoints.quantized import QuantizedSource
 from dsconvert.cli import cli
 from dsconvert.models.config import load_json
 from dsconvert.quantization.gptq_grid import Scheme
@@ -121,7 +123,7 @@ def load(auto: str, folder: Path | str, dequantize: bool = False) -> Any:
     return model.eval()
 
 
-def read_back(auto: str, source: Path, model: CompressedModel, rounded: str) -> Any:
+def read_back(auto: str, source: Path, model: QuantizedSource[Weights], rounded: str) -> Any:
     """transformers' plain model with the weights of our reader, those of its linears rounded to a type."""
     import torch
 

@@ -19,7 +19,8 @@ import tiny_families
 import tiny_vl
 from click.testing import CliRunner
 
-from converters.gptq.reader import GPTQModel, open_model
+from converters.gptq.reader import Stated, open_model
+from dsconvert.checkpoints.quantized import QuantizedSource
 from dsconvert.cli import cli
 from dsconvert.models.config import load_json
 
@@ -48,7 +49,7 @@ def load(auto: str, folder: Path | str, backend: str | None = None) -> Any:
     return cls.from_pretrained(folder, device_map="cpu", dtype=torch.float32, **more).eval()
 
 
-def read_back(auto: str, source: Path, model: GPTQModel, half: bool) -> Any:
+def read_back(auto: str, source: Path, model: QuantizedSource[Stated], half: bool) -> Any:
     """transformers' plain model with the weights of our reader, those of its linears rounded to float16."""
     import torch
 
@@ -208,7 +209,7 @@ def test_experts_load_in_gptqmodel_itself(tmp_path: Path, name: str) -> None:
     assert float(apart.median()) < DEFAULT
 
 
-def plain_logits(source: Path, model: GPTQModel, inputs: dict[str, Any]) -> Any:
+def plain_logits(source: Path, model: QuantizedSource[Stated], inputs: dict[str, Any]) -> Any:
     """Logits of transformers' plain model in float32 with our reader's weights, read as a checkpoint's."""
     folder = source.with_name("plain")
     shutil.copytree(source, folder)

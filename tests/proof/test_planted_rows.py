@@ -17,9 +17,8 @@ import numpy.typing as npt
 import pytest
 from click.testing import CliRunner, Result
 
-from converters.exl2.reader import EXL2Model
 from converters.gguf.parse import GGUFFile, open_gguf
-from converters.gptq.reader import GPTQModel
+from dsconvert.checkpoints.quantized import QuantizedSource
 from dsconvert.cli import cli
 
 pytest.importorskip("torch")
@@ -155,13 +154,13 @@ def damaged(name: str, values: Floats, start: int) -> Floats:
 
 CALIBRATION = ("--calib", "builtin", "--calib-samples", 2, "--calib-len", 128)
 # Options, and whether 1.05 on a row of 768 values is more than the noise of its length.
-FOLDERS: dict[str, tuple[tuple[Any, ...], type, bool]] = {
-    "gptq 8": (("gptq", "sample:", "-b", 8, "-g", 64), GPTQModel, True),
-    "gptq 4": (("gptq", "sample:", "-b", 4, "-g", 64), GPTQModel, True),
-    "gptq 3": (("gptq", "sample:", "-b", 3, "-g", 32), GPTQModel, False),
-    "gptq 2": (("gptq", "sample:", "-b", 2, "-g", 32), GPTQModel, False),
-    "exl2 6": (("exl2", "sample:", "-b", 6), EXL2Model, True),
-    "exl2 3": (("exl2", "sample:", "-b", 3), EXL2Model, False),
+FOLDERS: dict[str, tuple[tuple[Any, ...], bool]] = {
+    "gptq 8": (("gptq", "sample:", "-b", 8, "-g", 64), True),
+    "gptq 4": (("gptq", "sample:", "-b", 4, "-g", 64), True),
+    "gptq 3": (("gptq", "sample:", "-b", 3, "-g", 32), False),
+    "gptq 2": (("gptq", "sample:", "-b", 2, "-g", 32), False),
+    "exl2 6": (("exl2", "sample:", "-b", 6), True),
+    "exl2 3": (("exl2", "sample:", "-b", 3), False),
 }
 
 
@@ -169,15 +168,17 @@ FOLDERS: dict[str, tuple[tuple[Any, ...], type, bool]] = {
 def test_wrong_rows_are_found_and_named_in_folders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    options, kind, fine = FOLDERS[name]
+    options, fine = FOLDERS[name]
     made = command(*options, *CALIBRATION, "-o", tmp_path / "out", "--verify", "off")
     assert made.exit_code == 0, made.output
     faithful = verify(tmp_path / "out")
     assert faithful.exit_code == 0, faithful.output
-    whole: Callable[[Any, str], Floats] = kind.float32  # type: ignore[attr-defined]
-    part: Callable[[Any, str, int, int], Floats] = kind.rows  # type: ignore[attr-defined]
-    monkeypatch.setattr(kind, "float32", lambda self, name: damaged(name, whole(self, name), 0))
-    monkeypatch.setattr(kind, "rows", lambda self, name, a, b: damaged(name, part(self, name, a, b), a))
+    whole: Callable[[Any, str], Floats] = QuantizedSource.float32
+    part: Callable[[Any, str, int, int], Floats] = QuantizedSource.rows
+    monkeypatch.setattr(QuantizedSource, "float32", lambda self, name: damaged(name, whole(self, name), 0))
+    monkeypatch.setattr(
+        QuantizedSource, "rows", lambda self, name, a, b: damaged(name, part(self, name, a, b), a)
+    )
     result = verify(tmp_path / "out")
     assert result.exit_code == 3, result.output
     details = said(result)
