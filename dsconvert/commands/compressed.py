@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING
 
 import click
 
 from dsconvert.commands import shared_options as shared
 from dsconvert.commands import solver_options as solver
+from dsconvert.commands.block_wise import block_wise
 from dsconvert.commands.budget_options import budget_options
-from dsconvert.commands.calibration_options import calibration_options
 from dsconvert.commands.given import given, refuse
-from dsconvert.commands.publish import Publish, publish_options
-from dsconvert.commands.run import command, on_each_rank
+from dsconvert.commands.run import command
 
 if TYPE_CHECKING:
-    from dsconvert.calibration.request import CalibrationRequest
-    from dsconvert.checkpoints.locate import ModelPath
-    from dsconvert.commands.display import Display
+    from dsconvert.commands.block_wise import Work
     from dsconvert.quantization.budget import Budget
+    from dsconvert.quantization.plan import RunOptions
 
 
 INTEGERS = ("w2a16", "w3a16", "w4a16", "w5a16", "w6a16", "w8a16")
@@ -54,19 +52,11 @@ TEXT = ("calib", "calib_chat", "calib_column", "calib_samples", "calib_len", "se
 @shared.damp_option
 @solver.mse_option
 @solver.rounds_option
-@calibration_options("c4", 2048)
-@shared.bos_option
-@shared.out_option()
-@shared.hub_options
-@shared.resume_option
-@publish_options
-@shared.force_option
-@shared.device_option
 @solver.language_option
 @solver.head_option
-@shared.conversion_effort
+@block_wise()
 def compressed(
-    model_path: ModelPath,
+    run: RunOptions,
     scheme: str,
     budget: Budget | None,
     group_size: int,
@@ -75,18 +65,9 @@ def compressed(
     damp: float,
     mse: bool,
     rounds: int | None,
-    calibration: CalibrationRequest,
-    add_bos: bool | None,
-    out: Path | None,
-    resume: bool,
-    force: bool,
-    device: str,
     language_only: bool,
     lm_head: bool,
-    effort: str,
-    publish: Publish,
-    display: Display,
-) -> int:
+) -> Work:
     """Quantize a checkpoint for vLLM, SGLang and transformers (compressed-tensors), and prove the result.
 
     MODEL_PATH is a Hugging Face folder, a .safetensors file, a hub id, or `sample:` (the embedded sample);
@@ -108,18 +89,11 @@ def compressed(
         refuse(*SOLVER, *TEXT, where=f"with {scheme}, which is rounded to nearest", hint=hint)
     from converters.compressed.convert import convert
     from converters.compressed.plan import Options
-    from dsconvert.quantization.plan import RunOptions
 
-    run = RunOptions(
-        model=model_path, calibration=calibration, add_bos=add_bos, out=out, resume=resume, force=force,
-        device=device, effort=effort,
-    )  # fmt: skip
     options = Options(
         run=run, scheme=scheme, group_size=group_size, act_order=act_order, sym=sym, damp=damp, mse=mse,
         rounds=rounds, language_only=language_only, lm_head=lm_head, fed=fed, budget=budget,
     )  # fmt: skip
     if budget is not None and given("group_size"):
         options = replace(options, group_sizes=(group_size,))
-    return on_each_rank(
-        lambda ranks: convert(options, ranks), lambda events: display.events(publish.after(events))
-    )
+    return partial(convert, options)

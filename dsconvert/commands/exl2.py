@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from dsconvert.commands import shared_options as shared
-from dsconvert.commands.calibration_options import calibration_options
+from dsconvert.commands.block_wise import block_wise
 from dsconvert.commands.given import given
 from dsconvert.commands.numbers import Number
-from dsconvert.commands.publish import Publish, publish_options
-from dsconvert.commands.run import command, on_each_rank
+from dsconvert.commands.run import command
 from dsconvert.errors import UsageError
 
 if TYPE_CHECKING:
     from dsconvert.calibration.request import CalibrationRequest
-    from dsconvert.checkpoints.locate import ModelPath
-    from dsconvert.commands.display import Display
+    from dsconvert.commands.block_wise import Work
+    from dsconvert.quantization.plan import RunOptions
 
 
 @command
@@ -41,14 +41,6 @@ if TYPE_CHECKING:
 )
 @shared.measurement_option
 @shared.damp_option
-@calibration_options("c4", 2048)
-@shared.bos_option
-@shared.out_option()
-@shared.hub_options
-@shared.resume_option
-@publish_options
-@shared.force_option
-@shared.device_option
 @click.option(
     "--backend",
     type=click.Choice(["dsconvert", "exllamav2"]),
@@ -56,24 +48,15 @@ if TYPE_CHECKING:
     show_default=True,
     help="exllamav2: drive that package's own converter (needs it, and CUDA).",
 )
-@shared.conversion_effort
+@block_wise()
 def exl2(
-    model_path: ModelPath,
+    run: RunOptions,
     bpw: float,
     head_bits: int,
     measurement: Path | None,
     damp: float,
-    calibration: CalibrationRequest,
-    add_bos: bool | None,
-    out: Path | None,
-    resume: bool,
-    force: bool,
-    device: str,
     backend: str,
-    effort: str,
-    publish: Publish,
-    display: Display,
-) -> int:
+) -> Work:
     """Quantize a checkpoint to EXL2: measure every linear, share out the bits, solve, and prove the result.
 
     MODEL_PATH is a Hugging Face folder, a .safetensors file, a hub id, or `sample:` (the embedded sample);
@@ -85,23 +68,17 @@ def exl2(
     Example:
       dsconvert exl2 sample: --bpw 4.5 --calib builtin --calib-samples 32
     """  # fmt: skip
-    from converters.exl2 import backend as exllamav2
-    from converters.exl2.convert import convert
     from converters.exl2.plan import Options
-    from dsconvert.quantization.plan import RunOptions
 
-    if backend == "exllamav2":
-        check_exllamav2(calibration)
-    run = RunOptions(
-        model=model_path, calibration=calibration, add_bos=add_bos, out=out, resume=resume, force=force,
-        device=device, effort=effort,
-    )  # fmt: skip
     options = Options(run=run, bpw=bpw, head_bits=head_bits, damp=damp, measurement=measurement)
     if backend == "exllamav2":
-        return display.events(exllamav2.convert(options))
-    return on_each_rank(
-        lambda ranks: convert(options, ranks), lambda events: display.events(publish.after(events))
-    )
+        from converters.exl2 import backend as exllamav2
+
+        check_exllamav2(run.calibration)
+        return lambda ranks: exllamav2.convert(options)
+    from converters.exl2.convert import convert
+
+    return partial(convert, options)
 
 
 def check_exllamav2(calibration: CalibrationRequest) -> None:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING
 
 import click
 
 from dsconvert.commands import shared_options as shared
 from dsconvert.commands import solver_options as solver
-from dsconvert.commands.calibration_options import calibration_options
-from dsconvert.commands.publish import Publish, publish_options
-from dsconvert.commands.run import command, on_each_rank
+from dsconvert.commands.block_wise import block_wise
+from dsconvert.commands.run import command
 
 if TYPE_CHECKING:
-    from dsconvert.calibration.request import CalibrationRequest
-    from dsconvert.checkpoints.locate import ModelPath
-    from dsconvert.commands.display import Display
+    from dsconvert.commands.block_wise import Work
+    from dsconvert.quantization.plan import RunOptions
 
 
 @command
@@ -39,19 +37,11 @@ if TYPE_CHECKING:
 @shared.damp_option
 @solver.mse_option
 @solver.rounds_option
-@calibration_options("c4", 2048)
-@shared.bos_option
-@shared.out_option()
-@shared.hub_options
-@shared.resume_option
-@publish_options
-@shared.force_option
-@shared.device_option
 @solver.language_option
 @solver.head_option
-@shared.conversion_effort
+@block_wise()
 def gptq(
-    model_path: ModelPath,
+    run: RunOptions,
     bits: int,
     group_size: int,
     act_order: bool,
@@ -60,18 +50,9 @@ def gptq(
     damp: float,
     mse: bool,
     rounds: int | None,
-    calibration: CalibrationRequest,
-    add_bos: bool | None,
-    out: Path | None,
-    resume: bool,
-    force: bool,
-    device: str,
     language_only: bool,
     lm_head: bool,
-    effort: str,
-    publish: Publish,
-    display: Display,
-) -> int:
+) -> Work:
     """Quantize a checkpoint by GPTQ with calibration, block by block, and prove the result.
 
     MODEL_PATH is a Hugging Face folder, a .safetensors file, a hub id, or `sample:` (the embedded sample);
@@ -84,17 +65,10 @@ def gptq(
     """  # fmt: skip
     from converters.gptq.convert import convert
     from converters.gptq.plan import Options
-    from dsconvert.quantization.plan import RunOptions
 
-    run = RunOptions(
-        model=model_path, calibration=calibration, add_bos=add_bos, out=out, resume=resume, force=force,
-        device=device, effort=effort,
-    )  # fmt: skip
     options = Options(
         run=run, bits=bits, group_size=group_size, act_order=act_order, dynamic_groups=dynamic_groups,
         sym=sym, damp=damp, mse=mse, rounds=rounds,
         language_only=language_only, lm_head=lm_head,
     )  # fmt: skip
-    return on_each_rank(
-        lambda ranks: convert(options, ranks), lambda events: display.events(publish.after(events))
-    )
+    return partial(convert, options)

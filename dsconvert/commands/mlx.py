@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING
 
 import click
 
 from dsconvert.commands import shared_options as shared
 from dsconvert.commands import solver_options as solver
-from dsconvert.commands.calibration_options import calibration_options
-from dsconvert.commands.given import refuse
-from dsconvert.commands.publish import Publish, publish_options
-from dsconvert.commands.run import command, on_each_rank
+from dsconvert.commands.block_wise import block_wise
+from dsconvert.commands.given import given, refuse
+from dsconvert.commands.run import command
 
 if TYPE_CHECKING:
-    from dsconvert.calibration.request import CalibrationRequest
-    from dsconvert.checkpoints.locate import ModelPath
-    from dsconvert.commands.display import Display
+    from dsconvert.commands.block_wise import Work
+    from dsconvert.quantization.plan import RunOptions
 
 WIDTHS = ("2", "3", "4", "5", "6", "8")
 # What has no effect where weights are rounded to nearest.
@@ -53,35 +51,18 @@ SOLVER = ("act_order", "damp", "mse", "resume")
 @solver.act_order_option
 @shared.damp_option
 @solver.mse_option
-@calibration_options(None, 2048, "; without one weights are rounded to nearest.")
-@shared.bos_option
-@shared.out_option()
-@shared.hub_options
-@shared.resume_option
-@publish_options
-@shared.force_option
-@shared.device_option
 @solver.language_option
-@shared.conversion_effort
+@block_wise(None, "; without one weights are rounded to nearest.")
 def mlx(
-    model_path: ModelPath,
+    run: RunOptions,
     bits: int,
     group_size: int,
     head_bits: int,
     act_order: bool,
     damp: float,
     mse: bool,
-    calibration: CalibrationRequest | None,
-    add_bos: bool | None,
-    out: Path | None,
-    resume: bool,
-    force: bool,
-    device: str,
     language_only: bool,
-    effort: str,
-    publish: Publish,
-    display: Display,
-) -> int:
+) -> Work:
     """Quantize a checkpoint to an MLX folder for mlx-lm on Apple's machines, and prove the result.
 
     MODEL_PATH is a Hugging Face folder, a .safetensors file, a hub id, or `sample:` (the embedded sample);
@@ -95,23 +76,16 @@ def mlx(
     """  # fmt: skip
     from converters.mlx.convert import convert
     from converters.mlx.plan import Options
-    from dsconvert.calibration.request import CalibrationRequest
-    from dsconvert.quantization.plan import RunOptions
 
-    if calibration is None:
+    calibrated = bool(given("calib", "calib_chat"))
+    if not calibrated:
         refuse(
             *SOLVER,
             where="without --calib: weights are rounded to nearest",
             hint="Leave it out, or calibrate",
         )
-    run = RunOptions(
-        model=model_path, calibration=calibration or CalibrationRequest(), add_bos=add_bos, out=out,
-        resume=resume, force=force, device=device, effort=effort,
-    )  # fmt: skip
     options = Options(
-        run=run, bits=bits, group_size=group_size, head_bits=head_bits, calibrated=calibration is not None,
+        run=run, bits=bits, group_size=group_size, head_bits=head_bits, calibrated=calibrated,
         act_order=act_order, damp=damp, mse=mse, language_only=language_only,
     )  # fmt: skip
-    return on_each_rank(
-        lambda ranks: convert(options, ranks), lambda events: display.events(publish.after(events))
-    )
+    return partial(convert, options)
