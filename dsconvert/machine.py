@@ -1,9 +1,10 @@
-"""Usable cores and free memory; returns freed memory to the system; pauses the garbage collector."""
+"""Usable cores and free memory; gives memory and mapped pages back; pauses the garbage collector."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import mmap
 import os
 import sys
 from collections.abc import Iterator
@@ -40,6 +41,17 @@ def give_back() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
+
+
+def let_go(mapped: mmap.mmap, start: int, count: int) -> None:
+    """Let the pages of a mapped file go that hold `count` bytes from `start` on, once they were used.
+
+    They count as this process's memory as long as nothing else wants it; the file stays mapped, and a page
+    that is used again comes back. Systems without madvise keep them.
+    """
+    if hasattr(mapped, "madvise") and count > 0:
+        first = start - start % mmap.PAGESIZE
+        mapped.madvise(mmap.MADV_DONTNEED, first, start + count - first)
 
 
 @contextmanager

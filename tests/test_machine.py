@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dsconvert import machine
@@ -46,3 +48,26 @@ def test_a_conversion_runs_where_there_is_no_list_of_cores(tmp_path: Path) -> No
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "mean KLD" in done.stdout  # the proof ran too
+
+
+@pytest.mark.skipif(not hasattr(mmap.mmap, "madvise"), reason="needs madvise, which this system has not")
+def test_pages_that_were_let_go_are_no_memory_of_this_process_and_come_back(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(range(256)) * (1 << 16))  # 16 MB
+    with (tmp_path / "file").open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def resident() -> int:
+        """KB of the map that are in memory."""
+        lines = Path("/proc/self/smaps").read_text().splitlines()
+        at = next(i for i, line in enumerate(lines) if line.endswith(str(tmp_path / "file")))
+        return int(next(line for line in lines[at:] if line.startswith("Rss:")).split()[1])
+
+    assert np.frombuffer(mapped, np.uint8).max() == 255
+    if sys.platform == "linux":
+        assert resident() > 15000
+    machine.let_go(mapped, 5000, (8 << 20) - 5000)
+    if sys.platform == "linux":
+        assert 7000 < resident() < 9000
+    machine.let_go(mapped, 5000, len(mapped) - 5000)
+    machine.let_go(mapped, 5000, 0)
+    assert mapped[5000:5004] == bytes([136, 137, 138, 139])

@@ -23,6 +23,7 @@ from converters.gguf.layout import MAGIC, VALUE_TYPES, VERSION
 from converters.gguf.qtypes import BY_ID, QType
 from converters.gguf.rounding import dequantize
 from dsconvert.errors import CheckpointError, short
+from dsconvert.machine import let_go
 from dsconvert.reading import open_regular
 
 KINDS = {number: (name, fmt) for name, (number, fmt) in VALUE_TYPES.items()}
@@ -88,14 +89,17 @@ class StoredTensor:
 
         Raises CheckpointError for a type whose values cannot be computed here.
         """
+        blocks = self.blocks()[start:stop]
         try:
-            return dequantize(self.blocks()[start:stop], self.qtype)
+            return dequantize(blocks, self.qtype)
         except (NotImplementedError, ValueError):
             raise CheckpointError(
                 f"tensor {self.name[:80]!r} is of type {self.qtype.name}, whose values cannot be read here",
                 why="the gguf library has no dequantizer for it",
                 hint="dsconvert inspect shows the file without them",
             ) from None
+        finally:
+            let_go(self.data, self.offset + start * blocks.shape[1], blocks.nbytes)
 
 
 @dataclass(frozen=True)

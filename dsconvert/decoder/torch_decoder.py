@@ -232,7 +232,7 @@ def run_block(
 
     run = apply if block.experts is None else attend
     out = torch.empty_like(hidden)
-    with torch.no_grad(), _watching(block, observers or {}):
+    with torch.no_grad(), _watching(block, {} if observers is None else observers):
         for rows in batches(decoder, hidden.shape[0], hidden.shape[1]):
             out[rows] = run(decoder, block, hidden[rows])
         if block.experts is not None:

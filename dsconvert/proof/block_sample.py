@@ -20,6 +20,7 @@ from dsconvert.proof.config_differences import check_sizes, differences
 from dsconvert.proof.figures import BlockError, TensorError, hidden_error, update_error
 from dsconvert.proof.output_losses import rounded
 from dsconvert.proof.row_sums import Matrix
+from dsconvert.proof.side_by_side import Weights
 from dsconvert.proof.tensor_errors import tensor_error
 from dsconvert.texts.windows import Windows
 
@@ -52,7 +53,7 @@ def compare_blocks(
     kind = st.pick_dtype(dtype, place)
     sides = (reference, config), (candidate, other)
     decoders = tuple(streamed(st.open_decoder(*side, place, kind)) for side in sides)
-    run = Run(decoders, windows, differences(*map(st.numbers, decoders)), [], [])
+    run = Run(decoders, windows, differences(*map(st.numbers, decoders)), Weights(decoders))
     hidden = _embedded(run)
     for index in sorted({0, *blocks}):
         error, hidden, broken = _same_input(run, index, hidden)
@@ -129,7 +130,7 @@ def _embedded(run: Run) -> torch.Tensor:
         parts = [widened(decoder.source.rows(st.EMBED, i, i + 1)) for i in used.tolist()]
         rows.append(torch.from_numpy(np.concatenate(parts)))
     made = rounded(run.pair[1].source, st.EMBED, 0, rows[0], rows[1])
-    run.note((st.EMBED, st.EMBED), Matrix().add(rows[0], rows[1], made, labels=used))
+    run.weights.note((st.EMBED, st.EMBED), Matrix().add(rows[0], rows[1], made, labels=used))
     base = rows[0].to(run.pair[0].device)
     return st.embed(base, places.reshape(run.windows.tokens.shape), run.pair[0].dtype)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from dsconvert.decoder import torch_decoder as st
-from dsconvert.decoder.experts import streamed
+from dsconvert.decoder.experts import Load, streamed
 from dsconvert.decoder.torch_config import same_arithmetic
 from dsconvert.events import BlockCompared, Event, Step
 from dsconvert.models.config import ModelConfig
@@ -32,11 +32,11 @@ from dsconvert.proof.figures import (
     hidden_error,
     summary,
 )
-from dsconvert.proof.foretold import between, share, share_of
-from dsconvert.proof.output_losses import Losses, rounded
+from dsconvert.proof.foretold import between, share_of
+from dsconvert.proof.output_losses import rounded
 from dsconvert.proof.row_sums import Matrix
 from dsconvert.proof.scores import Scores, scored_states
-from dsconvert.proof.tensor_errors import tensor_error
+from dsconvert.proof.side_by_side import Weights
 from dsconvert.texts.windows import Windows
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def compare(
     kind = st.pick_dtype(dtype, place)
     sides = (reference, config), (candidate, other)
     pair = tuple(streamed(st.open_decoder(*side, place, kind)) for side in sides)
-    run = Run(pair, windows, differences(*map(st.numbers, pair)), [], [])
+    run = Run(pair, windows, differences(*map(st.numbers, pair)), Weights(pair))
     name = str(kind).removeprefix("torch.")
     yield Step(f"comparing {config.layers} blocks over {windows.tokens.size} tokens on {place} in {name}")
     hidden = run.embed()
@@ -134,15 +134,13 @@ class Run:
     pair: tuple[st.Decoder, ...]
     windows: Windows
     config: tuple[str, ...]
-    blocks: list[BlockError]
-    tensors: list[TensorError]
-    losses: Losses = field(default_factory=Losses)
-    watched: list[str] = field(default_factory=list)  # the matrix of an expert at hand
+    weights: Weights
+    blocks: list[BlockError] = field(default_factory=list)
     routed: list[tuple[int, int]] = field(default_factory=list)  # see Comparison
 
     def ended(self, broken: str) -> Comparison:
         """The comparison without figures, as it stands."""
-        tensors = self.losses.noted(self.tensors)
+        tensors = self.weights.losses.noted(self.weights.tensors)
         routed = tuple(self.routed)
         return Comparison(None, None, tuple(self.blocks), tensors, self.config, broken, routed=routed)
 
@@ -161,50 +159,40 @@ class Run:
         same = same_arithmetic(base.library, base.rotary, candidate.library, candidate.rotary)
         return same and math.isclose(*scores, rel_tol=1e-6)
 
-    def read(self, *names: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same tensor of both, in the decoders' dtype, its error noted before it is rounded to it."""
-        base, candidate = (st.read(d, name) for d, name in zip(self.pair, names, strict=True))
-        made = rounded(self.pair[1].source, names[1], 0, base, candidate)
-        error = self.note(names, Matrix().add(base, candidate, made))
-        if made is not None and error.lost:
-            self.losses.watch(names[0], base, candidate, made)
-        return st.as_run(self.pair[0], names[0], base), st.as_run(self.pair[1], names[1], candidate)
-
     def apply(self, index: int, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
         """What block `index` of each model makes of its states; its tensors are compared too."""
-        self.losses.observers.clear()
-        first = len(self.tensors)
-        both = {name: self.read(name, name) for name in self.pair[0].blocks[index].values()}
-        out, chosen = [], []
-        for side, decoder in enumerate(self.pair):
-            weights = {name: pair[side] for name, pair in both.items()}
-            block = st.assemble_block(decoder, index, weights, None if side else self.read_of_expert)
-            out.append(st.run_block(decoder, block, hidden[side], {} if side else self.losses.observers))
-            chosen += [block.experts.chosen] if block.experts and block.experts.chosen is not None else []
+        weights, base = self.weights, self.pair[0]
+        weights.forget()
+        chosen: list[torch.Tensor] = []
+        loads = (weights.compared, weights.expert), (weights.candidate, weights.candidate)
+        out = [self.run(side, index, hidden[side], loads[side], chosen) for side in (0, 1)]
         self.compare_routes(index, chosen)
-        errors = {error.name: error for error in self.tensors[first:]}
-        made = {name: self.foretold(pair, errors[name]) for name, pair in both.items()}
-        experts = (errors[name] for names in self.pair[0].experts[index] for name in names)
-        same = all(made[name] is both[name][1] for name in made) and all(self.share(e) == 1 for e in experts)
+        names = [*base.blocks[index].values(), *(name for names in base.experts[index] for name in names)]
+        same = all(weights.share(name) == 1 for name in names)
         if hidden[2] is hidden[1] and self.alike and same:
             return [*out, out[1]]
-        block = st.assemble_block(self.pair[0], index, made, lambda name: self.foretold_expert(errors[name]))
-        return [*out, st.run_block(self.pair[0], block, hidden[2])]
+        return [*out, self.run(0, index, hidden[2], (weights.foretold, weights.foretold))]
 
-    def share(self, error: TensorError) -> float:
-        """How much of the error of a matrix is foretold."""
-        return share(error.type, error.snr, error.lost, self.losses.ratio(error.name), error.fed)
+    def run(
+        self,
+        side: int,
+        index: int,
+        hidden: torch.Tensor,
+        loads: tuple[Load, Load],
+        chosen: list[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """States after block `index` of one of the pair; `loads` give its own matrices and its experts'.
 
-    def foretold(self, both: tuple[torch.Tensor, torch.Tensor], error: TensorError) -> torch.Tensor:
-        """What the foretold model has of a tensor of both; the candidate's itself where they are the same."""
-        if both[0].dim() > 1:
-            return between(*both, self.share(error))
-        return both[bool((both[0] == both[1]).all())]
-
-    def foretold_expert(self, error: TensorError) -> torch.Tensor:
-        """What the foretold model has of an expert's matrix, whose error is known."""
-        base, candidate = (st.read_as_run(decoder, error.name) for decoder in self.pair)
-        return self.foretold((base, candidate), error)
+        With `chosen`, which takes the experts that tokens went to, the reference's inputs are observed too.
+        """
+        decoder = self.pair[side]
+        own = {name: loads[0](name) for name in decoder.blocks[index].values()}
+        block = st.assemble_block(decoder, index, own, loads[1])
+        observers = self.weights.losses.observers if chosen is not None and not side else {}
+        out = st.run_block(decoder, block, hidden, observers)
+        if chosen is not None and block.experts and block.experts.chosen is not None:
+            chosen.append(block.experts.chosen)
+        return out
 
     def compare_routes(self, index: int, chosen: list[torch.Tensor]) -> None:
         """Count the tokens that both went to other experts, and compare the experts that none came to."""
@@ -213,20 +201,10 @@ class Run:
         one, other = chosen
         turned = len(one) if one.shape != other.shape else int(one.ne(other).any(-1).sum())
         self.routed.append((len(one), turned))
-        known = {tensor.name for tensor in self.tensors}
         for names in self.pair[0].experts[index]:
-            if names[0] not in known:
-                for name in names:
-                    self.read_of_expert(name)
-
-    def read_of_expert(self, name: str) -> torch.Tensor:
-        """The reference's matrix of an expert; both models' are compared, and what was kept of the last one
-        for its inputs is dropped.
-        """
-        for watched in self.watched:
-            self.losses.observers.pop(watched, None)
-        self.watched[:] = [name]
-        return self.read(name, name)[0]
+            for name in names:
+                if name not in self.weights.errors:
+                    self.weights.expert(name)
 
     def compare_hidden(self, index: int, hidden: list[torch.Tensor]) -> BlockError:
         """The error of the states after block `index`, noted too."""
@@ -262,20 +240,13 @@ class Run:
             wanted = torch.from_numpy(used[(used >= rows.start) & (used < rows.stop)] - rows.start)
             for part, table in zip(parts, both, strict=True):
                 part.append(table[wanted.to(table.device)])
-        error = self.note((st.EMBED, st.EMBED), matrix)
+        self.weights.note((st.EMBED, st.EMBED), matrix)
         base, candidate = (st.embed(torch.cat(part), places, self.pair[0].dtype) for part in parts)
-        return [base, candidate, self.foretold((base, candidate), error)]
-
-    def note(self, names: tuple[str, ...], matrix: Matrix) -> TensorError:
-        """Keep the error of a tensor, and what is wrong with its rows; `names` are each model's."""
-        sources = self.pair[0].source, self.pair[1].source
-        head_dim = self.pair[0].config.head_dim
-        self.tensors.append(tensor_error(sources, (names[0], names[1]), matrix, head_dim))
-        return self.tensors[-1]
+        return [base, candidate, between(base, candidate, self.weights.share(st.EMBED))]
 
     def final_states(self, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
         """Every model's states [tokens, d] where predictions are scored, normed; `hidden` is emptied."""
-        norms = self.read(st.NORM, st.NORM)
+        norms = self.weights.compared(st.NORM), self.weights.candidate(st.NORM)
         same = hidden[2] is hidden[1] and self.alike and bool((norms[0] == norms[1]).all())
         states = [
             scored_states(decoder, norm, hidden.pop(0), self.windows)
@@ -315,5 +286,5 @@ class Run:
                     return None, None, broken
                 scores.add(rows, part.start, *logits)
         if names != (st.EMBED, st.EMBED):
-            self.note(names, matrix)
+            self.weights.note(names, matrix)
         return TokenFigures(**places, **scores.columns()), scores.foretold() if models == 3 else None, ""

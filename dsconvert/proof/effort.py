@@ -19,7 +19,7 @@ FLOPS, READS = 90e9, 0.4e9
 QUICK_SECONDS = 3.0  # what running all of a model may take by that estimate in a quick proof
 SHORT, SAMPLE = 128, 32  # tokens where the windows asked for take too long: all blocks, some blocks
 ONE_IN = 16  # of the blocks of a model that is too big for a quick proof
-BLOCK_BYTES = 12  # of memory per weight of a block: two models in float32, and a tensor being read
+BLOCK_BYTES = 8  # of memory per weight of a block: two models in float32, of large matrices one
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def share(kind: str, snr: float, less: float | None, loss: float | None, fed: bo
     chose its codes.
     """
     if loss is not None and math.isfinite(snr):
-        return 1.0 if loss <= loss_foretold(kind) else 1 / math.sqrt(loss)
+        return 1.0 if loss <= loss_foretold(kind, fed) else 1 / math.sqrt(loss)
     if less is None or not math.isfinite(less):
         return 1.0 if snr >= snr_floor(kind) else 0.0
     return 1.0 if less <= most_lost(kind, fed) else float(10 ** (-less / 20))

@@ -58,9 +58,9 @@ def most_loss(kind: str, fed: bool = False) -> float:
     return MOST_LOSS_FED if fed or kind.startswith(FED) else MOST_LOSS
 
 
-def loss_foretold(kind: str) -> float:
+def loss_foretold(kind: str, fed: bool = False) -> float:
     """The squared error of its outputs, by that of plain rounding, that a linear of this type foretells."""
-    return LOSS_FORETOLD_FED if kind.startswith(FED) else LOSS_FORETOLD
+    return LOSS_FORETOLD_FED if fed or kind.startswith(FED) else LOSS_FORETOLD
 
 
 def unlike_rows(rows: NearestSums, kind: str, unseen: float, peaks: Values) -> dict[int, str]:

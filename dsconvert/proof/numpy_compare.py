@@ -25,7 +25,7 @@ from dsconvert.proof.effort import Effort
 from dsconvert.proof.figures import BlockError, Foretold, IntArray, TensorError, joined, mean, summary
 from dsconvert.proof.foretold import between, share
 from dsconvert.proof.numpy_figures import hidden_error, kld, length, token_figures
-from dsconvert.proof.output_losses import Losses, rounded
+from dsconvert.proof.output_losses import Losses, errors_of, rounded
 from dsconvert.proof.row_sums import Matrix
 from dsconvert.proof.tensor_errors import tensor_error
 from dsconvert.texts.windows import Windows
@@ -265,7 +265,8 @@ class _Run:
         made = rounded(self.sources[1], other, 0, base, candidate)
         error = self.note(name, other, Matrix().add(base, candidate, made))
         if made is not None and error.lost:
-            self.losses.watch(name, base, candidate, made)
+            errors = errors_of(base, candidate, made)
+            self.losses.watch(name, lambda: iter([errors]))
         return base, candidate
 
     def note(self, name: str, other: str, compared: Matrix) -> TensorError:

@@ -7,7 +7,7 @@ are large: of the outputs a faithful matrix loses no more than plain rounding do
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,25 +17,28 @@ from dsconvert.models.weights import Floats, WeightSource
 from dsconvert.proof.figures import TensorError
 
 Observer = Callable[[Any], None]
+Errors = tuple[Any, Any]  # of the candidate's rows, and of plain rounding's
 AT_FIRST = 1 << 20  # values of a matrix that are rounded at first
 AT_ONCE = 1 << 24  # values that are rounded together then
 LEAST_ROWS = 64
 ENOUGH = 512  # tokens: the ratio of two losses does not change with more
 
 
-def rounded(source: WeightSource, name: str, start: int, base: Any, candidate: Any) -> Floats | None:
+def rounded(
+    source: WeightSource, name: str, start: int, base: Any, candidate: Any, every: bool = False
+) -> Floats | None:
     """What plain rounding makes of the rows of `base`, those from `start` on, in the type of a tensor.
 
     `base` and `candidate` are of numpy or of torch. Returns the first rows, or all rows where the first are
-    the candidate's: a matrix that is not rounded plainly is judged by some rows as well as by all, and
-    rounding it may cost what making it did. None where nothing rounds to the type.
+    the candidate's or `every` one is asked for: a matrix that is not rounded plainly is judged by some rows
+    as well as by all, and rounding it may cost what making it did. None where nothing rounds to the type.
     """
     rows = base.reshape(-1, base.shape[-1])
     count = max(LEAST_ROWS, AT_FIRST // rows.shape[1])
     found = source.nearest(name, start, _host(rows[:count]))
     if found is None or len(rows) <= count:
         return found
-    if not np.array_equal(found, _host(candidate.reshape(rows.shape)[:count])):
+    if not every and not np.array_equal(found, _host(candidate.reshape(rows.shape)[:count])):
         return found
     made = np.empty(rows.shape, np.float32)
     made[:count] = found
@@ -46,6 +49,14 @@ def rounded(source: WeightSource, name: str, start: int, base: Any, candidate: A
             return None
         made[first : first + step] = others
     return made
+
+
+def errors_of(base: Any, candidate: Any, made: Floats) -> Errors:
+    """The errors of the rows of `base` that were rounded: the candidate's, and those of plain rounding."""
+    base, candidate = base[: len(made)], candidate[: len(made)]
+    if isinstance(base, np.ndarray):
+        return candidate - base, made - base
+    return candidate.float() - base.float(), base.new_tensor(made).float() - base.float()
 
 
 def _host(values: Any) -> Floats:
@@ -64,13 +75,11 @@ class Losses:
     sums: dict[str, list[float]] = field(default_factory=dict)
     observers: dict[str, Observer] = field(default_factory=dict)
 
-    def watch(self, name: str, base: Any, candidate: Any, made: Floats) -> None:
-        """Count the inputs [..., K] that the linear `name` will be given, up to ENOUGH of them."""
-        base, candidate = base[: len(made)], candidate[: len(made)]
-        plain = made if isinstance(base, np.ndarray) else base.new_tensor(made).float()
-        if not isinstance(base, np.ndarray):
-            base, candidate = base.float(), candidate.float()
-        errors = [x - base for x in (candidate, plain)]
+    def watch(self, name: str, errors: Callable[[], Iterator[Errors]]) -> None:
+        """Count the inputs [..., K] that the linear `name` will be given, up to ENOUGH of them.
+
+        `errors` gives those of its rounded rows, some at a time, as often as there are inputs.
+        """
         seen = 0
 
         def count(x: Any) -> None:
@@ -79,8 +88,9 @@ class Losses:
             inputs = x.reshape(-1, x.shape[-1])[: ENOUGH - seen]
             inputs = inputs if isinstance(inputs, np.ndarray) else inputs.float()
             seen += len(inputs)
-            for i, error in enumerate(errors):
-                total[i] += float(np.square(_host(inputs @ error.T), dtype=np.float64).sum())
+            for both in errors() if len(inputs) else ():
+                for i, error in enumerate(both):
+                    total[i] += float(np.square(_host(inputs @ error.T), dtype=np.float64).sum())
 
         self.observers[name] = count
 

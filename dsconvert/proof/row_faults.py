@@ -61,7 +61,9 @@ ANY_SPAN = 256.0
 SMALLEST = 2.0**-25
 # Values to a scale, in types that round to nearest by the scale as it is stored.
 BLOCKS = {"q2_k": 16, "q3_k": 16, "q4_k": 32, "q5_k": 32, "q6_k": 16}
-LEVELS = {"q2_k": 4, "q3_k": 8, "q4_k": 16}  # how many values a block of these has at most
+# How many values a block of these has at most.
+LEVELS = {"q2_k": 4, "q3_k": 8} | dict.fromkeys(("q4_k", "q4_0", "q4_1", "iq4_nl", "iq4_xs"), 16)
+LEVELS |= {"nvfp4": 16, "mxfp4": 16}
 # Of all types of blocks, and the share of a row's values that are nearer to another of their block: on the
 # sample up to .0033 where ggml rounds by a scale that it rounds afterwards, with error feedback from .027 on.
 FED_BLOCKS = BLOCKS | dict.fromkeys(("q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "iq4_xs"), 32)
@@ -227,17 +229,23 @@ def _misrounded(rows: RowSums, own: _Own, among: Flags, kind: str, again: Again)
 
 
 def fed(rows: int, kind: str, again: Again) -> bool:
-    """Whether a matrix's codes were chosen for its outputs' sake: rounding leaves few not nearest."""
+    """Whether a matrix's codes were chosen for its outputs' sake: rounding leaves few not nearest.
+
+    Rows that are not stored as blocks have other values than those that a code stands for, and say nothing.
+    """
     block, shares = FED_BLOCKS.get(kind, 0), []
     for row in range(0, rows if block else 0, max(1, rows // WITNESSES)):
         base, candidate = again(row)
-        shares.append(misrounded(base, candidate, block) / base.size)
+        if in_blocks(candidate, kind):
+            shares.append(misrounded(base, candidate, block) / base.size)
     return bool(shares) and float(np.median(shares)) > FED_SHARE
 
 
 def in_blocks(row: Floats, kind: str) -> bool:
     """Whether the blocks of a row have no more values than those of the type."""
-    values = np.sort(row.reshape(-1, BLOCKS[kind]), 1)
+    if row.size % FED_BLOCKS[kind]:
+        return False
+    values = np.sort(row.reshape(-1, FED_BLOCKS[kind]), 1)
     return bool((np.diff(values, axis=1) != 0).sum(1).max() < LEVELS.get(kind, values.shape[1]))
 
 

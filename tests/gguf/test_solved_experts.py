@@ -28,8 +28,9 @@ def v3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_experts.checkpoint(tmp_path_factory.mktemp("experts") / "v3", "v3", **tiny_experts.SMALL_V3)
 
 
-def test_a_file_of_enough_text_is_proven(v3: Path, tmp_path: Path) -> None:
-    events = run(v3, tmp_path / "fed.gguf", effort="quick", calib_samples=32)
+def test_a_file_of_little_text_is_proven(v3: Path, tmp_path: Path) -> None:
+    """Of 512 tokens error feedback does up to 2.3 times what rounding does, on other text."""
+    events = run(v3, tmp_path / "fed.gguf", effort="quick")
     assert [e.detail for e in events if isinstance(e, Check) and not e.passed] == []
 
 

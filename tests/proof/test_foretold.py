@@ -123,6 +123,8 @@ def test_no_more_of_an_error_is_foretold_than_plain_rounding_has() -> None:
     assert share("gptq4", 10.0, 4.0, 3.0) == 1  # of a linear with error feedback all within its limit
     assert share("gptq4", 10.0, 4.0, 4.0) == 0.5
     assert share("q4_k", 10.0, 4.0, None, fed=True) == 1
+    assert share("q4_0", 10.0, 4.0, 2.3, fed=True) == 1
+    assert share("q4_0", 10.0, 4.0, 4.0, fed=True) == 0.5
     assert share("q4_0", 0.0, 20.0, None) == pytest.approx(0.1)
     assert share("f16", 60.0, None, None) == 1
     assert share("f16", 0.0, None, None) == 0

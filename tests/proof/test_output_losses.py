@@ -80,7 +80,8 @@ def test_a_fair_candidate_says_its_largest_loss() -> None:
 def test_no_more_tokens_than_enough_count() -> None:
     W = torch.eye(4)
     losses = Losses()
-    losses.watch("x", W, W * 2, np.eye(4, dtype=np.float32) * 3)
+    errors = output_losses.errors_of(W, W * 2, np.eye(4, dtype=np.float32) * 3)
+    losses.watch("x", lambda: iter([errors]))
     for _ in range(3):
         losses.observers["x"](torch.ones(1, 400, 4))
     assert losses.sums["x"] == [4.0 * output_losses.ENOUGH, 16.0 * output_losses.ENOUGH]
