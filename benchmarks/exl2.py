@@ -30,7 +30,7 @@ from held_out import evaluation
 
 from converters.exl2.convert import convert
 from converters.exl2.plan import Job, Options, prepare
-from converters.exl2.reader import open_model
+from converters.exl2.reader import open_model, per_weight
 from converters.gguf import convert as gguf
 from converters.gguf import output
 from converters.gptq import convert as gptq
@@ -99,7 +99,8 @@ def main() -> None:
             (more,) = (
                 e.text.partition("; ")[2] for e in events if isinstance(e, Step) and "expected" in e.text
             )
-            line(f"exl2 --bpw {bpw:g}", open_model(work / f"{bpw}").bits, job, work / f"{bpw}", seconds, more)
+            out = work / f"{bpw}"
+            line(f"exl2 --bpw {bpw:g}", per_weight(open_model(out)), job, out, seconds, more)
         out = work / "q4_0.gguf"
         seconds, _ = run(
             gguf.convert(output.Options(given.model, outfile=out, quants=("q4_0",), effort="off", force=True))

@@ -184,7 +184,7 @@ def test_an_existing_output_is_refused_before_any_work(tmp_path: Path, model: Pa
         next(iter(convert(calibrated.gptq_options(model, out=tmp_path / "out", **SMALL))))
     assert calibrated.digests(tmp_path / "out") == before
     run(model, tmp_path / "out", force=True, bits=8)
-    assert open_model(tmp_path / "out").bits == 8
+    assert {one.type for one in open_model(tmp_path / "out").linears.values()} == {"gptq8"}
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,8 @@ def test_without_a_path_the_current_folder_is_taken(
     small = ["--calib-samples", "4", "--calib-len", "64", "-g", "32", "--verify", "off"]
     done = CliRunner().invoke(cli, ["gptq", "--bits", "4", "--calib", "builtin", *small])
     assert done.exit_code == 0, done.output
-    assert open_model(tmp_path / "mine" / "mine-gptq-4bit-32g").bits == 4
+    read = open_model(tmp_path / "mine" / "mine-gptq-4bit-32g")
+    assert {one.type for one in read.linears.values()} == {"gptq4"}
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(cli, ["gptq", "--bits", "4", "--calib", "builtin", *small])
     assert done.exit_code == 2
