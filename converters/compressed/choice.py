@@ -14,6 +14,7 @@ from dsconvert.quantization.allocate import Option
 from dsconvert.quantization.budget import Budget, Nats
 from dsconvert.quantization.gptq_grid import Scheme
 
+INDEXER = ".indexer."
 SIZES = (32, 64, 128)  # of groups, where none is asked for
 # Types, where none are named: what 2 bits leave is too much for a cost to be foretold, so that a smaller size
 # must ask for them.
@@ -44,6 +45,7 @@ def schemes_of(budget: Budget, sizes: tuple[int, ...], sym: bool, usual: Iterabl
 def candidates(linears: Shapes, schemes: list[Scheme]) -> Candidates:
     """The schemes that each linear may have; those that runtimes fuse have the same.
 
+    An indexer's have the widest: what it leaves out depends on longer texts than those that are measured.
     Raises QuantizationError that names a linear whose shape lets it have none.
     """
     found: Candidates = {}
@@ -53,7 +55,8 @@ def candidates(linears: Shapes, schemes: list[Scheme]) -> Candidates:
         if not fitting:
             check_shapes(shapes, schemes[0])
         by_size = sorted(fitting, key=lambda scheme: sum(nbytes(shape, scheme) for shape in shapes.values()))
-        labelled = {label_of(scheme): scheme for scheme in by_size}
+        free = by_size[-1:] if INDEXER in members[0] else by_size
+        labelled = {label_of(scheme): scheme for scheme in free}
         found |= dict.fromkeys(members, labelled)
     return found
 

@@ -27,6 +27,7 @@ from dsconvert.quantization.costs import (
     some_outputs,
 )
 from dsconvert.quantization.error_feedback import Factorize, shared_factors
+from dsconvert.quantization.few_tokens import told_of_costs, too_few
 from dsconvert.quantization.gptq_grid import Scheme
 from dsconvert.quantization.gptq_solver import solve
 from dsconvert.quantization.run import Run
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     import torch
 
 OUTPUTS = 128  # of a linear's outputs as many are solved, evenly spread
+LEAST_OUTPUTS = 16  # of each expert's, which together have as many, or more
 WINDOWS = 32  # of the calibration windows as many are measured on
 Nats = dict[str, float]  # by label
 
@@ -54,13 +56,26 @@ def measure(begun: Run, options: Options, choices: Candidates) -> Generator[Even
     hidden = linear_inputs.embed(decoder, tokens)
     judged = halves(tokens)[-1].size
 
+    few: list[str] = []
+    experts = decoder.config.experts.count if decoder.config.experts else 1
+
     def cost_of(place: int, group: linear_inputs.Group, unseen: linear_inputs.Group) -> dict[str, Nats]:
         found: dict[str, Nats] = {}
+        if (
+            group.moment.ndim == 3
+        ):  # latent attention's keys by the queries: a linear here by what it is given
+            return found
+        reason = too_few(group)
+        few.extend(group.names if reason else ())
+        outputs = max(LEAST_OUTPUTS, OUTPUTS // experts) if group.routed else OUTPUTS
         for name in (name for name in group.names if name in choices):
             W = st.read(decoder, decoder.head if name == st.HEAD else name)
-            H, weights, own = (group.moment, unseen.moment), s[name].to(W.device), choices[name].values()
+            H, own = (group.moment, unseen.moment), choices[name].values()
+            if name not in s or not unseen.rows:  # nothing of this text hangs on it
+                found[name] = {label_of(one): 0.0 for one in own}
+                continue
             try:
-                nats = linear_costs(W, *H, weights, own, options, factorize)
+                nats = linear_costs(W, *H, s[name].to(W.device), own, options, factorize, outputs, reason)
             except ConversionError as error:
                 raise type(error)(error.what, where=name, why=error.why, hint=error.hint) from None
             share = unseen.rows / judged  # of the tokens, for an expert
@@ -71,6 +86,7 @@ def measure(begun: Run, options: Options, choices: Candidates) -> Generator[Even
         state.keep(record_of(index), found)
 
     nats = yield from measure_blocks(decoder, hidden, cost_of, known, keep, unseen=True)
+    yield from told_of_costs(few)
     if st.HEAD in choices:
         norm = st.read(decoder, st.NORM).to(decoder.dtype)
         groups = [linear_inputs.measure_head(decoder, part, norm) for part in halves(hidden)]
@@ -87,16 +103,19 @@ def linear_costs(
     schemes: Iterable[Scheme],
     options: Options,
     factorize: Factorize,
+    outputs: int = OUTPUTS,
+    few: str | None = None,
 ) -> Nats:
     """The nats of a linear W [N, K] by label, given its sensitivities [N].
 
-    Some of its outputs are solved with the Hessian `H` [K, K] and judged by an `unseen` one, of other text.
+    Some of its outputs, `outputs` or more, are solved with the Hessian `H` [K, K] and judged by an `unseen`
+    one, of other text. `few` says why H is worth little, as the solver takes it.
     """
-    at, weight = some_outputs(s, OUTPUTS)
+    at, weight = some_outputs(s, outputs)
     rows = W[at].contiguous()
 
     def left(scheme: Scheme) -> torch.Tensor:
-        return rows - solve(rows, H, options.solver(scheme), factorize).dequantized()
+        return rows - solve(rows, H, options.solver(scheme), factorize, few).dequantized()
 
     return {label_of(one): linear_nats(left(one), unseen, weight, None) for one in schemes}
 

@@ -18,7 +18,7 @@ def fused_with(name: str, among: Collection[str]) -> tuple[str, ...]:
 def of_one_scheme(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """The weights that must have one scheme, by the first of each: fused ones, all experts of a layer."""
     found: dict[str, list[str]] = {}
-    for name in (every := list(names)):
+    for name in (every := dict.fromkeys(names)):
         stem, experts, _ = name.partition(EXPERTS)
         found.setdefault(stem if experts else fused_with(name, every)[0], []).append(name)
     return {members[0]: tuple(members) for members in found.values()}

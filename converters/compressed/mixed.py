@@ -7,7 +7,7 @@ from dataclasses import replace
 from math import fsum
 
 from converters.compressed import costs
-from converters.compressed.choice import chosen, options_of
+from converters.compressed.choice import INDEXER, chosen, options_of
 from converters.compressed.plan import Job
 from dsconvert.events import Event, Step, TypesChosen
 from dsconvert.quantization.budget import Chosen, Nats, choose, thinned, told
@@ -71,8 +71,8 @@ def told_of(job: Job, found: Chosen, nats: Nats) -> TypesChosen:
 
 def _alike(job: Job, nats: Nats) -> Iterator[tuple[str, int, float]]:
     """Name, bytes and foretold nats of each scheme that all linears may have."""
-    first = next(iter(job.choices.values()))
-    for label, scheme in first.items():
-        if all(label in own for own in job.choices.values()):
-            alike = replace(job, schemes=dict.fromkeys(job.choices, scheme))
-            yield label, alike.total, fsum(own[label] for own in nats.values())
+    free = {name: own for name, own in job.choices.items() if INDEXER not in name}
+    for label, scheme in next(iter(free.values()), {}).items():
+        if all(label in own for own in free.values()):
+            alike = replace(job, schemes={**job.schemes, **dict.fromkeys(free, scheme)})
+            yield label, alike.total, fsum(nats[name][label] for name in free)

@@ -23,7 +23,6 @@ from converters.compressed.shapes import check_floats, check_shapes
 from dsconvert.calibration.request import check_chat
 from dsconvert.checkpoints.output_plan import check_distinct, check_files, look
 from dsconvert.checkpoints.safetensors_header import BITS
-from dsconvert.decoder.linear_inputs import check_dense
 from dsconvert.errors import UsageError
 from dsconvert.libraries import TORCH, need
 from dsconvert.memory.peak import left_on_card
@@ -189,8 +188,6 @@ def prepare(options: Options) -> Job:
         need(*TORCH, what="calibration")
     check_chat(run.calibration.chat)
     model, tokenizer = open_model(run, options.language_only, options.lm_head)
-    if options.budget is not None:
-        check_dense(model.config, model.checkpoint.folder)
     out = output_folder(run, default_name(options, origin(model.checkpoint.folder, model.config)[1]))
     job = with_schemes(Job(options, model, tokenizer, out))
     check_output(job, job.total)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import tiny_experts
 
+from converters.compressed import costs
 from converters.compressed.convert import convert
 from converters.compressed.reader import open_model
 from converters.gptq.convert import convert as gptq
@@ -18,6 +20,7 @@ from dsconvert.checkpoints.checkpoint import open_checkpoint
 from dsconvert.checkpoints.safetensors_reader import Stored, read_safetensors
 from dsconvert.events import Check, Event, Warn
 from dsconvert.models.config import load_json
+from dsconvert.quantization.budget import Budget
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +96,42 @@ def test_integers_are_those_of_the_gptq_folder(tmp_path: Path, v3: dict[str, Pat
     assert len(ours.linears) == 40
     for name in (f"{linear}.weight" for linear in ours.linears):
         np.testing.assert_array_equal(ours.float32(name), theirs.float32(name), err_msg=name)
+
+
+def test_experts_of_a_layer_have_one_scheme_by_what_all_of_them_cost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each by the share of the tokens that come to it; an indexer has the widest, whatever the text."""
+    model = tiny_experts.checkpoint(tmp_path / "v32", "v32", **tiny_experts.SMALL_V3, index_n_heads=4)
+    asked = {"calib": "builtin", "calib_samples": 4, "calib_len": 128}
+    types, few = ("w3a16-32g", "w4a16-32g", "w8a16-32g"), list[str]()
+
+    def alike(*given: Any) -> dict[str, float]:
+        few.extend([given[-1]] if given[-1] else [])
+        return dict.fromkeys(types, 1.0)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(costs, "linear_costs", alike)
+        budget = Budget(bpw=5, types=types, measurement=tmp_path / "shares.json")
+        said = " ".join(
+            e.text for e in run(model, tmp_path / "a", budget=budget, **asked) if isinstance(e, Warn)
+        )
+    shares = {name: own["w8a16-32g"] for name, own in load_json(tmp_path / "shares.json")["nats"].items()}
+    for part in ("gate_proj", "up_proj", "down_proj"):  # of eight experts each token goes to two
+        each = [shares[f"model.layers.1.mlp.experts.{e}.{part}.weight"] for e in range(8)]
+        assert sum(each) == pytest.approx(2)
+        assert max(each) < 1
+    assert shares["model.layers.1.self_attn.kv_b_proj.weight"] == 1
+    assert f"what types cost of {len(few)} matrices of experts is told by fewer calibration tokens" in said
+    assert 0 < len(few) < 24
+    run(model, tmp_path / "out", budget=Budget(bpw=5, types=types), **asked)
+    labels = {name: one.settings.label for name, one in open_model(tmp_path / "out").linears.items()}
+    assert len({label for name, label in labels.items() if ".experts." in name}) == 1
+    assert len(set(labels.values())) > 1
+    assert {label for name, label in labels.items() if ".indexer." in name} == {"w8a16-32g"}
+    groups = load_json(tmp_path / "out" / "config.json")["quantization_config"]["config_groups"].values()
+    for name, label in labels.items():
+        (bits,) = (
+            g["weights"]["num_bits"] for g in groups if any(re.match(t[3:], name) for t in g["targets"])
+        )
+        assert label == f"w{bits}a16-32g"
