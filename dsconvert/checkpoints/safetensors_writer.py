@@ -75,6 +75,19 @@ def from_bytes(dtype: str, shape: tuple[int, ...], data: bytes) -> Piece:
     return Piece(dtype, shape, lambda: iter((data,)))
 
 
+def from_file(path: Path, start: int, piece: Piece) -> Piece:
+    """The same tensor, whose bytes lie in a file from `start` on; they are read on demand."""
+    nbytes = piece.nbytes  # the piece itself may hold the tensor
+
+    def chunks() -> Iterator[bytes | memoryview]:
+        with path.open("rb") as file:
+            file.seek(start)
+            for first in range(0, nbytes, CHUNK):
+                yield file.read(min(CHUNK, nbytes - first))
+
+    return Piece(piece.dtype, piece.shape, chunks)
+
+
 def from_stored(stored: Stored) -> Piece:
     """A piece copied as it is from a weight file; float64 becomes float32, what is decoded its numbers."""
     if stored.decode is not None:
@@ -107,7 +120,7 @@ def write_safetensors(
     ordered = sorted(pieces.items(), key=lambda item: -BITS[item[1].dtype])
     header, total = _header(dict(ordered))
     try:
-        with open(path, "wb", opener=_not_through_a_link) as file:
+        with open(path, "wb", opener=not_through_a_link) as file:
             file.write(header)
             seen(header)
             for name, piece in ordered:
@@ -125,7 +138,8 @@ def write_safetensors(
     return len(header) + total
 
 
-def _not_through_a_link(path: str, flags: int) -> int:
+def not_through_a_link(path: str, flags: int) -> int:
+    """Opens a file for `open`, which must not be a link to another."""
     return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
 

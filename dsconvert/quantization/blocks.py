@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -117,23 +118,28 @@ def _quantize_block(
 
     A `sequential` one has the solved weights in the place of its own as soon as they are known.
     """
-    with ranks.together():
-        block = st.load_block(decoder, index)
     pieces: dict[str, Piece] = {}
     linears: list[dict[str, Any]] = []
-    walk = block_walk.walk(decoder, block, hidden, fixed=not sequential)
-    for group in measured(walk, ranks):
-        for name, owner, solution in (yield from _solve_group(decoder, group, solve, ranks)):
-            found, record, weight = solution
-            if weight is not None:
-                _put(decoder, group.linears[name], weight)
-            if sequential:
-                ranks.send(group.linears[name].weight, owner)
-            pieces |= found
-            linears.append(record)
-    with ranks.together():
-        if ranks.first:
-            state.save(index, pieces, {"linears": linears})
+    with ExitStack() as stack:
+        with ranks.together():
+            block = st.load_block(decoder, index)
+            keep = stack.enter_context(state.spool(index)) if ranks.first else None
+        walk = block_walk.walk(decoder, block, hidden, fixed=not sequential)
+        for group in measured(walk, ranks):
+            solved = yield from _solve_group(decoder, group, solve, ranks)
+            for name, owner, (_, record, weight) in solved:
+                if weight is not None:
+                    _put(decoder, group.linears[name], weight)
+                if sequential:
+                    ranks.send(group.linears[name].weight, owner)
+                linears.append(record)
+            with ranks.together():
+                if keep is not None:
+                    for _, _, (found, *_) in solved:
+                        pieces |= {tensor: keep(piece) for tensor, piece in found.items()}
+        with ranks.together():
+            if ranks.first:
+                state.save(index, pieces, {"linears": linears})
     return linears
 
 

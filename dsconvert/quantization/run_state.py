@@ -12,8 +12,8 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,20 @@ from dsconvert.checkpoints.marked_folders import MARKER, check_ours, claim
 from dsconvert.checkpoints.output_files import sync_folder, write_error
 from dsconvert.checkpoints.output_plan import check_place, left, look
 from dsconvert.checkpoints.safetensors_reader import Stored, read_safetensors
-from dsconvert.checkpoints.safetensors_writer import Piece, write_safetensors
+from dsconvert.checkpoints.safetensors_writer import (
+    Piece,
+    from_file,
+    not_through_a_link,
+    write_safetensors,
+)
 from dsconvert.checkpoints.source_files import SourceFile, seen
 from dsconvert.errors import CheckpointError, OutputError, short
 from dsconvert.reading import RECORD, open_regular, read_object
 
 JOB = "job.json"
 KIND, SUFFIX = "state", ".state"
-NAMES = re.compile(r"(job|(block|measured)-\d{5})\.json(\.part)?|block-\d{5}\.safetensors")
+NAMES = re.compile(r"(job|(block|measured)-\d{5})\.json(\.part)?|block-\d{5}\.(safetensors|pieces)")
+Put = Callable[[Piece], Piece]
 KEYS = {"model", "options", "calibration", "version"}  # of job.json, whatever the format
 
 
@@ -89,6 +95,32 @@ class State:
             self.known[index] = digest.hexdigest(), seen(block)
         except OSError as error:
             raise write_error(block, error) from error
+
+    @contextmanager
+    def spool(self, index: int) -> Iterator[Put]:
+        """A verb that puts a tensor of a block under way on the disk, and gives what `save` reads it by.
+
+        So a block of hundreds of experts is not in memory until it is saved. What a killed run leaves is
+        written over, or removed with the rest.
+        """
+        path = self.folder / f"block-{index:05d}.pieces"
+
+        def put(piece: Piece) -> Piece:
+            start = file.tell()
+            try:
+                file.writelines(piece.chunks())
+                file.flush()
+            except OSError as error:
+                raise write_error(path, error) from error
+            return from_file(path, start, piece)
+
+        with ExitStack() as stack:
+            try:
+                file = stack.enter_context(open(path, "wb", opener=not_through_a_link))
+            except OSError as error:
+                raise write_error(path, error) from error
+            stack.callback(path.unlink, missing_ok=True)
+            yield put
 
     def tensors(self, index: int) -> dict[str, Stored]:
         """The packed tensors of a finished block."""

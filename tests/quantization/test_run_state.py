@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import weakref
 from pathlib import Path
 
+import calibrated
 import numpy as np
 import pytest
 
@@ -40,6 +42,34 @@ def test_another_process_hashes_a_block_once(tmp_path: Path, hashed: list[Path])
     state = State(tmp_path)
     assert state.records() == state.records()
     assert [path.name for path in hashed] == ["block-00000.safetensors"]
+
+
+def test_tensors_of_a_block_under_way_are_on_the_disk(tmp_path: Path) -> None:
+    """And the block is, byte for byte, what it is of tensors in memory."""
+    arrays = {"a": np.arange(999, dtype=np.float32), "b": np.arange(7, dtype=np.int16).reshape(7, 1)}
+    whole, state = State(tmp_path / "whole"), State(tmp_path / "state")
+    for folder in (whole.folder, state.folder):
+        folder.mkdir()
+    whole.save(0, {name: from_array(array) for name, array in arrays.items()}, RECORD)
+    with state.spool(0) as put:
+        pieces = {name: put(from_array(array)) for name, array in arrays.items()}
+        held = [weakref.ref(array) for array in arrays.values()]
+        arrays.clear()
+        assert all(ref() is None for ref in held)
+        state.save(0, pieces, RECORD)
+    assert calibrated.digests(state.folder) == calibrated.digests(whole.folder)
+
+
+def test_what_a_killed_block_leaves_is_removed_with_the_rest(tmp_path: Path) -> None:
+    """Or written over by a run that goes on."""
+    state, half = State(tmp_path), tmp_path / "block-00001.pieces"
+    half.write_bytes(b"half of it")
+    with state.spool(1) as put:
+        assert b"".join(put(from_array(np.arange(3, dtype=np.uint8))).chunks()) == bytes([0, 1, 2])
+    assert not half.exists()
+    half.write_bytes(b"half of it")
+    state.forget()
+    assert not half.exists()
 
 
 @pytest.mark.parametrize("changed", ["block-00000.safetensors", "block-00000.json"])
