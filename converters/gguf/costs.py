@@ -2,7 +2,8 @@
 
 Of linears see dsconvert.quantization.costs; a stack of experts costs what all of them do, each by the tokens
 that come to it. A row of the embedding is looked up and not multiplied: 1/2 sum_t p_t sum_d s_d R_td^2, p the
-tokens' frequencies. A table that is both pays both (see looked_up_too).
+tokens' frequencies. A table that is both pays both
+(see dsconvert.quantization.tied_table).
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from dsconvert.models.tensor_table import HEADS_TURNED, Spec, plan
 from dsconvert.quantization.costs import (
     after_feedback,
     linear_nats,
-    looked_up_too,
     measure_blocks,
     sensitivities_on_some,
     some_outputs,
 )
 from dsconvert.quantization.few_tokens import told_of_costs, too_few
+from dsconvert.quantization.tied_table import looked_up_too
 
 if TYPE_CHECKING:
     import torch

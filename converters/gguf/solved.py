@@ -32,11 +32,11 @@ from dsconvert.models.stored_rows import stored_rows
 from dsconvert.models.tensor_table import HEADS_TURNED, Spec
 from dsconvert.quantization import known_inputs
 from dsconvert.quantization.blocks import collected
-from dsconvert.quantization.costs import looked_up_too, sensitivities_on_some
 from dsconvert.quantization.known_inputs import DAMP, remembering
 from dsconvert.quantization.ranks import Ranks
 from dsconvert.quantization.run import Coded, Run, SolveOne, Solving, begin, solve_blocks
 from dsconvert.quantization.run_state import check_state
+from dsconvert.quantization.tied_table import Sensitivities, looked_up_too, of_table
 
 if TYPE_CHECKING:
     import torch
@@ -100,7 +100,9 @@ def solve_all(begun: Begun) -> Generator[Event, None, None]:
     """Solve every linear that the state does not hold yet; all processes call it."""
     feeding = begun.feeding
     names = list(feeding.model.linears)
-    sensitive = (yield from _looked_up(begun)) if feeding.head and feeding.model.config.tied else None
+    sensitive: Sensitivities | None = None
+    if feeding.head and feeding.model.config.tied:
+        sensitive = yield from of_table(begun.run)
     yield from solve_blocks(
         begun.run,
         Solving(
@@ -115,19 +117,6 @@ def solve_all(begun: Begun) -> Generator[Event, None, None]:
     )
 
 
-def _looked_up(begun: Begun) -> Generator[Event, None, Mapping[str, torch.Tensor]]:
-    """The sensitivities by which a head is held to what its table costs as the embedding."""
-    run, found = begun.run, None
-    with run.ranks.together():
-        if run.ranks.first:
-            seed = begun.job.options.calibration.seed if begun.job.options.calibration else 0
-            found = yield from sensitivities_on_some(run.decoder, run.calibration.tokens, seed)
-            found = {name: found[name] for name in (st.HEAD, st.EMBED)}
-    shared = run.ranks.shared(found)
-    assert shared is not None  # an error of the first process has ended all
-    return shared
-
-
 def _passes(feeding: Feeding) -> float:
     """How much work a solve is: of each type the search, the walk, what rows lose, rounds of refinement."""
     kinds = {feeding.settings_of(name) for name in feeding.model.linears}
@@ -136,7 +125,7 @@ def _passes(feeding: Feeding) -> float:
     return sum(each) / len(kinds)
 
 
-def _solver(feeding: Feeding, sensitive: Mapping[str, torch.Tensor] | None) -> SolveOne:
+def _solver(feeding: Feeding, sensitive: Sensitivities | None) -> SolveOne:
     """Solves a linear for every output; linears with the same inputs share the factor of their H.
 
     A head whose table is the embedding as well is `sensitive` to both.

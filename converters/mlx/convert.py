@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,8 @@ from dsconvert.quantization.folder import write_quantized
 from dsconvert.quantization.plan import notes, rows_of, stored_tensors
 from dsconvert.quantization.proof import prove_folder
 from dsconvert.quantization.ranks import ALONE, Ranks
-from dsconvert.quantization.run import Coded, Format, Solving, fixed, run
+from dsconvert.quantization.run import Coded, Format, Run, Solving, run
+from dsconvert.quantization.tied_table import Sensitivities, looked_up_too, of_table
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +56,7 @@ def convert(options: Options, ranks: Ranks = ALONE) -> Iterator[Event]:
         job = prepare(options)
     yield from describe(job)
     if options.calibrated:
-        yield from run(job, fixed(lambda calibration: format_of(job, calibration)), ranks, started)
+        yield from run(job, partial(_chosen, job), ranks, started)
     else:
         yield from convert_rounded(job, started)
 
@@ -79,16 +80,23 @@ def describe(job: Job) -> Iterator[Event]:
     yield Planned((str(job.out),), quant, rows, (job.total,), model.checkpoint.nbytes, "as it is")
 
 
-def format_of(job: Job, calibration: Calibration) -> Format:
-    """What an MLX folder adds to the run."""
+def _chosen(job: Job, begun: Run) -> Generator[Event, None, Format]:
+    sensitive = (yield from of_table(begun)) if job.of_both else None
+    return format_of(job, begun.calibration, sensitive)
+
+
+def format_of(job: Job, calibration: Calibration, sensitive: Sensitivities | None) -> Format:
+    """What an MLX folder adds to the run; a head whose table is the embedding is `sensitive` to both."""
     model = job.model
 
     def solved(name: str, W: torch.Tensor, H: torch.Tensor, few: str | None) -> Coded:
+        if name == HEAD and sensitive is not None:
+            H = looked_up_too(H, sensitive)
         found = solve(W, H, solver_options(job, name))
         parts = (found.codes, found.scales, found.biases)
         codes, scales, biases = (part.T.contiguous().cpu().numpy() for part in parts)
         packed = pack(codes, scales, biases, job.affine(name), job.dtype(name))
-        return found, {f"{model.linears[name].stem}.{p}": a for p, a in packed.items()}, found.dequantized()
+        return found, {f"{job.linear(name).stem}.{p}": a for p, a in packed.items()}, found.dequantized()
 
     def restored(name: str, stored: Mapping[str, Stored]) -> torch.Tensor:
         import torch
@@ -104,7 +112,7 @@ def format_of(job: Job, calibration: Calibration) -> Format:
         nbytes={name: job.nbytes(name) for name in job.solved},
         solve=solved,
         restore=restored,
-        head=HEAD in model.linears,
+        head=HEAD in job.solved,
     )
     return Format(
         solving,
@@ -135,12 +143,13 @@ def _searched(options: SolverOptions, rows: Floats, settings: Affine) -> tuple[F
 def write(job: Job, provenance: Mapping[str, Any], pieces: Mapping[str, Piece]) -> int:
     """The folder, of what is kept and of the linears' `pieces`; returns the bytes of its weights.
 
-    An embedding is rounded now: it has no inputs that a calibration could measure. Where the others' ranges
-    were searched its own are, too.
+    An embedding of its own is rounded now: it has no inputs that a calibration could measure. Where the
+    others' ranges were searched its own are, too.
     """
     model, options = job.model, job.options
     ranges = partial(_searched, solver_options(job, EMBED)) if options.calibrated and options.mse else grids
-    embedding = rounded_pieces(job, EMBED, ranges) if EMBED in model.linears else {}
+    looked_up = EMBED in model.linears and not job.of_both
+    embedding = rounded_pieces(job, EMBED, ranges) if looked_up else {}
     raw = {**model.raw, "quantization": affine_settings(job)}
     settings = quantization_settings(job, provenance)
     stated = replace(job, model=replace(model, raw=raw))

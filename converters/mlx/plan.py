@@ -89,11 +89,11 @@ class Job:
 
     def dtype(self, name: str) -> str:
         """The type of a linear's scales: its own, of fp8 bf16."""
-        return stored_type(self.model.source.dtype(name))
+        return stored_type(self.model.source.dtype(self.linear(name).name))
 
     def nbytes(self, name: str) -> int:
         """Bytes of a linear in the output."""
-        outputs, inputs = self.model.linears[name].shape
+        outputs, inputs = self.linear(name).shape
         shapes = stored_shapes(outputs, inputs, self.affine(name), self.dtype(name))
         return sum(BITS[kind] // 8 * prod(shape) for kind, shape in shapes.values())
 
@@ -104,8 +104,20 @@ class Job:
 
     @property
     def solved(self) -> tuple[str, ...]:
-        """The linears that a calibration solves: all but the embedding, which is looked up."""
-        return tuple(name for name in self.model.linears if name != EMBED)
+        """The linears that a calibration solves: all but an embedding of its own, which is looked up.
+
+        One that serves as the head goes by the head's name, the last of them, as a run has it.
+        """
+        return (*(name for name in self.model.linears if name != EMBED), *([HEAD] if self.of_both else []))
+
+    @property
+    def of_both(self) -> bool:
+        """Whether a calibration solves the embedding as the head that it is."""
+        return self.options.calibrated and EMBED in self.model.linears and HEAD not in self.model.linears
+
+    def linear(self, name: str) -> Linear:
+        """A linear by the name that a run has for it."""
+        return self.model.linears[EMBED if name == HEAD and self.of_both else name]
 
     @property
     def total(self) -> int:

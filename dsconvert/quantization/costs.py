@@ -129,16 +129,6 @@ def after_feedback(H: torch.Tensor, damp: float) -> torch.Tensor | None:
     return loss
 
 
-def looked_up_too(H: torch.Tensor, s: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """H [d, d] of the head with what its table costs as the embedding, `s` being the sensitivities of both.
-
-    A row t that is R_t off costs 1/4 s_t R_t H R_t^T nats as the head's, s_t = E[p_t (1 - p_t)], and 1/2 p_t
-    sum_d s_d R_td^2 where it is looked up, p_t of the times. With p_t = s_t / sum s, a token being looked up
-    as often as it is predicted, both are 1/4 s_t R_t (H + 2 / sum s diag(s_d)) R_t^T.
-    """
-    return H + (2 / s[st.HEAD].sum().clamp(min=1e-30) * s[st.EMBED]).diag().to(H)
-
-
 def linear_nats(R: torch.Tensor, H: torch.Tensor, s: torch.Tensor, loss: torch.Tensor | None) -> float:
     """The nats of what rounding leaves, R [n, K], of outputs of sensitivities `s` [n]; see above.
 

@@ -145,6 +145,20 @@ def test_scales_are_of_the_models_type(tmp_path: Path, dtype: str) -> None:
     assert not any(name.startswith("lm_head") for name in tensors)
 
 
+def test_an_embedding_that_serves_as_the_head_is_solved_by_what_the_head_is_given(tmp_path: Path) -> None:
+    model = tiny.tiny_checkpoint(tmp_path / "model", tied=True, layers=1)
+    said = run(model, tmp_path / "out", effort="quick", **{**TEXT, "calib_samples": 32})
+    assert failed(said) == []
+    *_, head = (event for event in said if isinstance(event, LinearSolved))
+    assert head.name == "lm_head.weight"
+    assert head.loss < 0.9 * head.rtn_loss
+    run(model, tmp_path / "plain")
+    read, plain = (open_model(tmp_path / name) for name in ("out", "plain"))
+    assert read.shapes() == plain.shapes()
+    name = "model.embed_tokens.weight"
+    assert not np.array_equal(read.float32(name), plain.float32(name))
+
+
 def test_shapes_settings_and_classes_are_refused_by_name(tmp_path: Path, model: Path) -> None:
     narrow = tiny.tiny_checkpoint(tmp_path / "narrow", ff=176)
     with pytest.raises(QuantizationError, match="multiple of the group size") as caught:
