@@ -18,6 +18,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import venv
 from pathlib import Path
 
@@ -45,25 +46,37 @@ def run(*command: str | Path, **variables: str) -> None:
         sys.exit(code)
 
 
-def install(folder: Path = VENV, *steps: list[str], files: tuple[str, ...] = (), pinned: bool = True) -> Path:
+def install(
+    folder: Path = VENV,
+    *steps: list[str],
+    files: tuple[str, ...] = (),
+    pinned: bool = True,
+    without: tuple[str, ...] = (),
+) -> Path:
     """Make a virtual environment and run pip's `steps` in it, unless that has been done for these files.
 
     By default .venv, with the package and its test tools. Gives the folder of its programs. Without `pinned`
-    the versions in constraints.txt are not asked for.
+    the versions in constraints.txt are not asked for. `without` are packages that others bring, and that are
+    taken out again. What was stopped in the middle goes on with what is there.
     """
     if sys.version_info < (3, 11):
         sys.exit(f"dsconvert needs Python 3.11 or newer; this is {sys.version.split()[0]}")
     names = ("pyproject.toml", "constraints.txt", *files)
     steps = steps or (["-e", ".[dev]"],)
-    wanted = hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in names) + repr(steps).encode())
+    asked = repr((steps, without) if without else steps)
+    wanted = hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in names) + asked.encode())
     stamp, programs = folder / "installed", folder / PROGRAMS
     if stamp.is_file() and stamp.read_text() == wanted.hexdigest():
         return programs
-    print(f"Setting up {folder.name} (once; with torch about 2 GB of disk)", flush=True)
+    print(f"Setting up {folder.name} (once; with torch 2 GB of disk, with vLLM 3.5)", flush=True)
     venv.create(folder, with_pip=True, clear=stamp.exists())
+    pip, began = (programs / "python", "-m", "pip"), time.monotonic()
     for step in steps:
         pins = ("-c", "constraints.txt") if pinned else ()
-        run(programs / "python", "-m", "pip", "install", "--quiet", *pins, *step)
+        run(*pip, "install", "--quiet", *pins, *step)
+        print(f"  pip install {' '.join(step)}: {time.monotonic() - began:.0f} s so far", flush=True)
+    if without:
+        run(*pip, "uninstall", "--quiet", "--yes", *without)
     stamp.write_text(wanted.hexdigest())
     return programs
 
@@ -121,9 +134,8 @@ def peers(arguments: list[str]) -> None:
 def vllm(arguments: list[str]) -> None:
     """The tests against vLLM on a CPU, which wants other versions than the package: in two environments."""
     install()
-    programs = install(ROOT / ".venv-vllm", [VLLM, "torch==2.13.0"], pinned=False)
     unfit = ("torchvision", "torchaudio", "torchcodec")  # built for another torch
-    run(programs / "python", "-m", "pip", "uninstall", "--quiet", "--yes", *unfit)
+    programs = install(ROOT / ".venv-vllm", [VLLM, "torch==2.13.0"], pinned=False, without=unfit)
     python = {"DSCONVERT_VLLM": str(programs / "python")}
     run(BIN / "python", "-m", "pytest", "tests/peers/test_vllm.py", *arguments, **python)
 

@@ -35,7 +35,7 @@ def summary(file: GGUFFile) -> dict[str, Any]:
     data = sum(entry["bytes"] for entry in types.values())
     return {
         "files": [str(path) for path in file.paths],
-        "bytes": sum(path.stat().st_size for path in file.paths),
+        "bytes": file.nbytes,
         "version": file.version,
         "weights": weights,
         "bits_per_weight": round(8 * data / weights, 4) if weights else 0.0,

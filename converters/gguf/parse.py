@@ -11,6 +11,7 @@ import re
 import struct
 import sys
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -19,9 +20,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from converters.gguf.layout import MAGIC, VALUE_TYPES, VERSION
+from converters.gguf.layout import MAGIC, VALUE_TYPES
 from converters.gguf.qtypes import BY_ID, QType
 from converters.gguf.rounding import dequantize
+from converters.gguf.strangers import AGAIN, VERSIONS, no_gguf, of_version
 from dsconvert.errors import CheckpointError, short
 from dsconvert.machine import let_go
 from dsconvert.reading import open_regular
@@ -34,29 +36,36 @@ BIG = 1 << 20  # numbers of an array that is kept as it lies; no list of Python 
 TYPECODES = {"uint8": "B", "int8": "b", "uint16": "H", "int16": "h", "uint32": "I", "int32": "i"}
 TYPECODES |= {"float32": "f", "uint64": "Q", "int64": "q", "float64": "d", "bool": "B"}
 MAX_NESTING = 8
-VERSIONS = (2, VERSION)
-AGAIN = "Fetch or convert the file again"
-# How other files begin that are taken for GGUF files: the beginning, what the file is, what to do.
-OTHERS: tuple[tuple[tuple[bytes, ...], str, str], ...] = (
-    (
-        (b"version https://git-lfs",),
-        "a Git LFS pointer, the file itself was not fetched",
-        "Run git lfs pull, or fetch it with huggingface-cli download",
-    ),
-    (
-        (b"<!doctype", b"<!DOCTYPE", b"<html", b"<HTML", b"<?xml"),
-        "a web page, not the file that it is about",
-        "Fetch the file itself: its address has /resolve/ in it, not /blob/",
-    ),
-    (
-        (b"lmgg", b"fmgg", b"tjgg", b"algg"),
-        "a file of the old GGML format, from before GGUF",
-        "Convert the original checkpoint to GGUF; old llama.cpp has convert-llama-ggml-to-gguf.py",
-    ),
-    ((b"PK\x03\x04",), "a zip file (perhaps a PyTorch checkpoint)", "Give a GGUF file"),
-    ((b"\x1f\x8b",), "a gzip file", "Unpack it: gunzip FILE"),
-    ((b"{",), "a JSON text", "Give a GGUF file"),
-)
+STEP = 4 << 20  # bytes of a header that are fetched together, at the most
+LARGEST = 256 << 20  # bytes of the longest header that is fetched; one of 260,000 words has some 10 MB
+
+
+@dataclass(eq=False)
+class Source:
+    """The bytes of a file of `size`: `data` are all of them, or the first, of which `fetch` brings more."""
+
+    path: Path
+    data: mmap.mmap | bytearray
+    size: int
+    fetch: Callable[[int, int], bytes] | None = None
+
+    def reach(self, stop: int) -> bool:
+        """Whether the bytes before `stop` are there, after they were fetched if need be."""
+        have = len(self.data)
+        within = have < stop <= min(self.size, LARGEST)
+        if within and self.fetch is not None and isinstance(self.data, bytearray):
+            self.data += self.fetch(have, min(self.size, max(stop, have + min(have, STEP))))
+        return stop <= len(self.data)
+
+
+def mapped(path: Path) -> Source:
+    """A file on this disk; raises CheckpointError."""
+    try:
+        with open_regular(path) as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:
+        raise CheckpointError("cannot be opened as a GGUF file", where=path, why=short(error)) from None
+    return Source(path, data, len(data))
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,7 @@ class StoredTensor:
     qtype: QType
     offset: int
     nbytes: int
-    data: mmap.mmap = field(repr=False, compare=False)
+    data: mmap.mmap | None = field(repr=False, compare=False)  # none of a file that is not on this disk
 
     @property
     def values(self) -> int:
@@ -77,6 +86,7 @@ class StoredTensor:
 
     def blocks(self) -> npt.NDArray[np.uint8]:
         """The stored bytes as [rows, bytes per row], memory-mapped."""
+        assert self.data is not None
         flat = np.frombuffer(self.data, np.uint8, self.nbytes, self.offset)
         return flat.reshape(-1, self.qtype.nbytes(self.shape[-1]))
 
@@ -99,7 +109,8 @@ class StoredTensor:
                 hint="dsconvert inspect shows the file without them",
             ) from None
         finally:
-            let_go(self.data, self.offset + start * blocks.shape[1], blocks.nbytes)
+            if self.data is not None:
+                let_go(self.data, self.offset + start * blocks.shape[1], blocks.nbytes)
 
 
 @dataclass(frozen=True)
@@ -111,6 +122,7 @@ class GGUFFile:
     version: int
     typed: dict[str, tuple[str, Any]]
     tensors: dict[str, StoredTensor]
+    nbytes: int
 
     @property
     def keys(self) -> dict[str, Any]:
@@ -118,9 +130,10 @@ class GGUFFile:
         return {key: value for key, (_, value) in self.typed.items()}
 
 
-def open_gguf(path: Path) -> GGUFFile:
+def open_gguf(path: Path, source: Callable[[Path], Source] = mapped) -> GGUFFile:
     """Parse and check the file at `path`, or every file of the split set whose first file it is.
 
+    `source` opens each.
     Raises CheckpointError for anything that is not a complete GGUF file; no weight is read.
 
     >>> from converters.gguf.convert import convert
@@ -130,7 +143,7 @@ def open_gguf(path: Path) -> GGUFFile:
     >>> file.keys["tokenizer.ggml.bos_token_id"], file.tensors["blk.0.attn_q.weight"].qtype.name
     (2000, 'q4_0')
     """
-    first = _parse(path)
+    first = _parse(source(path))
     count = first.keys.get("split.count", 1)
     match = SPLIT.fullmatch(path.name)
     if not isinstance(count, int) or count < 2 or match is None:
@@ -142,7 +155,7 @@ def open_gguf(path: Path) -> GGUFFile:
             hint=f"Give {match[1]}-00001-of-{match[3]}.gguf",
         )
     files = [first] + [
-        _parse(path.with_name(f"{match[1]}-{number + 1:05d}-of-{count:05d}.gguf"))
+        _parse(source(path.with_name(f"{match[1]}-{number + 1:05d}-of-{count:05d}.gguf")))
         for number in range(1, count)
     ]
     tensors = {name: tensor for file in files for name, tensor in file.tensors.items()}
@@ -152,14 +165,15 @@ def open_gguf(path: Path) -> GGUFFile:
             f"{first.keys.get('split.tensors.count')}",
             where=path,
         )
-    return GGUFFile(path, tuple(file.path for file in files), first.version, first.typed, tensors)
+    paths, nbytes = tuple(file.path for file in files), sum(file.nbytes for file in files)
+    return GGUFFile(path, paths, first.version, first.typed, tensors, nbytes)
 
 
 class _Cursor:
-    """A position in the mapped file; every read is checked against the end."""
+    """A position in a file's bytes; every read is checked against the end."""
 
-    def __init__(self, data: mmap.mmap, path: Path) -> None:
-        self.data, self.path, self.at, self.items = data, path, 0, 0
+    def __init__(self, source: Source) -> None:
+        self.source, self.path, self.at, self.items = source, source.path, 0, 0
 
     def spend(self, count: int, what: str) -> None:
         """Count what takes many times its bytes in memory; raises CheckpointError over MAX_ITEMS."""
@@ -172,30 +186,32 @@ class _Cursor:
 
     def take(self, fmt: str) -> tuple[Any, ...]:
         size = struct.calcsize("<" + fmt)
-        if self.at + size > len(self.data):
+        if not self.source.reach(self.at + size):
             raise self.wrong("the file ends inside its header")
-        values = struct.unpack_from("<" + fmt, self.data, self.at)
+        values = struct.unpack_from("<" + fmt, self.source.data, self.at)
         self.at += size
         return values
 
     def string(self) -> str:
         (size,) = self.take("Q")
-        if size > len(self.data) - self.at:
+        if not self.source.reach(self.at + size):
             raise self.wrong(f"a string of {size} bytes does not fit in the file")
-        raw = self.data[self.at : self.at + size]
+        raw = self.source.data[self.at : self.at + size]
         self.at += size
         return raw.decode("utf-8", errors="replace")
 
     def strings(self, count: int) -> list[str]:
         """As many calls of `string`, in a loop of its own: a vocabulary has some 200,000 of them."""
-        data, end, at, unpack = self.data, len(self.data), self.at, struct.Struct("<Q").unpack_from
-        found = []
+        data, at, unpack = self.source.data, self.at, struct.Struct("<Q").unpack_from
+        end, found = len(data), []
         for _ in range(count):
             start = at + 8
             stop = start + unpack(data, at)[0] if start <= end else end + 1
             if stop > end:
                 self.at = at
-                self.string()  # says what is wrong
+                found.append(self.string())  # fetches more, or says what is wrong
+                at, end = self.at, len(data)
+                continue
             found.append(str(data[start:stop], "utf-8", "replace"))
             at = stop
         self.at = at
@@ -209,7 +225,7 @@ class _Cursor:
             return name, self.take(fmt)[0]
         item, count = self.take("IQ")
         item_name, fmt = self.kind(item)
-        if depth == MAX_NESTING or count > len(self.data) - self.at:
+        if depth == MAX_NESTING or count > self.source.size - self.at:
             raise self.wrong(f"an array of {count} items of type {item_name} cannot be")
         if count > BIG and item_name in TYPECODES:
             return f"array:{item_name}", self.numbers(TYPECODES[item_name], count)
@@ -224,9 +240,9 @@ class _Cursor:
         """A long array of numbers in no more memory than in the file."""
         found = array(typecode)
         size = count * found.itemsize
-        if size > len(self.data) - self.at:
+        if not self.source.reach(self.at + size):
             raise self.wrong("the file ends inside its header")
-        found.frombytes(self.data[self.at : self.at + size])
+        found.frombytes(self.source.data[self.at : self.at + size])
         if sys.byteorder == "big":
             found.byteswap()
         self.at += size
@@ -238,19 +254,14 @@ class _Cursor:
         return KINDS[number]
 
 
-def _parse(path: Path) -> GGUFFile:
-    try:
-        with open_regular(path) as file:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:
-        raise CheckpointError("cannot be opened as a GGUF file", where=path, why=short(error)) from None
-    cursor = _Cursor(data, path)
-    if data[:4] != MAGIC:
-        raise _no_gguf(data[:64], path)
+def _parse(source: Source) -> GGUFFile:
+    cursor, path = _Cursor(source), source.path
+    if source.data[:4] != MAGIC:
+        raise no_gguf(bytes(source.data[:64]), path)
     cursor.at = 4
     (version,) = cursor.take("I")
     if version not in VERSIONS:
-        raise _of_version(version, path)
+        raise of_version(version, path)
     n_tensors, n_keys = cursor.take("QQ")
     cursor.spend(n_keys + n_tensors, "keys and tensors")
     typed: dict[str, tuple[str, Any]] = {}
@@ -265,32 +276,7 @@ def _parse(path: Path) -> GGUFFile:
     tensors = {info[0]: _place(info, base, alignment, cursor) for info in infos}
     if len(tensors) != n_tensors:
         raise cursor.wrong("two tensors have the same name")
-    return GGUFFile(path, (path,), version, typed, tensors)
-
-
-def _no_gguf(head: bytes, path: Path) -> CheckpointError:
-    for beginnings, what, hint in OTHERS:
-        if head.lstrip().startswith(beginnings):
-            return CheckpointError(f"is not a GGUF file but {what}", where=path, hint=hint)
-    if head[8:9] == b"{":
-        what = "is not a GGUF file but a safetensors file"
-        return CheckpointError(what, where=path, hint="Convert it: dsconvert gguf FILE")
-    return CheckpointError("is not a GGUF file", where=path, why=f"it begins with {head[:8]!r}", hint=AGAIN)
-
-
-def _of_version(version: int, path: Path) -> CheckpointError:
-    if int.from_bytes(version.to_bytes(4, "little"), "big") in (1, *VERSIONS):
-        return CheckpointError(
-            "is a big-endian GGUF file, which is not read",
-            where=path,
-            why="it was made for a machine of the other byte order (s390x)",
-            hint="Turn it: python -m gguf.scripts.gguf_convert_endian FILE little",
-        )
-    return CheckpointError(
-        f"GGUF version {version} is not supported (2 and 3 are)",
-        where=path,
-        hint="Convert the model again" if version < 2 else "Update dsconvert, or fetch the file again",
-    )
+    return GGUFFile(path, (path,), version, typed, tensors, source.size)
 
 
 _Info = tuple[str, tuple[int, ...], int, int]
@@ -315,6 +301,7 @@ def _place(info: _Info, base: int, alignment: int, cursor: _Cursor) -> StoredTen
     if values == 0 or shape[-1] % qtype.block:
         raise cursor.wrong(f"tensor {name[:80]!r} of shape {list(shape)} is not a whole number of blocks")
     nbytes = qtype.nbytes(values)
-    if offset % alignment or base + offset + nbytes > len(cursor.data):
+    if offset % alignment or base + offset + nbytes > cursor.source.size:
         raise cursor.wrong(f"tensor {name[:80]!r} lies outside the file, which is cut short or damaged")
-    return StoredTensor(name, shape, qtype, base + offset, nbytes, cursor.data)
+    data = cursor.source.data if isinstance(cursor.source.data, mmap.mmap) else None
+    return StoredTensor(name, shape, qtype, base + offset, nbytes, data)

@@ -52,7 +52,8 @@ class RemoteFile:
     """A file of a repository at one commit; `name` is what messages call it.
 
     `headers` hold the token and go to the origin of `url` alone. `size` and `oid` are what the hub's list of
-    files says of it; every answer is held against them and against the first one. All threads may read.
+    files says of it; every answer is held against them and against the first one. All threads may read. Of a
+    file that is on no hub the commit is "".
     """
 
     name: str
@@ -64,6 +65,7 @@ class RemoteFile:
     patience: Patience = field(default_factory=Patience)
     traffic: Traffic = field(default_factory=Traffic, repr=False)
     ended: threading.Event = field(default_factory=threading.Event, repr=False)
+    instead: str = DOWNLOAD  # what to do where ranges do not help
     _tags: dict[str, str] = field(default_factory=dict, repr=False)
     _place: str = field(default="", repr=False)  # where the hub has sent us; such an address runs out
 
@@ -81,7 +83,7 @@ class RemoteFile:
                     found += piece
             except Lost as lost:
                 tries = 1 if len(found) > before and not lost.slow else tries + 1
-                pause(self.name, tries, lost, self.patience, self.traffic, self.ended)
+                pause(self.name, tries, lost, self.patience, self.traffic, self.ended, self.instead)
         return bytes(found)
 
     def _pieces(self, start: int, stop: int) -> Iterator[bytes]:
@@ -134,7 +136,8 @@ class RemoteFile:
 
     def _check_hub(self, found: Answer) -> None:
         """The hub still speaks of the commit and the content that were opened."""
-        if (commit := found.headers.get("x-repo-commit", self.commit)) != self.commit:
+        commit = found.headers.get("x-repo-commit", self.commit)
+        if self.commit and commit != self.commit:
             raise self._changed(f"It was opened at commit {self.commit}, the hub answers with {commit[:80]}")
         size = found.headers.get("x-linked-size", "")
         if size.isdecimal() and int(size) != self.size:
@@ -188,18 +191,24 @@ class RemoteFile:
 
     def _wrong(self, found: Answer, why: str) -> CheckpointError:
         what = f"{host(found.url)} does not serve the bytes that are asked for"
-        return CheckpointError(what, where=self.name, why=why, hint=DOWNLOAD)
+        return CheckpointError(what, where=self.name, why=why, hint=self.instead)
 
 
 def pause(
-    name: object, tries: int, lost: Lost, patience: Patience, traffic: Traffic, ended: threading.Event
+    name: object,
+    tries: int,
+    lost: Lost,
+    patience: Patience,
+    traffic: Traffic,
+    ended: threading.Event,
+    instead: str = DOWNLOAD,
 ) -> None:
     """Wait before the next try; raises CheckpointError where there is to be none."""
     traffic.count(again=1)
     seconds = patience.pause_before(tries, lost.after)
     if tries >= patience.tries or seconds > patience.longest:
         asked = f"; it asks to wait {lost.after:,.0f} s" if lost.after else ""
-        hint = f"{AGAIN} later. {DOWNLOAD}" if lost.after else f"Check the network. {AGAIN}. {DOWNLOAD}"
+        hint = f"{AGAIN} later. {instead}" if lost.after else f"Check the network. {AGAIN}. {instead}"
         what = "is read too slowly" if lost.slow else "cannot be read over the network"
         times = "once" if tries == 1 else f"{tries} times"
         raise CheckpointError(what, where=name, why=f"{lost}{asked}; tried {times}", hint=hint)

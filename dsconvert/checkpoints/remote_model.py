@@ -87,17 +87,17 @@ def is_weight(name: str) -> bool:
     return "/" not in name and name.endswith((SAFETENSORS.suffix, TORCH.suffix))
 
 
-def remote_file(hub: Hub, listing: Listing, name: str) -> RemoteFile:
+def remote_file(hub: Hub, listing: Listing, name: str, instead: str = DOWNLOAD) -> RemoteFile:
     """One file of a repository at the commit of the list; CheckpointError where its size is not stated."""
     if listing.sizes[name] < 0:
         why = f"{host(hub.endpoint)} does not say how big it is"
         raise CheckpointError(
-            "cannot be read by ranges", where=f"{listing.repository}/{name}", why=why, hint=DOWNLOAD
+            "cannot be read by ranges", where=f"{listing.repository}/{name}", why=why, hint=instead
         )
     url = f"{hub.endpoint}/{listing.repository.name}/resolve/{listing.commit}/{quote(name)}"
     return RemoteFile(
         f"{listing.repository}/{name}", url, listing.commit, listing.sizes[name],
-        listing.digests.get(name, ""), hub.headers, hub.patience, hub.traffic, hub.ended,
+        listing.digests.get(name, ""), hub.headers, hub.patience, hub.traffic, hub.ended, instead,
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dsconvert.commands.run import command
+from dsconvert.events import Fetched
 
 if TYPE_CHECKING:
     from converters.gguf.parse import GGUFFile
@@ -20,35 +21,57 @@ HIDDEN = ("dsconvert.pre_tokenizer.",)  # shown as a table of steps
 
 
 @command
-@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("files", nargs=-1, required=True, type=click.Path())
 @click.option("--tensors", is_flag=True, help="List every tensor.")
-def inspect(files: tuple[Path, ...], tensors: bool, display: Display) -> int:
+def inspect(files: tuple[str, ...], tensors: bool, display: Display) -> int:
     """Show what GGUF files and model folders hold: keys, types, sizes, bits per weight, what made them.
 
     A folder is a checkpoint, a GPTQ, EXL2, compressed-tensors or MLX folder of any maker, or `sample:`. Of a
-    GGUF file the tokenizer's regex spec and the pairing id are shown, too. A DeepSeek-VL projector is checked
+    GGUF file the tokenizer's regex spec and the pairing id are shown, too. It may be on the hub, OWNER/NAME
+    or OWNER/NAME/FILE, or at a URL: its header is read, and nothing kept. A DeepSeek-VL projector is checked
     for what a runtime needs and does not ask for. Two files are checked for being a pair. Exit code 3:
     something is missing, or the two are not a pair.
 
     \b
     Example:
       dsconvert inspect sample-q4_k_m.gguf --tensors
+      dsconvert inspect owner/name/model-q4_k_m.gguf
     """
     from converters.gguf.inspect import judge, summary
-    from converters.gguf.parse import open_gguf
     from converters.outputs import open_output
+    from dsconvert import console
     from dsconvert.checkpoints.locate import SAMPLES, locate
+    from dsconvert.commands.remote import said
     from dsconvert.proof.folder_summary import folder_summary
 
     opened: list[GGUFFile] = []
-    for path in files:
-        if str(path) in SAMPLES or os.path.isdir(path):
-            found = folder_summary(open_output(locate(str(path)) if str(path) in SAMPLES else path))
+    for name in files:
+        fetched = None
+        if name in SAMPLES or os.path.isdir(name):
+            found = folder_summary(open_output(locate(name) if name in SAMPLES else Path(name)))
         else:
-            opened.append(open_gguf(path))
-            found = summary(opened[-1])
+            file, fetched = opened_file(name)
+            opened.append(file)
+            found = summary(file)
         display.result(found, partial(show, found, tensors))
+        if fetched is not None:
+            display.result(fetched.as_dict(), partial(console.say, said(fetched)))
     return display.events(judge(opened))
+
+
+def opened_file(name: str) -> tuple[GGUFFile, Fetched | None]:
+    """A GGUF file on this disk, or on the hub or at a URL with what was read of it."""
+    from converters.gguf.parse import open_gguf
+
+    if "/" in name and not os.path.lexists(name):
+        from converters.gguf.remote import open_remote
+        from dsconvert.checkpoints.remote_address import shelf_of
+
+        if (named := shelf_of(name)) is not None:
+            shelf, traffic = named[0], named[0].traffic
+            file = open_remote(*named)
+            return file, Fetched(shelf.place, traffic.nbytes, traffic.answers, traffic.again)
+    return open_gguf(Path(name)), None
 
 
 def show(found: Mapping[str, Any], every_tensor: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -176,13 +177,7 @@ def test_header_numbers_are_compared_where_no_block_is_run(
 
     def damaged(path: Path) -> GGUFFile:
         found = opened(path)
-        return GGUFFile(
-            found.path,
-            found.paths,
-            found.version,
-            found.typed | {"llama.rope.freq_base": ("float32", 500000.0)},
-            found.tensors,
-        )
+        return replace(found, typed=found.typed | {"llama.rope.freq_base": ("float32", 500000.0)})
 
     monkeypatch.setattr(opening, "open_gguf", damaged)
     bad = command("gguf", model, "-q", "q8_0", "-o", tmp_path / "b.gguf")

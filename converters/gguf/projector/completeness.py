@@ -7,6 +7,7 @@ no patch bias 0.34, no position embedding 0.35, a wrong mean or std 0.45, anothe
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -91,13 +92,7 @@ def _equal(value: Any, usual: Sequence[float]) -> bool:
 
 def _tensors(file: GGUFFile, kind: str) -> Check:
     """Every tensor of the table and no other, in the shapes that the keys ask for."""
-    patched = GGUFFile(
-        file.path,
-        file.paths,
-        file.version,
-        file.typed | {"clip.projector_type": ("string", kind)},
-        file.tensors,
-    )
+    patched = replace(file, typed=file.typed | {"clip.projector_type": ("string", kind)})
     try:
         vision = stored_vision(patched)
         specs = plan_stored(table(vision), vision, {t.name: t.shape for t in file.tensors.values()})
