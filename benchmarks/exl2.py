@@ -112,7 +112,7 @@ def main() -> None:
         seconds, _ = run(gptq.convert(plain))
         line("gptq --bits 4", bits, job, work / "gptq", seconds)
         plain = replace(plain, mse=False, run=replace(plain.run, out=work / "rtn"))
-        with mock.patch.object(gptq, "solve", lambda W, H, options: round_to_nearest(W, options)):
+        with mock.patch.object(gptq, "solve", lambda W, H, options, *rest: round_to_nearest(W, options)):
             seconds, _ = run(gptq.convert(plain))
         line("4 bits, to nearest", bits, job, work / "rtn", seconds)
 

@@ -76,7 +76,7 @@ def estimate(values: Floats) -> tuple[float, float]:
 def rounding() -> Iterator[None]:
     """While it lasts, linears are rounded to nearest, on scales that the solver's search finds for that."""
 
-    def solved(W: Any, H: Any, options: SolverOptions, factorize: object) -> Solved:
+    def solved(W: Any, H: Any, options: SolverOptions, *rest: object) -> Solved:
         return round_to_nearest(W, options, H.diagonal())
 
     with mock.patch.object(flow, "solve", solved):
