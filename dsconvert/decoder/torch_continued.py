@@ -53,11 +53,15 @@ class Keys:
 
 
 class Continued:
-    """A decoder with all its blocks loaded, and the keys and values of one sequence."""
+    """A decoder with all its blocks loaded, and the keys and values of one sequence.
+
+    A matrix of an expert is read when the first token comes to it, and held from then on.
+    """
 
     def __init__(self, decoder: st.Decoder) -> None:
         self._decoder = decoder
-        self._blocks = [st.load_block(decoder, index) for index in range(decoder.config.layers)]
+        self._experts: dict[str, torch.Tensor] = {}
+        self._blocks = [st.load_block(decoder, index, self._expert) for index in range(decoder.config.layers)]
         self._embedding = st.read(decoder, st.EMBED).to(decoder.dtype)
         tied = decoder.head == st.EMBED
         self._norm = st.read(decoder, st.NORM).to(decoder.dtype)
@@ -100,6 +104,11 @@ class Continued:
                 result = block.module(hidden, **settings)
                 hidden = result[0] if isinstance(result, tuple) else result
             return st.logits(decoder, self._norm, self._head, hidden[0, -1:])[0].cpu().numpy()
+
+    def _expert(self, name: str) -> torch.Tensor:
+        if name not in self._experts:
+            self._experts[name] = st.read_as_run(self._decoder, name)
+        return self._experts[name]
 
     def _embedded(self, part: Sequence[int] | npt.NDArray[Any]) -> torch.Tensor:
         import torch

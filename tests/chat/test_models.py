@@ -25,6 +25,7 @@ from dsconvert.chat.model import Floats, Model
 from dsconvert.chat.session import never
 from dsconvert.chat.torch_model import TorchModel
 from dsconvert.checkpoints.locate import locate
+from dsconvert.decoder import torch_decoder as st
 from dsconvert.proof.sources import Opened
 from dsconvert.vision.prompt import prompt_logits
 from tokenizer_tools.load import load_tokenizer
@@ -80,6 +81,22 @@ def test_every_architecture_keeps_what_it_has_read(kind: Any, name: str, tmp_pat
     wanted = prompt_logits(opened.source, opened.config, [ids]).numpy()
     for found, at in zip(in_pieces(model, ids), (19, 20, 29, 28, 29, 29), strict=True):
         np.testing.assert_allclose(found, wanted[at], atol=2e-4)
+
+
+def test_a_matrix_of_an_expert_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is dequantized for the first token that comes to it, not for each."""
+    model, read, seen = torch_model(open_output(locate("sample-moe:"))), st.read, []
+
+    def reading(decoder: st.Decoder, name: str, rows: slice | None = None) -> Any:
+        seen.append(name)
+        return read(decoder, name, rows)
+
+    monkeypatch.setattr(st, "read", reading)
+    ids = model.text.encode(SENTENCE)[:30]
+    for at, token in enumerate(ids):
+        model.read([token], at, never)
+    assert 3 <= len(seen) == len(set(seen)) < 3 * 2 * len(ids)
+    assert all(".mlp.experts." in name for name in seen)
 
 
 def test_a_folder_that_is_stopped_has_read_nothing(quantized: Path) -> None:
