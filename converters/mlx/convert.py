@@ -12,7 +12,7 @@ from converters.mlx import reader
 from converters.mlx.affine import Affine, Floats, grids
 from converters.mlx.opened import open_folder
 from converters.mlx.pack import pack
-from converters.mlx.plan import Job, Options, prepare
+from converters.mlx.plan import SPLIT, Job, Options, prepare
 from converters.mlx.rounded import rounded_pieces
 from converters.mlx.settings import affine_settings, quantization_settings
 from converters.mlx.solver import SolverOptions, searched_ranges, solve
@@ -23,7 +23,9 @@ from dsconvert.checkpoints.safetensors_writer import Piece
 from dsconvert.checkpoints.source_files import check_unchanged
 from dsconvert.decoder.numpy_decoder import EMBED, HEAD
 from dsconvert.events import Event, Finished, Planned, Step
+from dsconvert.quantization.error_feedback import shared_factors
 from dsconvert.quantization.folder import write_quantized
+from dsconvert.quantization.gptq_solver import rounds_for
 from dsconvert.quantization.plan import notes, rows_of, stored_tensors
 from dsconvert.quantization.proof import prove_folder
 from dsconvert.quantization.ranks import ALONE, Ranks
@@ -87,12 +89,12 @@ def _chosen(job: Job, begun: Run) -> Generator[Event, None, Format]:
 
 def format_of(job: Job, calibration: Calibration, sensitive: Sensitivities | None) -> Format:
     """What an MLX folder adds to the run; a head whose table is the embedding is `sensitive` to both."""
-    model = job.model
+    model, factorize = job.model, shared_factors()
 
     def solved(name: str, W: torch.Tensor, H: torch.Tensor, few: str | None) -> Coded:
         if name == HEAD and sensitive is not None:
             H = looked_up_too(H, sensitive)
-        found = solve(W, H, solver_options(job, name))
+        found = solve(W, H, solver_options(job, name), factorize, few)
         parts = (found.codes, found.scales, found.biases)
         codes, scales, biases = (part.T.contiguous().cpu().numpy() for part in parts)
         packed = pack(codes, scales, biases, job.affine(name), job.dtype(name))
@@ -113,6 +115,8 @@ def format_of(job: Job, calibration: Calibration, sensitive: Sensitivities | Non
         solve=solved,
         restore=restored,
         head=HEAD in job.solved,
+        kept=frozenset(name for name in model.kept.values() if name.endswith(SPLIT)),
+        passes=2.0 + 5.0 * rounds_for(job.options.rounds, job.options.bits),
     )
     return Format(
         solving,
@@ -125,13 +129,17 @@ def format_of(job: Job, calibration: Calibration, sensitive: Sensitivities | Non
 def solver_options(job: Job, name: str) -> SolverOptions:
     """How a linear is solved."""
     options = job.options
-    return SolverOptions(job.affine(name), job.dtype(name), options.act_order, options.damp, options.mse)
+    settings = job.affine(name)
+    rounds = rounds_for(options.rounds, settings.bits)
+    return SolverOptions(settings, job.dtype(name), options.act_order, options.damp, options.mse, rounds)
 
 
 def provenance(job: Job, calibration: Calibration, fell_back: Mapping[str, str]) -> Mapping[str, Any]:
     """What the weights depend on besides the checkpoint, and which linears fell back."""
     options = job.options
     found: dict[str, Any] = {"damp": options.damp, "act_order": options.act_order, "mse": options.mse}
+    if rounds := rounds_for(options.rounds, options.bits):
+        found["rounds"] = rounds
     found["calibration"] = calibration.report.as_dict()
     return found | ({"round_to_nearest": fell_back} if fell_back else {})
 

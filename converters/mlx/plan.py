@@ -12,7 +12,6 @@ from converters.mlx.pack import stored_shapes
 from converters.mlx.shapes import check_class, check_shapes
 from dsconvert.calibration.request import check_chat
 from dsconvert.checkpoints.safetensors_header import BITS
-from dsconvert.decoder.linear_inputs import check_dense
 from dsconvert.decoder.numpy_decoder import EMBED, HEAD
 from dsconvert.libraries import TORCH, need
 from dsconvert.models.provenance import origin
@@ -41,6 +40,7 @@ class Options:
     act_order: bool = True
     damp: float = 0.05
     mse: bool = True
+    rounds: int | None = None
     language_only: bool = False
 
     @property
@@ -80,6 +80,7 @@ class Job:
         return (
             f"{options.bits} bits, group {options.group_size}, head {options.outer.bits}, "
             f"act-order {options.act_order}, damp {options.damp:g}, mse {options.mse}, "
+            f"rounds {'by bits' if options.rounds is None else options.rounds}, "
             f"language only {options.language_only}"
         )
 
@@ -137,8 +138,6 @@ def prepare(options: Options) -> Job:
         need(*TORCH, what="calibration")
         check_chat(run.calibration.chat)
     model, tokenizer = open_model(run, options.language_only)
-    if options.calibrated:
-        check_dense(model.config, model.checkpoint.folder)
     check_class(model, options.language_only)
     model = with_outer(model, options.head_bits != KEPT)
     out = output_folder(run, default_name(options, origin(model.checkpoint.folder, model.config)[1]))

@@ -17,6 +17,8 @@ from dsconvert.errors import QuantizationError
 from dsconvert.quantization import error_feedback
 from dsconvert.quantization.error_feedback import BLOCK, Grid
 from dsconvert.quantization.gptq_grid import FRACTIONS
+from dsconvert.quantization.group_refinement import refine_outputs
+from dsconvert.quantization.static_blocks import Blocks, BlockType, as_stored
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +31,8 @@ class SolverOptions:
     """How to solve: for `settings`, with scales and biases stored as `dtype`; `damp` as GPTQ's.
 
     With `act_order` the columns of largest diagonal go first, on grids found beforehand; else a group's is
-    found when the walk reaches it. Without `mse` a range goes from the least to the greatest weight.
+    found when the walk reaches it. Without `mse` a range goes from least to greatest weight. After the
+    walk scales, biases and codes are refined in turn, `rounds` times at the most.
     """
 
     settings: Affine
@@ -37,6 +40,7 @@ class SolverOptions:
     act_order: bool = True
     damp: float = 0.05
     mse: bool = True
+    rounds: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,12 +69,19 @@ class Solved:
         return weights.add_(self.biases.repeat_interleave(width, 0)).T.contiguous()
 
 
-def solve(W: torch.Tensor, H: torch.Tensor, options: SolverOptions) -> Solved:
+def solve(
+    W: torch.Tensor,
+    H: torch.Tensor,
+    options: SolverOptions,
+    factorize: error_feedback.Factorize = error_feedback.factorize,
+    few: str | None = None,
+) -> Solved:
     """Quantize W [N, K] so that tr((W-Q) H (W-Q)^T) is small, for H [K, K] = 2/n X^T X of its inputs.
 
     Both float32 on one device; neither is changed. Inputs that were never active get weight 0, or the nearest
-    to it. Where H cannot be factored, or where rounding to nearest does better, the codes are those of
-    `mx.quantize`, and `fell_back` says so. Raises QuantizationError for weights that are not finite or too
+    to it. Where H cannot be factored, where `few` says why it is worth little, or where rounding to nearest
+    does better, the codes are those of `mx.quantize`, and `fell_back` says so. `factorize` may be
+    `error_feedback.shared_factors()`. Raises QuantizationError for weights that are not finite or too
     large for a scale of the folder's type.
     """
     if not finite(W):
@@ -80,13 +91,17 @@ def solve(W: torch.Tensor, H: torch.Tensor, options: SolverOptions) -> Solved:
         )
     if not finite(H):
         return replace(nearest(W.T.contiguous(), options), fell_back="the Hessian is not finite")
+    if few:
+        plain = nearest(W.T.contiguous(), options)
+        loss = error_feedback.loss(W.T - plain.dequantized().T, H)
+        return replace(plain, loss=loss, rtn_loss=loss, fell_back=few)
     dead = H.diagonal() == 0
     if bool(dead.all()):
         plain = nearest(W.T.contiguous(), options)
         return replace(plain, loss=0.0, rtn_loss=0.0, fell_back="no input of this linear was ever active")
     Wt, count = W.masked_fill(dead, 0).T.contiguous(), int(dead.sum())
     columns, group, ends = _order(H.diagonal(), options)
-    factor = error_feedback.factorize(H, dead, columns, options.damp)
+    factor = factorize(H, dead, columns, options.damp)
     plain = replace(nearest(Wt, options), dead=count)
     error = Wt - plain.dequantized().T
     if factor is None:
@@ -95,7 +110,7 @@ def solve(W: torch.Tensor, H: torch.Tensor, options: SolverOptions) -> Solved:
         return replace(plain, loss=loss, rtn_loss=loss, fell_back=why)
     rtn_loss = error_feedback.rounding_loss(error[columns], factor)
     del error
-    solved = _walk(Wt, factor, columns, group, ends, options)
+    solved = _walk(Wt, H, factor, columns, group, ends, options)
     if not solved.loss <= rtn_loss:
         why = f"its loss {solved.loss:.4g} is above round-to-nearest's"
         return replace(plain, loss=rtn_loss, rtn_loss=rtn_loss, fell_back=why)
@@ -134,8 +149,8 @@ def find_ranges(w: torch.Tensor, options: SolverOptions, cost: torch.Tensor | No
         middle, half = (low + high) / 2, (high - low) / 2
         best = _cost(w, scale, bias, settings.maxq, cost)
         for fraction in FRACTIONS:
-            step = _held(half * (2 * fraction / settings.maxq), options)
-            start = _held(middle - half * fraction, options)
+            step = as_stored(half * (2 * fraction / settings.maxq), options.dtype)
+            start = as_stored(middle - half * fraction, options.dtype)
             total = _cost(w, step, start, settings.maxq, cost)
             better = (total < best) & (step > 0)
             best, scale, bias = (
@@ -159,17 +174,9 @@ def searched_ranges(rows: Floats, options: SolverOptions) -> tuple[Floats, Float
     """
     import torch
 
-    w = torch.from_numpy(rows).reshape(-1, options.settings.group_size).T.contiguous()
+    w = torch.tensor(rows).reshape(-1, options.settings.group_size).T.contiguous()
     scale, bias = find_ranges(w, options, w.new_ones(len(w)))
     return scale.numpy().reshape(len(rows), -1), bias.numpy().reshape(len(rows), -1)
-
-
-def _held(numbers: torch.Tensor, options: SolverOptions) -> torch.Tensor:
-    """Numbers as the folder's type holds them, in float32."""
-    import torch
-
-    kind = {"bf16": torch.bfloat16, "f16": torch.half, "f32": torch.float32}[options.dtype]
-    return numbers.to(kind).float()
 
 
 def _cost(
@@ -195,6 +202,7 @@ def _order(diagonal: torch.Tensor, options: SolverOptions) -> tuple[torch.Tensor
 
 def _walk(
     Wt: torch.Tensor,
+    H: torch.Tensor,
     factor: error_feedback.Factor,
     columns: torch.Tensor,
     group: list[int],
@@ -218,5 +226,18 @@ def _walk(
         zero = scales.new_zeros(scales.shape)
         return Grid(scales, zero, group[run], settings.maxq, low=biases)
 
-    codes, loss = error_feedback.walk(Wt[columns], factor, ends, grid_of)
-    return Solved(codes[inverse], scales, biases, loss)
+    codes, _, losses = error_feedback.walk_rows(Wt[columns], factor, ends, grid_of)
+    found = as_blocks(codes[inverse], scales, biases, options)
+    if options.rounds:
+        found, losses = refine_outputs(Wt, H, factor, columns, found, losses, options.rounds)
+    return Solved(found.codes, found.d, found.m, float(losses.sum()))
+
+
+def as_blocks(
+    codes: torch.Tensor, scales: torch.Tensor, biases: torch.Tensor, options: SolverOptions
+) -> Blocks:
+    """Groups as blocks with a step d and an m of their own, of which one is added: n is -1."""
+    width = options.settings.group_size
+    kind = BlockType(width, width, options.settings.maxq, offsets=(-1, -1), stored=options.dtype)
+    ones = scales.new_ones(scales.shape)
+    return Blocks(kind, codes, scales, biases, ones, -ones)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 WIDTHS = ("2", "3", "4", "5", "6", "8")
 # What has no effect where weights are rounded to nearest.
-SOLVER = ("act_order", "damp", "mse", "resume")
+SOLVER = ("act_order", "damp", "mse", "rounds", "resume")
 
 
 @command
@@ -51,6 +51,7 @@ SOLVER = ("act_order", "damp", "mse", "resume")
 @solver.act_order_option
 @shared.damp_option
 @solver.mse_option
+@solver.rounds_option
 @solver.language_option
 @block_wise(None, "; without one weights are rounded to nearest.")
 def mlx(
@@ -61,6 +62,7 @@ def mlx(
     act_order: bool,
     damp: float,
     mse: bool,
+    rounds: int | None,
     language_only: bool,
 ) -> Work:
     """Quantize a checkpoint to an MLX folder for mlx-lm on Apple's machines, and prove the result.
@@ -86,6 +88,6 @@ def mlx(
         )
     options = Options(
         run=run, bits=bits, group_size=group_size, head_bits=head_bits, calibrated=calibrated,
-        act_order=act_order, damp=damp, mse=mse, language_only=language_only,
+        act_order=act_order, damp=damp, mse=mse, rounds=rounds, language_only=language_only,
     )  # fmt: skip
     return partial(convert, options)

@@ -59,7 +59,7 @@ def check_dense(config: ModelConfig, where: object = None) -> None:
         raise CheckpointError(
             f"{config.architecture} has {found}, for which error feedback is not made here",
             where=where,
-            why="EXL2 and calibrated MLX are made of dense models only",
+            why="EXL2 is made of dense models only",
             hint="dsconvert gptq quantizes it; dsconvert gguf takes --calib c4 for an importance matrix",
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import accumulate
@@ -45,15 +45,16 @@ def quantize_blocks(
     ranks: Ranks = ALONE,
     against: str = "round-to-nearest",
     passes: float = 2.0,
+    kept: Collection[str] = (),
 ) -> Generator[Event, None, None]:
     """Quantize every block that `state` does not hold yet and save it there; then the head, if asked.
 
     `tokens` int64 [n, length] are the calibration windows. The head counts as a block after the last; it is
     called lm_head.weight, also where the embedding serves for it. Without `restore` every block is given what
     the checkpoint's blocks return. `against` names what the losses are held against, `passes` is how much
-    work a solve is (see forecast.foretell). Of several `ranks` each takes a share of the windows and of a
-    group's linears; the first saves. Raises what `solve` raises, with the linear's name, and
-    QuantizationError where the inputs of a linear are not finite.
+    work a solve is (see forecast.foretell); linears in `kept` stay as they are. Of several `ranks` each takes
+    a share of the windows and of a group's linears; the first saves. Raises what `solve` raises, with the
+    linear's name, and QuantizationError where the inputs of a linear are not finite.
     """
     layers, finished = decoder.config.layers, 0
     with ranks.together():
@@ -74,10 +75,10 @@ def quantize_blocks(
         started = time.monotonic()
         if index < finished:
             with ranks.together():
-                _pass_finished(decoder, index, hidden, state, restore)
+                _pass_finished(decoder, index, hidden, state, restore, kept)
         else:
             linears = yield from _quantize_block(
-                decoder, index, hidden, state, solve, ranks, sequential=restore is not None
+                decoder, index, hidden, state, solve, ranks, kept, sequential=restore is not None
             )
             took.append(time.monotonic() - started)
             left = forecast.left(ahead, took)
@@ -91,7 +92,12 @@ def quantize_blocks(
 
 
 def _pass_finished(
-    decoder: st.Decoder, index: int, hidden: torch.Tensor, state: State, restore: Restore | None
+    decoder: st.Decoder,
+    index: int,
+    hidden: torch.Tensor,
+    state: State,
+    restore: Restore | None,
+    kept: Collection[str],
 ) -> None:
     """Take the states through a block that is finished."""
     if restore is None:
@@ -100,7 +106,7 @@ def _pass_finished(
         stored = state.tensors(index)
         block = st.load_block(decoder, index, lambda name: _own(decoder, restore(name, stored)))
         for name in (name for group in block_walk.groups(decoder, index) for name in group):
-            if name in block.linears:  # else an expert's, which is read when it runs
+            if name in block.linears and name not in kept:  # else an expert's, which is read when it runs
                 _put(decoder, block.linears[name], restore(name, stored))
     block_walk.advance(decoder, block, hidden)
 
@@ -112,6 +118,7 @@ def _quantize_block(
     state: State,
     solve: Solve,
     ranks: Ranks,
+    kept: Collection[str],
     sequential: bool,
 ) -> Generator[Event, None, list[dict[str, Any]]]:
     """Solve and save a block; its records.
@@ -125,7 +132,8 @@ def _quantize_block(
             block = st.load_block(decoder, index)
             keep = stack.enter_context(state.spool(index)) if ranks.first else None
         walk = block_walk.walk(decoder, block, hidden, fixed=not sequential)
-        for group in measured(walk, ranks):
+        for whole in measured(walk, ranks):
+            group = replace(whole, linears={n: one for n, one in whole.linears.items() if n not in kept})
             solved = yield from _solve_group(decoder, group, solve, ranks)
             for name, owner, (_, record, weight) in solved:
                 if weight is not None:

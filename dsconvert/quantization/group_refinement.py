@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from dsconvert.quantization.error_feedback import Factor, both_losses
@@ -41,18 +41,29 @@ def refine_groups(
 
     An output whose loss does not fall, with the damping and without, stays as it was.
     """
-    before = as_blocks(start, scheme)
+    found, losses = refine_outputs(Wt, H, factor, columns, as_blocks(start, scheme), start.losses, rounds)
+    return Groups(found.codes, found.d, found.n, losses)
+
+
+def refine_outputs(
+    Wt: torch.Tensor,
+    H: torch.Tensor,
+    factor: Factor,
+    columns: torch.Tensor,
+    before: Blocks,
+    losses: torch.Tensor,
+    rounds: int,
+) -> tuple[Blocks, torch.Tensor]:
+    """Better blocks and their losses [N], those of `before` being `losses`; as `refine_groups`."""
     after = refine(Wt, H, factor.shift, before, columns, rounds)
     dead = H.diagonal() == 0
     _, damped_before = both_losses(Wt - before.weights(), factor, columns, dead)
-    losses, damped = both_losses(Wt - after.weights(), factor, columns, dead)
-    better = (losses <= start.losses) & (damped < damped_before)
-    return Groups(
-        after.codes.where(better, start.codes),
-        after.d.where(better, start.scales),
-        after.n.where(better, start.zeros),
-        losses.where(better, start.losses),
-    )
+    found, damped = both_losses(Wt - after.weights(), factor, columns, dead)
+    better = (found <= losses) & (damped < damped_before)
+    kept = {
+        name: getattr(after, name).where(better, getattr(before, name)) for name in ("codes", "d", "m", "n")
+    }
+    return replace(before, **kept), found.where(better, losses)
 
 
 def as_blocks(groups: Groups, scheme: Scheme) -> Blocks:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from dsconvert.quantization.error_feedback import BLOCK
-from dsconvert.quantization.static_blocks import Blocks, BlockType
+from dsconvert.quantization.static_blocks import Blocks, BlockType, as_stored
 
 if TYPE_CHECKING:
     import torch
@@ -228,19 +228,19 @@ def _refine_steps(own: _Own, part: Blocks, levels: torch.Tensor) -> None:
         at, sub = slice(b * kind.block, (b + 1) * kind.block), slice(b * per, (b + 1) * per)
         H, G = own.H[at, at], own.G[at]
         if kind.tied:
-            own.take(at, _refine_zero(G, H, levels[at], part.d[b], part.m[b], part.n[b], kind.offsets))
+            own.take(at, _refine_zero(G, H, levels[at], part.d[b], part.m[b], part.n[b], kind))
             continue
         u = levels[at] * part.s[sub].repeat_interleave(kind.sub, 0)[: len(G)]
         Hu = H @ u
         p, uu = (G * u).sum(0), (u * Hu).sum(0)
         if not kind.affine:
-            x = _half_step(part.d[b], p / uu, p, uu)
+            x = _stored_step(part.d[b], p / uu, p, uu, kind)
             part.d[b] += x
             own.take(at, u * x)
             continue
         v = -part.n[sub].repeat_interleave(kind.sub, 0)
         r, uv, vv = (G * v).sum(0), (Hu * v).sum(0), (v * (H @ v)).sum(0)
-        x, y = _half_pair(part.d[b], part.m[b], (p, r), (uu, uv, vv))
+        x, y = _stored_pair(part.d[b], part.m[b], (p, r), (uu, uv, vv), kind)
         part.d[b] += x
         part.m[b] += y
         own.take(at, u * x + v * y)
@@ -253,7 +253,7 @@ def _refine_zero(
     d: torch.Tensor,
     m: torch.Tensor,
     zero: torch.Tensor,
-    limits: tuple[int, int],
+    kind: BlockType,
 ) -> torch.Tensor:
     """The zero point of a block, it or a neighbour, and the step beside it, of least loss; changes all three.
 
@@ -266,11 +266,11 @@ def _refine_zero(
     p, r = (G * u).sum(0), G.sum(0)
     uu, uv, vv = (u * Hu).sum(0), Hv @ u, Hv.sum()
     best, x0, y0 = torch.zeros_like(p), torch.zeros_like(p), torch.zeros_like(p)
-    for step in (0, -1, 1) if limits[0] < limits[1] else (0,):
-        y = (zero + step).clamp_(*limits) - zero
+    for step in (0, -1, 1) if kind.offsets[0] < kind.offsets[1] else (0,):
+        y = (zero + step).clamp_(*kind.offsets) - zero
         linear, across = p - y * r, uv - y * vv
         square = uu - y * (uv + across)
-        x = _rounded(d, (linear + d * y * across) / square)
+        x = _rounded(d, (linear + d * y * across) / square, kind)
         x = x.masked_fill_(d + x <= 0, 0)
         change = x * (x * square - 2 * (linear + d * y * across)) + d * y * (d * y * vv + 2 * r)
         better = change < best
@@ -282,30 +282,33 @@ def _refine_zero(
     return change
 
 
-def _half_step(d: torch.Tensor, x: torch.Tensor, p: torch.Tensor, uu: torch.Tensor) -> torch.Tensor:
-    """What takes d to the float16 nearest to d + x; 0 where x^2 uu - 2 x p is not below 0 then."""
-    x = _rounded(d, x)
+def _stored_step(
+    d: torch.Tensor, x: torch.Tensor, p: torch.Tensor, uu: torch.Tensor, kind: BlockType
+) -> torch.Tensor:
+    """What takes d to the stored number nearest to d + x; 0 where x^2 uu - 2 x p is not below 0 then."""
+    x = _rounded(d, x, kind)
     return x.masked_fill_(~(x * (x * uu - 2 * p) < 0), 0)
 
 
-def _half_pair(
+def _stored_pair(
     d: torch.Tensor,
     m: torch.Tensor,
     linear: tuple[torch.Tensor, torch.Tensor],
     square: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    kind: BlockType,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What d and m grow by: both at once, d to float16 first and m beside it, then each by itself."""
+    """What d and m grow by: both at once, d to a stored number first and m beside it, then each by itself."""
     (p, r), (uu, uv, vv) = linear, square
-    x = _rounded(d, (p * vv - r * uv) / (uu * vv - uv * uv))
-    y = _rounded(m, (r - x * uv) / vv)
+    x = _rounded(d, (p * vv - r * uv) / (uu * vv - uv * uv), kind)
+    y = _rounded(m, (r - x * uv) / vv, kind)
     worse = ~(x * (x * uu + 2 * y * uv - 2 * p) + y * (y * vv - 2 * r) < 0)
     x, y = x.masked_fill_(worse, 0), y.masked_fill_(worse, 0)
     left = p - x * uu - y * uv
-    x = x + _half_step(d + x, left / uu, left, uu)
+    x = x + _stored_step(d + x, left / uu, left, uu, kind)
     left = r - x * uv - y * vv
-    return x, y + _half_step(m + y, left / vv, left, vv)
+    return x, y + _stored_step(m + y, left / vv, left, vv, kind)
 
 
-def _rounded(d: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """What takes d to the float16 nearest to d + x; 0 where that is no finite number."""
-    return (d + x).half().to(d.dtype).sub_(d).nan_to_num_(0, 0, 0)
+def _rounded(d: torch.Tensor, x: torch.Tensor, kind: BlockType) -> torch.Tensor:
+    """What takes d to the stored number nearest to d + x; 0 where that is no finite number."""
+    return as_stored(d + x, kind.stored).sub_(d).nan_to_num_(0, 0, 0)

@@ -8,7 +8,7 @@ the windows and of the linears; the first draws, chooses, writes and proves.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -89,7 +89,7 @@ class Solving:
     blocks, and the head last where it is quantized (`head`). `restore` returns the weights of a block that is
     finished, and is None where every H is that of the checkpoint's own inputs. `against` names what is
     rounded without feedback. `passes` is how much work a solve is, by which the time of a run is foretold:
-    see forecast.foretell.
+    see forecast.foretell. Linears in `kept` stay as they are.
     """
 
     settings: Mapping[str, str]
@@ -99,6 +99,7 @@ class Solving:
     head: bool = False
     against: str = "round-to-nearest"
     passes: float = 2.0
+    kept: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -227,5 +228,5 @@ def solve_blocks(run: Run, chosen: Solving) -> Generator[Event, None, None]:
             record["tokens"] = group.rows
         return {tensor: from_array(array) for tensor, array in tensors.items()}, record, weight
 
-    rest = (chosen.restore, chosen.head, run.ranks, chosen.against, chosen.passes)
+    rest = (chosen.restore, chosen.head, run.ranks, chosen.against, chosen.passes, chosen.kept)
     yield from quantize_blocks(run.decoder, run.calibration.tokens, run.state, solve, *rest)

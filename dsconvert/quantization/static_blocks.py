@@ -18,13 +18,22 @@ if TYPE_CHECKING:
     import torch
 
 
+def as_stored(numbers: torch.Tensor, kind: str) -> torch.Tensor:
+    """Numbers as "f16", "bf16" or "f32" holds them, a fresh tensor of their own type."""
+    import torch
+
+    held = {"f16": torch.half, "bf16": torch.bfloat16, "f32": torch.float32}[kind]
+    return numbers.to(held).to(numbers.dtype, copy=True)
+
+
 @dataclass(frozen=True)
 class BlockType:
     """What the numbers of a block may be; `block` and `sub` are columns.
 
     Codes go from 0 to `top`; integer scales s between the two `scales`, integers n between the two `offsets`.
     Where these two are equal nothing is stored. A table of `values` stands in for code - `zero`. With `tied`
-    m is d, which stays above 0, and n the zero point of a block without sub-blocks.
+    m is d, which stays above 0, and n the zero point of a block without sub-blocks. d and m are `stored` as
+    "f16", "bf16" or "f32".
     """
 
     block: int
@@ -35,6 +44,7 @@ class BlockType:
     offsets: tuple[int, int] = (0, 0)
     values: tuple[float, ...] = ()
     tied: bool = False
+    stored: str = "f16"
 
     @property
     def affine(self) -> bool:
@@ -54,7 +64,7 @@ class BlockType:
 class Blocks:
     """Weights of K inputs and N outputs as blocks hold them; the last block may be short.
 
-    `codes` uint8 [K, N]; `d` and `m` [K / block, N], values of float16; `s` and `n` [K / sub, N], whole
+    `codes` uint8 [K, N]; `d` and `m` [K / block, N], numbers of that type; `s` and `n` [K / sub, N], whole
     numbers; all four in the weights' dtype.
     """
 

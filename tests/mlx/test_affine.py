@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -100,3 +102,49 @@ def test_what_a_hessian_cannot_solve_is_rounded_to_nearest_and_said() -> None:
     with pytest.raises(QuantizationError, match="not finite"):
         solve(W * torch.inf, torch.eye(64), options)
     assert solve(W, torch.diag(torch.arange(64.0)), options).dead == 1
+
+
+@pytest.mark.parametrize(("dtype", "act_order"), [("bf16", True), ("f16", False), ("f32", True)])
+def test_refinement_ends_where_no_stored_number_beside_is_better(dtype: str, act_order: bool) -> None:
+    """Of codes, scales and biases, each alone, by the loss with the damping, which it goes by."""
+    torch = pytest.importorskip("torch")
+    from converters.mlx.solver import SolverOptions, as_blocks, solve
+
+    rng = np.random.default_rng(1)
+    W = torch.from_numpy(rng.standard_normal((3, 64)).astype(np.float32))
+    X = rng.standard_normal((256, 64)) @ rng.standard_normal((64, 64))
+    H = torch.from_numpy((2 * X.T @ X / len(X)).astype(np.float32))
+    walked, found = (solve(W, H, SolverOptions(Affine(3, 32), dtype, act_order, rounds=n)) for n in (0, 40))
+    assert found.loss < 0.9 * walked.loss
+    damped = H.double() + 0.05 * H.double().diagonal().mean() * torch.eye(64)
+
+    def losses(codes: Any, scales: Any, biases: Any) -> Any:
+        options = SolverOptions(Affine(3, 32), dtype)
+        error = W.double() - as_blocks(codes, scales.double(), biases.double(), options).weights().T
+        return ((error @ damped) * error).sum(1)
+
+    least = losses(found.codes, found.scales, found.biases) * (1 - 1e-4)  # rounds end where no code moves
+    kind = {"bf16": torch.bfloat16, "f16": torch.half, "f32": torch.float32}[dtype]
+    bits = torch.int32 if dtype == "f32" else torch.int16
+    for move in (-1, 1):
+        for i in range(64):
+            codes = found.codes.clone()
+            codes[i] = (codes[i].int() + move).clamp(0, 7).byte()
+            assert bool((losses(codes, found.scales, found.biases) >= least).all())
+        for g in range(2):
+            for part in range(2):
+                numbers = [found.scales.clone(), found.biases.clone()]
+                beside = numbers[part][g].to(kind).view(bits) + move
+                numbers[part][g] = beside.view(kind).float()
+                assert bool((losses(found.codes, *numbers) >= least).all())
+
+
+def test_what_too_few_tokens_reached_is_rounded_and_says_so() -> None:
+    torch = pytest.importorskip("torch")
+    from converters.mlx.solver import SolverOptions, solve
+
+    W, options = torch.randn(8, 64), SolverOptions(Affine(4, 32), "bf16")
+    found = solve(W, torch.eye(64), options, few="only 3 tokens")
+    assert found.fell_back == "only 3 tokens"
+    np.testing.assert_array_equal(found.dequantized().numpy(), nearest(W.numpy(), options.settings, "bf16"))
+    assert found.loss == pytest.approx(float((W - found.dequantized()).square().sum()), rel=1e-4)

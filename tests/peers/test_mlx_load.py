@@ -100,10 +100,10 @@ def test_every_class_of_dense_models_loads(tmp_path: Path, name: str) -> None:
     assert apart(quantized(source, tmp_path / "out"), source) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["deepseek", "v2", "v3"])
-def test_models_of_experts_load(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(("name", "text"), [("deepseek", ()), ("v2", ()), ("v3", TEXT)])
+def test_models_of_experts_load(tmp_path: Path, name: str, text: tuple[str, ...]) -> None:
     """mlx-lm stacks the experts, and splits the matrix that latent attention keeps in 16 bits."""
     source = tiny_experts.checkpoint(tmp_path / "model", name)
-    out = quantized(source, tmp_path / "out")
+    out = quantized(source, tmp_path / "out", *text)
     assert open_model(out).dtype("model.layers.2.mlp.experts.0.up_proj.weight") == "mlx4"
     assert apart(out, source) < 1e-4
