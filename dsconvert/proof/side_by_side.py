@@ -70,12 +70,13 @@ class Weights:
 
     def compared(self, name: str) -> torch.Tensor:
         """The reference's tensor in the type that it runs in; both are compared before they are rounded."""
-        matrix, whole, only = Matrix(), self._room(name), None
+        matrix, whole, only = Matrix(), None, None
         for piece in self._pieces(name):
             labels = range(piece.rows.start, piece.rows.stop) if piece.rows else ()
             matrix.add(piece.base, piece.candidate, piece.made, labels=labels)
             whole = self._placed(name, whole, piece.rows, piece.base)
             only = None if piece.rows else piece
+        assert whole is not None  # there is a piece
         error = self.note((name, name), matrix)
         if only is not None:
             self.kept[name] = st.as_run(self.pair[1], name, only.candidate)
@@ -107,12 +108,13 @@ class Weights:
 
     def foretold(self, name: str) -> torch.Tensor:
         """What the foretold model has of a tensor; the candidate's itself where that is the same."""
-        part, whole = self.share(name), self._room(name)
+        part, whole = self.share(name), None
         if part in (0, 1):
             return self.candidate(name) if part else st.read_as_run(self.pair[0], name)
         for rows in self._cuts(name):
             base, candidate = (st.as_run(d, name, st.read(d, name, rows)) for d in self.pair)
             whole = self._placed(name, whole, rows, between(base, candidate, part))
+        assert whole is not None  # there is a piece
         return whole
 
     def _cuts(self, name: str) -> list[slice] | list[None]:
@@ -140,19 +142,13 @@ class Weights:
             if piece.made is None or len(piece.made) < len(piece.base):
                 return
 
-    def _room(self, name: str) -> torch.Tensor:
-        """Memory for a tensor in the type that it runs in, which takes none before it is filled."""
-        import torch
-
-        decoder = self.pair[0]
-        return torch.empty(decoder.shapes[name], dtype=decoder.dtype, device=decoder.device)
-
     def _placed(
-        self, name: str, whole: torch.Tensor, rows: slice | None, values: torch.Tensor
+        self, name: str, whole: torch.Tensor | None, rows: slice | None, values: torch.Tensor
     ) -> torch.Tensor:
-        """`values` as they run, put at the `rows` of the `whole`, or in its stead."""
+        """`values` as they run, put at the `rows` of the `whole`, which is made for the first of them."""
         values = st.as_run(self.pair[0], name, values)
         if rows is None:
             return values
+        whole = values.new_empty(self.pair[0].shapes[name]) if whole is None else whole
         whole[rows] = values
         return whole
