@@ -104,18 +104,18 @@ def test_experts_of_a_layer_have_one_scheme_by_what_all_of_them_cost(
     """Each by the share of the tokens that come to it; an indexer has the widest, whatever the text."""
     model = tiny_experts.checkpoint(tmp_path / "v32", "v32", **tiny_experts.SMALL_V3, index_n_heads=4)
     asked = {"calib": "builtin", "calib_samples": 4, "calib_len": 128}
-    types, few = ("w3a16-32g", "w4a16-32g", "w8a16-32g"), list[str]()
+    types, few, real = ("w3a16-32g", "w4a16-32g", "w8a16-32g"), list[str](), costs.linear_costs
 
-    def alike(*given: Any) -> dict[str, float]:
+    def of_unit_cost(*given: Any) -> dict[str, float]:
+        """What is measured, by what 8 bits cost, so that shares of tokens are left of these."""
         few.extend([given[-1]] if given[-1] else [])
-        return dict.fromkeys(types, 1.0)
+        found = real(*given)
+        return {label: nats / found["w8a16-32g"] for label, nats in found.items()}
 
-    with monkeypatch.context() as patched:
-        patched.setattr(costs, "linear_costs", alike)
-        budget = Budget(bpw=5, types=types, measurement=tmp_path / "shares.json")
-        said = " ".join(
-            e.text for e in run(model, tmp_path / "a", budget=budget, **asked) if isinstance(e, Warn)
-        )
+    monkeypatch.setattr(costs, "linear_costs", of_unit_cost)
+    budget = Budget(bpw=5, types=types, measurement=tmp_path / "shares.json")
+    events = run(model, tmp_path / "out", budget=budget, **asked)
+    said = " ".join(event.text for event in events if isinstance(event, Warn))
     shares = {name: own["w8a16-32g"] for name, own in load_json(tmp_path / "shares.json")["nats"].items()}
     for part in ("gate_proj", "up_proj", "down_proj"):  # of eight experts each token goes to two
         each = [shares[f"model.layers.1.mlp.experts.{e}.{part}.weight"] for e in range(8)]
@@ -124,7 +124,6 @@ def test_experts_of_a_layer_have_one_scheme_by_what_all_of_them_cost(
     assert shares["model.layers.1.self_attn.kv_b_proj.weight"] == 1
     assert f"what types cost of {len(few)} matrices of experts is told by fewer calibration tokens" in said
     assert 0 < len(few) < 24
-    run(model, tmp_path / "out", budget=Budget(bpw=5, types=types), **asked)
     labels = {name: one.settings.label for name, one in open_model(tmp_path / "out").linears.items()}
     assert len({label for name, label in labels.items() if ".experts." in name}) == 1
     assert len(set(labels.values())) > 1
