@@ -91,19 +91,20 @@ HEADED_COLUMNS = ("self_attn.o_proj.weight",)
 ALONE = 1.5  # of a row's own error, should its largest values bear it
 # Error feedback moves whole rows, some of them far: of 200,000 rows of SmolLM2-135M one of GPTQ was
 # 1.04 times as far off in 2 bits as the limit without this margin, .86 in 3 and .99 in 4 bits; and of the
-# head's 49,152 rows one in EXL2's 6 bits had 1.04 times the noise.
+# head's 49,152 rows one in EXL2's 6 bits had 1.04 times the noise, of its linears in GGUF files one in q6_k
+# 1.14 times.
 FED_MARGIN = 1.3
 
 
 def faults(
-    matrix: Matrix, name: str, kind: str, head_dim: int, again: Again | None = None
+    matrix: Matrix, name: str, kind: str, head_dim: int, again: Again | None = None, fed: bool = False
 ) -> tuple[RowFault, ...]:
     """What is wrong with the rows and columns of the matrix `name`, stored in type `kind`.
 
-    Heads of `head_dim` are named where rows or columns lie in heads; `again` as in `row_faults`.
+    Heads of `head_dim` are named where rows or columns lie in heads; `again` and `fed` as in `row_faults`.
     """
     rows, head = matrix.rows(), head_dim if name.endswith(HEADED_ROWS) else 0
-    found = row_faults(rows, kind, again, head)
+    found = row_faults(rows, kind, again, head, fed)
     if (rounded := matrix.against_nearest()) is not None:
         found = _with_unlike(found, rows, rounded, kind, head)
     clear = np.median(rows.signal) > CLEAR * _unseen(kind, rows.columns)
@@ -135,10 +136,13 @@ def _unseen(kind: str, columns: int) -> float:
     return columns * (SMALLEST * _of(SPAN, kind, ANY_SPAN)) ** 2
 
 
-def row_faults(rows: RowSums, kind: str, again: Again | None = None, head: int = 0) -> tuple[RowFault, ...]:
+def row_faults(
+    rows: RowSums, kind: str, again: Again | None = None, head: int = 0, fed: bool = False
+) -> tuple[RowFault, ...]:
     """The rows that cannot be a faithful row of type `kind`; of rows in `head`s, the head is named too.
 
-    `again` reads a row of both, for a closer look at what the sums leave open.
+    `again` reads a row of both, for a closer look at what the sums leave open. `fed` says that error feedback
+    chose the codes, as it does of some kinds always.
     """
     unseen = _unseen(kind, rows.columns)
     floor = _of(ROW_FLOOR, kind, -np.inf)
@@ -149,7 +153,7 @@ def row_faults(rows: RowSums, kind: str, again: Again | None = None, head: int =
         ~(rows.noise <= 16 * unseen),
     )
     found = {int(i): _noisy(rows, int(i), kind, floor) for i in np.flatnonzero(noisy)}
-    margin = FED_MARGIN if kind.startswith(FED) else 1.0
+    margin = FED_MARGIN if fed or kind.startswith(FED) else 1.0
     own = _own(rows, alive & (rows.cosine >= COSINE), unseen, margin)
     turned = alive & ~(rows.cosine >= COSINE)
     if own is not None:

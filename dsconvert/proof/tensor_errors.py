@@ -24,7 +24,7 @@ def tensor_error(
         base, candidate = (widened(s.rows(n, row, row + 1)) for s, n in zip(sources, names, strict=True))
         return base[0], candidate[0]
 
-    found = faults(matrix, names[1], kind, head_dim, again)
     less = None if rounded is None else lost(rounded, kind)
     by_feedback = less is not None and less > LITTLE and fed(shape[0], kind, again)
+    found = faults(matrix, names[1], kind, head_dim, again, by_feedback)
     return TensorError(names[1], kind, shape, matrix.decibel, matrix.count, found, less, fed=by_feedback)
