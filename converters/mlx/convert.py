@@ -155,9 +155,11 @@ def write(job: Job, provenance: Mapping[str, Any], pieces: Mapping[str, Piece]) 
     others' ranges were searched its own are, too.
     """
     model, options = job.model, job.options
-    ranges = partial(_searched, solver_options(job, EMBED)) if options.calibrated and options.mse else grids
-    looked_up = EMBED in model.linears and not job.of_both
-    embedding = rounded_pieces(job, EMBED, ranges) if looked_up else {}
+    embedding: dict[str, Piece] = {}
+    if EMBED in model.linears and not job.of_both:
+        search = options.calibrated and options.mse
+        ranges = partial(_searched, solver_options(job, EMBED)) if search else grids
+        embedding = rounded_pieces(job, EMBED, ranges)
     raw = {**model.raw, "quantization": affine_settings(job)}
     settings = quantization_settings(job, provenance)
     stated = replace(job, model=replace(model, raw=raw))

@@ -174,6 +174,29 @@ def test_a_row_that_is_no_better_stays_as_it_was(monkeypatch: pytest.MonkeyPatch
     assert good.loss < found.loss < found.rtn_loss
 
 
+def test_a_row_whose_weights_are_far_worse_stays_though_its_outputs_are_better() -> None:
+    """One input bears nearly all loss; errors of the others are 3 times as large in row 1, twice in row 2."""
+    generator, columns = torch.Generator().manual_seed(1), 64
+    W, signs = (
+        torch.randn((4, columns), generator=generator),
+        torch.randn((4, columns), generator=generator).sign(),
+    )
+    H = torch.eye(columns)
+    H[0, 0] = 1e5
+    times = torch.tensor([[1.0], [3.0], [2.0], [1.0]]).repeat(1, columns)
+    times[1:3, 0] = 0
+    qtype, inputs, error = QTYPES["q8_0"], measured(H), 0.1 * signs
+
+    def stored(weights: torch.Tensor) -> npt.NDArray[np.uint8]:
+        return feedback.weighted(weights.numpy(), qtype, None)[0]
+
+    better, losses, plain_losses = feedback._compared(
+        W.T, inputs, stored(W + times * error), stored(W + error), qtype
+    )
+    assert bool((losses[1:3] < 0.01 * plain_losses[1:3]).all())
+    assert better.tolist() == [False, False, True, False]
+
+
 def test_slabs_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     qtype, (W, H) = QTYPES["q3_k"], (part.float() for part in problem())
     inputs = measured(H)

@@ -101,6 +101,12 @@ def test_without_a_text_it_passes_its_verdict_and_the_head_may_stay(tmp_path: Pa
     assert len(read.linears) == 14
 
 
+def test_embedding_and_head_may_stay_beside_solved_linears(tmp_path: Path, model: Path) -> None:
+    run(model, tmp_path / "out", head_bits=16, **TEXT)
+    read = open_model(tmp_path / "out")
+    assert [read.dtype(f"{name}.weight") for name in ("model.embed_tokens", "lm_head")] == ["bf16", "bf16"]
+
+
 def test_the_verdict_is_about_the_weights_in_the_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
