@@ -61,9 +61,7 @@ def measure(begun: Run, options: Options, choices: Candidates) -> Generator[Even
 
     def cost_of(place: int, group: linear_inputs.Group, unseen: linear_inputs.Group) -> dict[str, Nats]:
         found: dict[str, Nats] = {}
-        if (
-            group.moment.ndim == 3
-        ):  # latent attention's keys by the queries: a linear here by what it is given
+        if group.moment.ndim == 3:  # keys by the queries: here a linear by what it is given
             return found
         reason = too_few(group)
         few.extend(group.names if reason else ())

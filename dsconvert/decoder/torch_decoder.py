@@ -57,9 +57,7 @@ class Decoder:
     experts: tuple[tuple[Names, ...], ...]  # per layer: the tensors of each expert; see `experts.streamed`
     library: Any = field(repr=False)  # transformers' config
     rotary: Any = field(repr=False)
-    shapes: Mapping[str, tuple[int, ...]] = field(
-        repr=False
-    )  # of every tensor: tens of thousands of experts'
+    shapes: Mapping[str, tuple[int, ...]] = field(repr=False)  # of every tensor, tens of thousands of them
 
     @property
     def batch_tokens(self) -> int:
